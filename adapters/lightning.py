@@ -1,0 +1,121 @@
+"""Lightning's `ModelPruning` callback in either space.
+
+The host's callback refuses the module that holds coefficients; this subclass accepts it, in the pairs of
+``ip_plugin.prunable(model)`` and as ``(conv, "weight")``, and prunes through `ip_plugin.adapters.torch_prune`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ip_plugin import bake, host_masks
+from ip_plugin.adapters import torch_prune
+from ip_plugin.layer import target
+from ip_plugin.reparametrization import Interspace, Mask, ours, parametrizations
+
+try:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelPruning as Host
+except ImportError:  # the same package under its older name
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.callbacks import ModelPruning as Host
+
+Pairs = Sequence[tuple[nn.Module, str]]
+
+
+class ModelPruning(Host):
+    """The host's callback, with its arguments, for models in either space.
+
+    ``use_lottery_ticket_hypothesis`` rewinds coefficients and their basis; ``make_pruning_permanent`` removes masks
+    (in the interspace the layers stay there: call ``ip_plugin.bake`` when training has ended).
+
+    >>> from ip_plugin.adapters.lightning import ModelPruning
+    >>> callback = ModelPruning("l1_unstructured", amount=0.5)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.pruning_fn, partial):  # a function of the host, for each tensor by itself
+            ours = getattr(torch_prune, self.pruning_fn.func.__name__)
+            self.pruning_fn = partial(ours, **self.pruning_fn.keywords)
+
+    @staticmethod
+    def sanitize_parameters_to_prune(
+        pl_module: LightningModule, parameters_to_prune: Pairs = (), parameter_names: Sequence[str] = ()
+    ) -> Pairs:
+        """The pairs to prune, as (layer, tensor name); the host checks what it can understand of them."""
+        if not parameters_to_prune:
+            plain = Host.sanitize_parameters_to_prune(pl_module, (), parameter_names)
+            names = parameter_names or Host.PARAMETER_NAMES
+            found = {(module, name) for module, name in plain} | {(m, n) for m, n, _ in _ours_in(pl_module)}
+            return [(module, name) for name in names for module in pl_module.modules() if (module, name) in found]
+        owners = {parametrizations(module)[name]: (module, name) for module, name, _ in _ours_in(pl_module)}
+        translated = [owners.get(pair[0], pair) if len(pair) == 2 else pair for pair in parameters_to_prune]
+        checked: Pairs = Host.sanitize_parameters_to_prune(pl_module, translated, parameter_names)
+        return checked
+
+    def _apply_global_pruning(self, amount: float) -> None:
+        torch_prune.global_unstructured(
+            self._parameters_to_prune, self.pruning_fn, **self._resolve_global_kwargs(amount)
+        )
+
+    @torch.no_grad()
+    def apply_lottery_ticket_hypothesis(self) -> None:
+        """Put parameters back to their first values, or draw them anew: coefficients and basis."""
+        assert self._original_layers is not None
+        for reference in self._original_layers.values():
+            first = reference["data"]
+            drawn = None
+            if self._resample_parameters and callable(getattr(first, "reset_parameters", None)):
+                drawn = bake(deepcopy(first))
+                drawn.reset_parameters()
+            for i, name in reference["names"]:
+                module = self._parameters_to_prune[i][0]
+                then, now = ours(first, name), ours(module, name)
+                value: Tensor = host_masks.parameter(*target(first, name))
+                if drawn is not None:
+                    value = getattr(drawn, name)
+                    value = value if then is None else then.right_inverse(value)
+                host_masks.parameter(*target(module, name)).copy_(value)
+                if isinstance(then, Interspace) and isinstance(now, Interspace):
+                    now.basis.copy_(then.basis)
+
+    def make_pruning_permanent(self, module: nn.Module) -> None:
+        """Make masked entries zeros and remove the masks, ours and the host's."""
+        for child, name, parametrization in list(_ours_in(module)):
+            if parametrization.mask is not None:
+                torch_prune.remove(child, name)
+        super().make_pruning_permanent(module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save a checkpoint without masks, so that it loads into a model that is not pruned."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if not self._make_pruning_permanent:
+            return
+        state = checkpoint["state_dict"]
+        names = {module: name for name, module in pl_module.named_modules()}
+        for module, tensor_name, parametrization in _ours_in(pl_module):
+            prefix = f"{names[module]}." if names[module] else ""
+            key = f"{prefix}parametrizations.{tensor_name}"
+            mask = state.pop(f"{key}.0.mask", None)
+            if mask is not None:
+                state[f"{key}.original"] = state[f"{key}.original"] * mask
+            if not isinstance(parametrization, Interspace):
+                state[prefix + tensor_name] = state.pop(f"{key}.original")
+
+
+def _ours_in(model: nn.Module) -> Iterator[tuple[nn.Module, str, Mask]]:
+    """(module, tensor name, parametrization) of everything that is under a parametrization of ours."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(parametrizations(module)):
+                parametrization = ours(module, name)
+                if parametrization is not None:
+                    yield module, name, parametrization

@@ -1,0 +1,373 @@
+"""`torch.nn.utils.prune` in either space: a drop-in for that module.
+
+Change one import and an existing pipeline runs, whether `interspace` was called or not::
+
+    from ip_plugin.adapters import torch_prune as prune
+
+Every public function and class of the host is here, with the host's arguments, and the host's own code chooses what to
+prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
+the layer's parametrization. So pruned models copy with ``copy.deepcopy``; ``weight_orig`` and ``weight_mask`` can
+still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
+where every basis filter has unit norm.
+
+>>> import torch
+>>> from torch import nn
+>>> from ip_plugin import interspace, masks
+>>> model = interspace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)))
+>>> global_unstructured([(model[0], "weight"), (model[2], "weight")], L1Unstructured, amount=200)
+>>> sum(int((~mask).sum()) for mask in masks(model).values())
+200
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as host
+from torch.nn.utils.prune import PruningContainer
+
+from ip_plugin import host_masks, prunable
+from ip_plugin.adapters import Criterion
+from ip_plugin.errors import (
+    DuplicateTargetError,
+    InvalidAmountError,
+    InvalidMaskError,
+    InvalidScoresError,
+    NothingToPruneError,
+    NotPrunedError,
+)
+from ip_plugin.gauge import scales
+from ip_plugin.layer import Target, combined, mask_target, target
+from ip_plugin.reparametrization import Interspace, Mask, leave, ours
+
+__all__ = [
+    "BasePruningMethod",
+    "CustomFromMask",
+    "Identity",
+    "L1Unstructured",
+    "LnStructured",
+    "PruningContainer",
+    "RandomStructured",
+    "RandomUnstructured",
+    "custom_from_mask",
+    "global_unstructured",
+    "identity",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "random_structured",
+    "random_unstructured",
+    "remove",
+]
+
+M = TypeVar("M", bound=nn.Module)
+Amount: TypeAlias = int | float
+_List = nn.utils.parametrize.ParametrizationList
+
+
+def _ours_at(where: Target) -> Mask | None:
+    held = where.module[0] if isinstance(where.module, _List) else None
+    return held if isinstance(held, Mask) else None
+
+
+def _is_ours_to_mask(where: Target) -> bool:
+    """Whether a mask can live in a parametrization of ours; elsewhere the host keeps it, as it always did."""
+    if isinstance(where.module, _List):
+        return _ours_at(where) is not None
+    # A recurrent layer reads its weights from a list of its own, past any parametrization.
+    return not isinstance(where.module, nn.RNNBase)
+
+
+@contextmanager
+def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
+    """While the block runs our mask is the host's; afterwards the host's is ours. If the block fails, all is as before.
+
+    Args:
+        where: a target.
+        ones: lend a mask of ones where there is no mask.
+    """
+    if not _is_ours_to_mask(where):
+        yield
+        return
+    parametrization = _ours_at(where)
+    theirs = host_masks.take_off(*where)
+    before = combined(None if parametrization is None else parametrization.mask, theirs)
+    if before is None and ones:
+        before = torch.ones_like(getattr(*where), dtype=torch.bool)
+    _give(where, before)
+    try:
+        yield
+    except BaseException:
+        host_masks.take_off(*where)
+        _give(where, theirs)
+        raise
+    kept = host_masks.take_off(*where)
+    if kept is not None:
+        mask_target(where, kept)
+
+
+def _give(where: Target, mask: Tensor | None) -> None:
+    """Make `mask` the host's mask of a target that it has not pruned."""
+    if mask is not None:
+        host.custom_from_mask(*where, mask=mask)
+        # The host flattens masks with `view`, which fails on channels_last.
+        name = where.tensor_name + "_mask"
+        where.module.register_buffer(name, getattr(where.module, name).contiguous())
+
+
+def _scores(where: Target, given: Tensor | None) -> Tensor:
+    """What the host ranks by: the scores given, or the masked tensor in unit gauge; contiguous."""
+    tensor: Tensor = getattr(*where).detach()
+    if given is not None:
+        if given.shape != tensor.shape:
+            raise InvalidScoresError(where.tensor_name, tensor.shape, given.shape)
+        return given.contiguous()
+    parametrization = _ours_at(where)
+    if isinstance(parametrization, Interspace):
+        tensor = tensor * scales(parametrization, tensor)
+    return tensor.contiguous()
+
+
+def _check_amount(amount: object, available: int) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
+        raise InvalidAmountError(amount, available)
+    most = available if isinstance(amount, numbers.Integral) else 1
+    if not 0 <= amount <= most:  # false for NaN too
+        raise InvalidAmountError(amount, available)
+
+
+def _available(where: Target, dim: int | None = None) -> int:
+    """How many entries, or slices along `dim`, are not pruned yet."""
+    tensor = getattr(*where)
+    kept = host_masks.mask(*where)
+    if kept is None:
+        kept = torch.ones_like(tensor, dtype=torch.bool)
+    if dim is None or not -tensor.dim() <= dim < tensor.dim():
+        return int(kept.sum())
+    return int(kept.movedim(dim, 0).flatten(1).any(dim=1).sum())
+
+
+class BasePruningMethod(host.BasePruningMethod):
+    """The host's base class for pruning methods of one's own, in either space.
+
+    Subclass it as the host's: give it ``PRUNING_TYPE`` and ``compute_mask(t, default_mask)``; ``t`` are the masked
+    coefficients in unit gauge (or the importance scores given).
+
+    >>> class EveryOther(BasePruningMethod):
+    ...     PRUNING_TYPE = "unstructured"
+    ...     def compute_mask(self, t, default_mask):
+    ...         mask = default_mask.clone()
+    ...         mask.view(-1)[::2] = 0
+    ...         return mask
+    >>> layer = nn.Linear(2, 2)
+    >>> method = EveryOther.apply(layer, "weight")
+    >>> layer.weight_mask
+    tensor([[0., 1.],
+            [0., 1.]])
+    """
+
+    @classmethod
+    def apply(
+        cls, module: nn.Module, name: str, *args: Any, importance_scores: Tensor | None = None, **kwargs: Any
+    ) -> host.BasePruningMethod:
+        """Prune a tensor; see the host's documentation of ``BasePruningMethod.apply``.
+
+        Raises:
+            InvalidAmountError, InvalidMaskError, InvalidScoresError: nothing has changed.
+        """
+        where = target(module, name)
+        with _lent(where):
+            if "amount" in kwargs:
+                structured = getattr(cls, "PRUNING_TYPE", None) == "structured"
+                _check_amount(kwargs["amount"], _available(where, kwargs.get("dim", -1) if structured else None))
+            scores = _scores(where, importance_scores)
+            method: host.BasePruningMethod = super().apply(*where, *args, importance_scores=scores, **kwargs)
+        _expose(module, name)
+        return method
+
+
+class Identity(host.Identity, BasePruningMethod):
+    """Prunes nothing: sets a mask of ones."""
+
+
+class RandomUnstructured(host.RandomUnstructured, BasePruningMethod):
+    """Prunes entries at random; see the host's class."""
+
+
+class L1Unstructured(host.L1Unstructured, BasePruningMethod):
+    """Prunes the entries of smallest magnitude; see the host's class."""
+
+
+class RandomStructured(host.RandomStructured, BasePruningMethod):
+    """Prunes slices along a dimension at random; see the host's class."""
+
+
+class LnStructured(host.LnStructured, BasePruningMethod):
+    """Prunes the slices along a dimension whose L_n norm is smallest; see the host's class."""
+
+
+class CustomFromMask(host.CustomFromMask, BasePruningMethod):
+    """Prunes by a given mask; see the host's class."""
+
+    @classmethod
+    def apply(cls, module: nn.Module, name: str, mask: Tensor) -> host.BasePruningMethod:  # type: ignore[override]
+        """Prune a tensor by a mask of its shape, 1 = kept."""
+        tensor = getattr(*target(module, name))
+        if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
+            found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise InvalidMaskError(name, found, tensor.shape)
+        return super().apply(module, name, mask)
+
+
+def _expose(module: nn.Module, name: str) -> None:
+    """Let ``weight_mask`` and ``weight_orig`` be read as they can be after the host's pruning."""
+    if ours(module, name) is None:
+        return
+    cls = type(module)  # torch's own class for this module and its copies
+
+    def mask(self: nn.Module) -> Tensor:
+        parametrization = ours(self, name)
+        if parametrization is None or parametrization.mask is None:
+            raise AttributeError(f"{name}_mask")
+        return parametrization.mask.to(getattr(*target(self, name)).dtype)
+
+    def original(self: nn.Module) -> nn.Parameter:
+        return host_masks.parameter(*target(self, name))
+
+    for attribute, getter in ((f"{name}_mask", mask), (f"{name}_orig", original)):
+        setattr(cls, attribute, property(getter))
+
+
+def identity(module: M, name: str) -> M:
+    """Set a mask of ones on a tensor; returns the module."""
+    Identity.apply(module, name)
+    return module
+
+
+def random_unstructured(module: M, name: str, amount: Amount) -> M:
+    """Prune `amount` (a fraction, or a count) of the unpruned entries of a tensor at random; returns the module."""
+    RandomUnstructured.apply(module, name, amount)
+    return module
+
+
+def l1_unstructured(module: M, name: str, amount: Amount, importance_scores: Tensor | None = None) -> M:
+    """Prune `amount` of the unpruned entries, those of smallest magnitude (or score); returns the module.
+
+    >>> layer = l1_unstructured(nn.Linear(4, 4), "weight", amount=3)
+    >>> int((layer.weight == 0).sum())
+    3
+    """
+    L1Unstructured.apply(module, name, amount, importance_scores)
+    return module
+
+
+def random_structured(module: M, name: str, amount: Amount, dim: int) -> M:
+    """Prune `amount` of the unpruned slices along `dim` at random; returns the module."""
+    RandomStructured.apply(module, name, amount, dim)
+    return module
+
+
+def ln_structured(
+    module: M, name: str, amount: Amount, n: float | str, dim: int, importance_scores: Tensor | None = None
+) -> M:
+    """Prune `amount` of the unpruned slices along `dim`, those of smallest L_n norm; returns the module."""
+    LnStructured.apply(module, name, amount, n, dim, importance_scores)
+    return module
+
+
+def custom_from_mask(module: M, name: str, mask: Tensor) -> M:
+    """Prune a tensor by a mask of its shape, 1 = kept, on top of what is pruned already; returns the module."""
+    CustomFromMask.apply(module, name, mask)
+    return module
+
+
+def global_unstructured(
+    parameters: Iterable[tuple[nn.Module, str]],
+    pruning_method: type[host.BasePruningMethod],
+    importance_scores: Mapping[tuple[nn.Module, str], Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Prune several tensors as if they were one: one threshold for all.
+
+    Args:
+        parameters: (module, tensor name) pairs, for example ``ip_plugin.prunable(model)``; any iterable.
+        pruning_method: an unstructured method, of this module, of the host's, or of one's own.
+        importance_scores: {pair: scores}; where a pair has none, its magnitudes in unit gauge are used.
+        **kwargs: arguments of the method, such as ``amount`` (a fraction, or a count of entries in all).
+
+    Raises:
+        NothingToPruneError, DuplicateTargetError, InvalidAmountError, InvalidScoresError: nothing has changed.
+        TypeError: the method is not unstructured.
+    """
+    if importance_scores is not None and not isinstance(importance_scores, Mapping):
+        raise TypeError("global_unstructured(): importance_scores must be of type dict")
+    pairs = list(parameters)
+    if not pairs:
+        raise NothingToPruneError
+    given = {target(*pair): scores for pair, scores in (importance_scores or {}).items()}
+    targets: dict[Target, None] = {}
+    for module, name in pairs:
+        where = target(module, name)
+        if where in targets:
+            raise DuplicateTargetError(name, type(module).__name__)
+        targets[where] = None
+    with ExitStack() as stack:
+        for where in targets:
+            stack.enter_context(_lent(where, ones=True))
+        if "amount" in kwargs:
+            _check_amount(kwargs["amount"], sum(_available(where) for where in targets))
+        scores = {tuple(where): _scores(where, given.get(where)) for where in targets}
+        host.global_unstructured([tuple(where) for where in targets], pruning_method, scores, **kwargs)
+    for module, name in pairs:
+        _expose(module, name)
+
+
+@torch.no_grad()
+def remove(module: M, name: str) -> M:
+    """Make the pruning of a tensor permanent: its masked entries become zeros, the mask goes; returns the module.
+
+    A convolution in the interspace stays there; the zeros are in its coefficients.
+
+    Raises:
+        NotPrunedError: the tensor has no mask.
+    """
+    where = target(module, name)
+    parametrization = _ours_at(where)
+    theirs = host_masks.take_off(*where)
+    kept = combined(None if parametrization is None else parametrization.mask, theirs)
+    if kept is None:
+        raise NotPrunedError(name, type(module).__name__)
+    parameter: Tensor = getattr(*where)
+    parameter.mul_(kept)
+    if parametrization is not None:
+        parametrization.mask = None
+        if not isinstance(parametrization, Interspace) and where.module is not module:
+            leave(module, name, parameter)
+    return module
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Whether any tensor of a module or of its children has a mask, ours or the host's."""
+    if host.is_pruned(module):
+        return True
+    return any(isinstance(child, Mask) and child.mask is not None for child in module.modules())
+
+
+def _by_magnitude(model: nn.Module, count: int) -> None:
+    global_unstructured(prunable(model), L1Unstructured, amount=count)
+
+
+def _at_random(model: nn.Module, count: int) -> None:
+    global_unstructured(prunable(model), RandomUnstructured, amount=count)
+
+
+CRITERIA = {
+    "global_l1": Criterion("global magnitude, after training", "after training", _by_magnitude),
+    "global_l1_init": Criterion("global magnitude, at initialisation", "at initialisation", _by_magnitude),
+    "global_random": Criterion("random, at initialisation", "at initialisation", _at_random),
+}

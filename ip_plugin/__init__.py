@@ -1,0 +1,29 @@
+"""Interspace pruning as a plugin: prune filter coefficients with the tools that prune weights.
+
+`interspace` writes the kernels of a network's convolutions in trainable filter bases; whatever prunes and trains then
+acts on the coefficients. `bake` makes the network ordinary again. An independent implementation after Wimmer, Mehnert
+and Condurache, CVPR 2022 (arXiv 2203.07808).
+"""
+
+from . import errors
+from .gauge import normalize
+from .masks import adopt_masks, masks, set_masks
+from .model import bake, interspace, prunable
+from .optimizer import join_optimizer, param_groups
+from .report import Report, report
+
+__all__ = [
+    "Report",
+    "adopt_masks",
+    "bake",
+    "errors",
+    "interspace",
+    "join_optimizer",
+    "masks",
+    "normalize",
+    "param_groups",
+    "prunable",
+    "report",
+    "set_masks",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,308 @@
+"""What a user can get wrong: one ``ValueError`` subclass for each, which builds its own message.
+
+Every message says three things: the rule (what was looked for), what was found, what to do.
+
+>>> import torch, ip_plugin
+>>> try:
+...     ip_plugin.interspace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), layers=["1"])
+... except ip_plugin.errors.UnknownLayerError as error:
+...     print(error)
+Every name in `layers` must be the name of a module of the model.
+Found: no module '1'
+What to do: use names from `model.named_modules()`; the closest are '0'
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    """Quoted, comma-separated, and cut after `most` names."""
+    quoted = [repr(name) for name in names]
+    rest = len(quoted) - most
+    return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _rebuild(cls: type[InterspaceError], message: str) -> InterspaceError:
+    error = cls.__new__(cls)
+    ValueError.__init__(error, message)
+    return error
+
+
+class InterspaceError(ValueError):
+    """Base of all errors of this package.
+
+    Args:
+        rule: what was looked for.
+        found: what was found instead.
+        remedy: what to do.
+    """
+
+    def __init__(self, rule: str, found: str, remedy: str) -> None:
+        super().__init__(f"{rule}\nFound: {found}\nWhat to do: {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses take other arguments than the message; worker processes pickle errors.
+        return _rebuild, (type(self), str(self))
+
+
+class NoLayerMatchedError(InterspaceError):
+    """`interspace` was given nothing that it can convert."""
+
+    def __init__(self, convolutions: int, selected: bool) -> None:
+        super().__init__(
+            "At least one convolution whose kernel has more than one element must be selected.",
+            f"{convolutions} such convolutions in the model, none of them "
+            f"{'selected by `layers`' if selected else 'there to convert'}",
+            "pass a model with convolutions larger than 1x1, or widen `layers`",
+        )
+
+
+class UnknownLayerError(InterspaceError):
+    """A layer name that the model does not have."""
+
+    def __init__(self, name: str, known: Iterable[str], argument: str = "layers") -> None:
+        known = [n for n in known if n]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        super().__init__(
+            f"Every name in `{argument}` must be the name of a module of the model.",
+            f"no module {name!r}",
+            f"use names from `model.named_modules()`; the closest are {_listed(close)}",
+        )
+
+
+class LayerSelectionError(InterspaceError):
+    """`layers` is neither None, nor names, nor a predicate."""
+
+    def __init__(self, layers: object) -> None:
+        super().__init__(
+            "`layers` must be None, an iterable of module names, or a predicate (name, module) -> bool.",
+            f"{type(layers).__name__} {layers!r}",
+            f"write layers=[{layers!r}]" if isinstance(layers, str) else "pass a list of names",
+        )
+
+
+class NotConvertibleError(InterspaceError):
+    """A layer that was named in `layers` and that has no interspace representation."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            "Only convolutions whose kernel has more than one element have a filter basis.",
+            f"layer {name!r}: {reason}",
+            f"leave {name!r} out of `layers`; it stays spatial and can be pruned all the same",
+        )
+
+
+class AlreadyInterspaceError(InterspaceError):
+    """A layer is in the interspace already."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            "A layer can be moved to the interspace once.",
+            f"already there: {_listed(names)}",
+            "select the other layers with `layers=`, or call `ip_plugin.bake(model)` first",
+        )
+
+
+class AlreadyParametrizedError(InterspaceError):
+    """Someone else's parametrization sits on a weight that this package was to take."""
+
+    def __init__(self, name: str, parametrization: str) -> None:
+        super().__init__(
+            "The weight of a layer must not be parametrized by someone else.",
+            f"layer {name!r}: weight parametrized by {parametrization}",
+            "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
+            "or leave the layer out",
+        )
+
+
+class AlreadyPrunedError(InterspaceError):
+    """A weight that is to move to the interspace carries a mask."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(
+            "A weight must not be pruned when it moves to the interspace: "
+            "its mask is a mask of weights, not of coefficients.",
+            f"layer {name!r}: pruned {how}",
+            "convert first and prune then, or make the zeros permanent with ip_plugin.bake(model) before",
+        )
+
+
+class TiedWeightError(InterspaceError):
+    """A weight that several modules share cannot be written in one module's basis."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            "The weight of a layer that moves to the interspace must belong to that layer alone.",
+            f"one Parameter is the weight of {_listed(names)}",
+            "untie the weights, or leave these layers out with `layers=`",
+        )
+
+
+class WrappedModelError(InterspaceError):
+    """The model was handed to a wrapper that has already listed its parameters."""
+
+    def __init__(self, wrapper: str) -> None:
+        super().__init__(
+            "A model must be converted before it is wrapped: the wrapper would not synchronise the new bases.",
+            f"the model is or contains a {wrapper}",
+            f"call interspace(model) first, then {wrapper}(model)",
+        )
+
+
+class SharingError(InterspaceError):
+    """Layers that cannot use one basis were put together, or `sharing` is not understood."""
+
+    @classmethod
+    def unknown(cls, sharing: object) -> SharingError:
+        return cls(
+            '`sharing` must be "layer", "model" or a callable (name, module) -> hashable.',
+            f"{sharing!r}",
+            'pass one of these; "layer" gives every layer a basis of its own',
+        )
+
+    @classmethod
+    def mismatch(cls, what: str, first: str, its: object, second: str, other: object) -> SharingError:
+        return cls(
+            f"Layers that share a basis must have the same {what}.",
+            f"layer {first!r} has {what} {its}, layer {second!r} has {what} {other}",
+            f"let `sharing` return different keys for them, for example (key, {what})",
+        )
+
+
+class InvalidBasisError(InterspaceError):
+    """A basis that cannot represent every kernel, or whose inverse would lose the weights' digits."""
+
+    def __init__(self, rule: str, found: str, remedy: str = 'use "standard", "orthonormal" or "dct"') -> None:
+        super().__init__(rule, found, remedy)
+
+
+class NonFiniteWeightError(InterspaceError):
+    """NaN or infinity in a weight."""
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__(
+            "Weights must be finite when they move to the interspace.",
+            f"layer {name!r}: {count} NaN or infinite values",
+            "convert a model that has not diverged",
+        )
+
+
+class UnsupportedDtypeError(InterspaceError):
+    """A weight that is neither a real floating point tensor nor initialised."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__(
+            "Weights must be real floating point tensors (float16, bfloat16, float32, float64).",
+            f"layer {name!r}: {dtype}",
+            f"convert the layer with .float(), or leave {name!r} out of `layers`",
+        )
+
+
+class InvalidMaskError(InterspaceError):
+    """A mask that does not fit the layer that it is for."""
+
+    def __init__(self, name: str, found: str, shape: Sequence[int]) -> None:
+        super().__init__(
+            f"The mask of layer {name!r} must be a tensor of shape {tuple(shape)} of bools (or zeros and ones).",
+            found,
+            "make it like the tensor that `ip_plugin.prunable(model)` names; True keeps an entry",
+        )
+
+
+class InvalidAmountError(InterspaceError):
+    """An amount to prune outside of what there is."""
+
+    def __init__(self, amount: object, available: int | None = None) -> None:
+        most = "" if available is None else f" of at most {available}"
+        super().__init__(
+            f"An amount must be a fraction in [0, 1] or a count{most}.",
+            f"{amount!r} ({type(amount).__name__})",
+            "pass a float between 0.0 and 1.0, or a non-negative int that is no larger than what there is",
+        )
+
+
+class InvalidScoresError(InterspaceError):
+    """Importance scores that do not fit the tensor that they are for."""
+
+    def __init__(self, tensor_name: str, shape: Sequence[int], found: Sequence[int]) -> None:
+        super().__init__(
+            f"Importance scores must have the shape of the tensor that they are for: {tensor_name!r}, {tuple(shape)}.",
+            f"shape {tuple(found)}",
+            "compute one score for each entry of the tensor that is pruned",
+        )
+
+
+class NothingToPruneError(InterspaceError):
+    """A pruning call without a single target."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "At least one (module, tensor name) pair must be given.",
+            "an empty iterable (a generator that was used up before?)",
+            "pass ip_plugin.prunable(model), or a list of pairs",
+        )
+
+
+class DuplicateTargetError(InterspaceError):
+    """One tensor was named twice in one pruning call."""
+
+    def __init__(self, tensor_name: str, module: str) -> None:
+        super().__init__(
+            "Every tensor may be given once, or the count of zeros would not be the count asked for.",
+            f"tensor {tensor_name!r} of a {module} is given twice",
+            "remove the duplicate; (conv, 'weight') and its coefficients are one tensor",
+        )
+
+
+class NotPrunedError(InterspaceError):
+    """`remove` was called for a tensor without a mask."""
+
+    def __init__(self, tensor_name: str, module: str) -> None:
+        super().__init__(
+            f"Tensor {tensor_name!r} must be pruned before its pruning can be made permanent.",
+            f"a {module} without a mask on {tensor_name!r}",
+            "call a pruning function first; ip_plugin.masks(model) lists what is pruned",
+        )
+
+
+class OptimizerMismatchError(InterspaceError):
+    """An optimizer that trains none of the model's coefficients."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(
+            "The optimizer must train coefficients of the model.",
+            f"{layers} interspace layers, none of their coefficients in the optimizer's parameter groups",
+            "pass the optimizer that was built from this model's parameters",
+        )
+
+
+class ExampleInputError(InterspaceError):
+    """The model could not be run on the example input."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "The model must run on `example_input` (a tensor, a tuple of arguments or a dict of keyword arguments).",
+            found,
+            "pass an input as the model's forward takes it, on the model's device",
+        )
+
+
+class InvalidStudyError(InterspaceError):
+    """A study that cannot be run as asked."""
+
+
+class ForeignFolderError(InterspaceError):
+    """A results folder that does not belong to this study."""
+
+    def __init__(self, folder: object, found: str) -> None:
+        super().__init__(
+            f"The output folder {str(folder)!r} must be new, empty, or hold results of the same study.",
+            found,
+            "choose another folder with --output, or remove this one",
+        )

@@ -1,0 +1,118 @@
+"""The gauge: the free scale between coefficients and basis filters.
+
+``coefficient[n] * a`` with ``basis[n] / a`` is the same network, but magnitudes of coefficients change. They can be
+compared where every filter has unit norm: `unit_gauge` reads them so and changes nothing, `normalize` makes it so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import basis as bases
+from .errors import InvalidBasisError
+from .layer import Layer, layers
+from .model import Model
+from .reparametrization import Interspace
+
+#: How entries of optimizer state scale with the gradient: state of torch's optimizers, by name.
+_POWER_OF_GRADIENT = {
+    "momentum_buffer": 1,  # SGD, RMSprop
+    "exp_avg": 1,  # Adam, AdamW, NAdam, RAdam, Adamax
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "exp_inf": 1,  # Adamax
+    "square_avg": 2,  # RMSprop, Adadelta
+    "grad_avg": 1,  # RMSprop
+    "sum": 2,  # Adagrad
+}
+
+
+def scales(space: Interspace, coefficients: Tensor) -> Tensor:
+    """Norms of the filters, shaped so that they multiply `coefficients`: ``(1, 1, *kernel)``."""
+    return bases.norms(space.basis.detach()).reshape(1, 1, *coefficients.shape[2:])
+
+
+def unit_gauge(layer: Layer) -> Tensor:
+    """Coefficients as they are when every basis filter has unit norm, detached; of a spatial layer, its weight.
+
+    Shape as `layer.coefficients`, masks not applied.
+    """
+    coefficients = layer.coefficients.detach()
+    space = layer.interspace
+    return coefficients if space is None else coefficients * scales(space, coefficients)
+
+
+@torch.no_grad()
+def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
+    """Give every basis filter unit norm, for good; the function that the model computes does not change.
+
+    Coefficients of all layers that share a basis are scaled with it. Gradients are scaled the other way, and so is the
+    state of `optimizer`; state of an optimizer that is not torch's own is reset with a warning.
+
+    Args:
+        model: changed in place. A plain model stays as it is.
+        optimizer: one that trains the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidBasisError: a filter of norm zero (or NaN); the model is as it was.
+
+    >>> from ip_plugin import interspace
+    >>> model = interspace(nn.Conv2d(3, 16, 3), basis=2 * torch.eye(9))
+    >>> space = normalize(model).parametrizations.weight[0]
+    >>> torch.equal(space.basis, torch.eye(9))
+    True
+    """
+    sharers: dict[nn.Parameter, list[Layer]] = {}
+    for layer in layers(model):
+        if layer.interspace is not None:
+            sharers.setdefault(layer.interspace.basis, []).append(layer)
+    found = {basis: bases.norms(basis) for basis in sharers}
+    for basis, norm in found.items():
+        if not bool((norm > 0).all() & norm.isfinite().all()):
+            worst = int((~((norm > 0) & norm.isfinite())).nonzero()[0])
+            raise InvalidBasisError(
+                "A filter must have a finite norm above zero to be given unit norm.",
+                f"filter {worst} of the basis of layer {sharers[basis][0].name!r} has norm {float(norm[worst])}",
+                "set its coefficients and the filter anew, or train without letting it vanish",
+            )
+    reset: set[str] = set()
+    for basis, norm in found.items():
+        if bool((norm == 1).all()):
+            continue
+        for layer in sharers[basis]:
+            scale = norm.reshape(1, 1, *layer.coefficients.shape[2:])
+            reset |= _rescale(layer.coefficients, scale, optimizer)
+        reset |= _rescale(basis, 1 / norm[:, None], optimizer)
+    if reset:
+        warnings.warn(f"optimizer state was reset, its meaning is not known: {', '.join(sorted(reset))}", stacklevel=2)
+    return model
+
+
+def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None) -> Iterable[str]:
+    """Multiply a parameter by `scale`, its gradient and what grew from it accordingly; names of state that was reset."""
+    parameter.mul_(scale)
+    if parameter.grad is not None:
+        parameter.grad.div_(scale)
+    if optimizer is None or parameter not in optimizer.state:
+        return set()
+    state = optimizer.state[parameter]
+    unknown = {
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and name not in _POWER_OF_GRADIENT
+    }
+    if unknown:
+        del optimizer.state[parameter]
+        return unknown
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.div_(scale ** _POWER_OF_GRADIENT[name])
+    return set()

@@ -1,0 +1,54 @@
+"""Masks that `torch.nn.utils.prune` keeps: finding them, reading them, taking them off.
+
+The host keeps a pruned tensor ``name`` of a module as a Parameter ``name_orig``, a buffer ``name_mask``, a plain
+attribute ``name`` (their product) and a forward pre-hook that renews it. Its own `remove` cannot do without baking the
+zeros in; these functions can.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from .reparametrization import restore_order
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """Names of the tensors of `module` (not of its children) that the host has pruned."""
+    return [hook._tensor_name for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+
+
+def mask(module: nn.Module, tensor_name: str) -> Tensor | None:
+    """The host's mask as bools, a copy; None if the tensor is not pruned by the host."""
+    if tensor_name not in pruned_names(module):
+        return None
+    found: Tensor = getattr(module, tensor_name + "_mask")
+    return found.detach() != 0
+
+
+def parameter(module: nn.Module, tensor_name: str) -> nn.Parameter:
+    """The Parameter behind a tensor, whether the host has pruned it or not."""
+    pruned = tensor_name in pruned_names(module)
+    found: nn.Parameter = getattr(module, tensor_name + "_orig" if pruned else tensor_name)
+    return found
+
+
+def take_off(module: nn.Module, tensor_name: str) -> Tensor | None:
+    """Remove the host's hook, buffer and attribute, and give the Parameter its name back; its values stay unmasked.
+
+    Returns:
+        The mask that was taken off, as bools; None if there was none.
+    """
+    taken = mask(module, tensor_name)
+    if taken is None:
+        return None
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == tensor_name:
+            del module._forward_pre_hooks[key]
+    original = module._parameters.pop(tensor_name + "_orig")
+    del module._buffers[tensor_name + "_mask"]
+    module.__dict__.pop(tensor_name, None)
+    module.register_parameter(tensor_name, original)
+    # The host has put the parameter last; torch's own layers register the weight before the bias.
+    restore_order(module, ("weight", "bias"))
+    return taken

@@ -1,0 +1,112 @@
+"""A prunable layer: where its coefficients, its basis and its masks are, in either space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from . import host_masks
+from .reparametrization import Interspace, Mask, enter, ours, parametrizations
+
+
+class Target(NamedTuple):
+    """A (module, tensor name) pair, as `torch.nn.utils.prune` takes it."""
+
+    module: nn.Module
+    tensor_name: str
+
+
+def target(module: nn.Module, tensor_name: str = "weight") -> Target:
+    """Where a pruner must act to reach a tensor: at the tensor itself, or at what our parametrization makes it of."""
+    if ours(module, tensor_name) is None:
+        return Target(module, tensor_name)
+    return Target(parametrizations(module)[tensor_name], "original")
+
+
+def combined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """What two masks keep together; None stands for a mask that keeps everything."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer whose weight or coefficients can be pruned."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def parametrization(self) -> Mask | None:
+        """Our parametrization of the weight, or None."""
+        return ours(self.module)
+
+    @property
+    def interspace(self) -> Interspace | None:
+        """Our parametrization if the layer is in the interspace, or None if it is spatial."""
+        found = self.parametrization
+        return found if isinstance(found, Interspace) else None
+
+    @property
+    def target(self) -> Target:
+        """What a pruner acts on."""
+        return target(self.module)
+
+    @property
+    def coefficients(self) -> nn.Parameter:
+        """The trained Parameter without any mask: coefficients, or the weight of a spatial layer."""
+        return host_masks.parameter(*self.target)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What our mask and the host's keep together; None if there is neither."""
+        found = self.parametrization
+        return combined(None if found is None else found.mask, host_masks.mask(*self.target))
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Make `mask` our mask of this layer, instead of every mask there was."""
+        host_masks.take_off(*self.target)
+        mask_target(self.target, mask)
+
+
+@torch.no_grad()
+def mask_target(where: Target, mask: Tensor) -> None:
+    """Set our mask on a target; a tensor without a parametrization of ours gets one."""
+    if not isinstance(where.module, parametrize.ParametrizationList):
+        enter(where.module, where.tensor_name, Mask())
+        where = target(*where)
+    original = getattr(*where)
+    # In the original's memory format, so that masking needs no reordering.
+    where.module[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """Whether a module is a convolution or linear layer with a Parameter that can be pruned."""
+    if not isinstance(module, (_ConvNd, nn.Linear)):
+        return False
+    if ours(module) is None and parametrize.is_parametrized(module, "weight"):
+        return False  # someone else's
+    where = target(module)
+    if where.tensor_name in host_masks.pruned_names(where.module):
+        return True
+    return isinstance(getattr(*where, None), nn.Parameter) and not isinstance(
+        getattr(*where), nn.parameter.UninitializedParameter
+    )
+
+
+def layers(model: nn.Module) -> Iterator[Layer]:
+    """The prunable layers of a model, in the order of `named_modules`, each tied weight once."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if is_prunable(module):
+            layer = Layer(name, module)
+            if id(layer.coefficients) not in seen:
+                seen.add(id(layer.coefficients))
+                yield layer

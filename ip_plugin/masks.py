@@ -1,0 +1,106 @@
+"""Masks of whole models: reading them, setting them, taking them over from `torch.nn.utils.prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from . import host_masks
+from .errors import AlreadyParametrizedError, InvalidMaskError, UnknownLayerError
+from .layer import Layer, layers
+from .model import Model
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The mask of every pruned layer: ours, `torch.nn.utils.prune`'s, or what both keep.
+
+    Args:
+        model: not changed.
+
+    Returns:
+        {layer name: bool tensor of the shape of its coefficients}, True = kept; copies. Layers without a mask are
+        left out. Inverse: `set_masks`.
+
+    >>> from torch.nn.utils import prune
+    >>> model = prune.l1_unstructured(nn.Linear(2, 2, bias=False), "weight", amount=3)
+    >>> int(masks(model)[""].sum())
+    1
+    """
+    found = {layer.name: layer.mask for layer in layers(model)}
+    return {name: mask.clone() for name, mask in found.items() if mask is not None}
+
+
+def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
+    """Set masks of layers, in either space, instead of the masks that these layers had.
+
+    A masked entry contributes nothing and gets no gradient; the Parameter behind it keeps its value. Masks are bool
+    buffers of the layer's parametrization: they move, copy and save with the model.
+
+    Args:
+        model: changed in place.
+        masks: {layer name: tensor of the shape of its coefficients, of bools or of zeros and ones}, True = kept.
+            Layers that are not named keep the masks that they have.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownLayerError: a name that is not a prunable layer of the model; the model is as it was.
+        InvalidMaskError: a mask of the wrong shape or with other values; the model is as it was.
+        AlreadyParametrizedError: the weight is parametrized by someone else; the model is as it was.
+
+    >>> import torch
+    >>> model = set_masks(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
+    >>> masks(model)
+    {'': tensor([[ True, False]])}
+    """
+    known = {layer.name: layer for layer in layers(model)}
+    others = dict(model.named_modules())
+    checked: list[tuple[Layer, Tensor]] = []
+    for name, mask in masks.items():
+        if name not in known:
+            if name in others and hasattr(others[name], "parametrizations"):
+                raise AlreadyParametrizedError(name, "another package")
+            raise UnknownLayerError(name, known, argument="masks")
+        checked.append((known[name], _checked(name, mask, known[name].coefficients)))
+    for layer, mask in checked:
+        layer.set_mask(mask)
+    return model
+
+
+def _checked(name: str, mask: object, coefficients: Tensor) -> Tensor:
+    shape = coefficients.shape
+    if not isinstance(mask, Tensor):
+        raise InvalidMaskError(name, f"a {type(mask).__name__}", shape)
+    if mask.shape != shape:
+        raise InvalidMaskError(name, f"shape {tuple(mask.shape)}", shape)
+    kept = mask.detach() != 0
+    if not bool((mask == kept.to(mask.dtype)).all()):
+        raise InvalidMaskError(name, "values other than 0 and 1", shape)
+    return kept
+
+
+def adopt_masks(model: Model) -> Model:
+    """Take over the masks that `torch.nn.utils.prune` has put on targets: its hooks go, our masks stay.
+
+    Afterwards the model copies with ``copy.deepcopy``, its weights can be assigned, and its Parameters have their
+    names back, with the values that they had (the host's ``weight_orig``).
+
+    Args:
+        model: changed in place; masks of tensors that are no targets (biases) stay with the host.
+
+    Returns:
+        The model.
+
+    >>> from torch.nn.utils import prune
+    >>> model = adopt_masks(prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5))
+    >>> prune.is_pruned(model), int(masks(model)[""].sum())
+    (False, 8)
+    """
+    for layer in layers(model):
+        if host_masks.mask(*layer.target) is not None:
+            mask = layer.mask
+            assert mask is not None
+            layer.set_mask(mask)
+    return model

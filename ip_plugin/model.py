@@ -1,0 +1,293 @@
+"""Verbs on whole models: `interspace`, `bake`, `prunable`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from . import basis as bases
+from . import host_masks
+from .basis import BasisSpec
+from .errors import (
+    AlreadyInterspaceError,
+    AlreadyParametrizedError,
+    AlreadyPrunedError,
+    LayerSelectionError,
+    NoLayerMatchedError,
+    NonFiniteWeightError,
+    NotConvertibleError,
+    SharingError,
+    TiedWeightError,
+    UnknownLayerError,
+    UnsupportedDtypeError,
+    WrappedModelError,
+)
+from .layer import Layer, Target, layers
+from .reparametrization import Interspace, Mask, enter, leave, parametrizations
+
+Model = TypeVar("Model", bound=nn.Module)
+Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
+Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]
+
+
+def interspace(
+    model: Model,
+    *,
+    basis: BasisSpec = "standard",
+    sharing: Sharing = "layer",
+    layers: Selection = None,
+    train_basis: bool = True,
+    seed: int = 0,
+) -> Model:
+    """Move convolutions to the interspace: write their kernels as linear combinations of a trainable filter basis.
+
+    The network computes what it computed before, bit for bit with the standard basis. The Parameter that was a layer's
+    ``weight`` holds the coefficients from now on (same object, same shape), so pruners act on them and an optimizer
+    goes on training them; the bases must join that optimizer: `join_optimizer`. Inverse: `bake`.
+
+    After Wimmer, Mehnert and Condurache, "Interspace Pruning: Using Adaptive Filter Representations to Improve
+    Training of Sparse CNNs", CVPR 2022, arXiv 2203.07808; an independent implementation.
+
+    Args:
+        model: changed in place. Conv1d/2d/3d and ConvTranspose1d/2d/3d and their subclasses are converted, except
+            where the kernel has one element (1x1), whose basis would be one number.
+        basis: ``"standard"`` (coefficients equal the weights), ``"orthonormal"`` (random), ``"dct"`` (DCT-II), or a
+            tensor ``(N, N)`` or ``(N, *kernel)`` whose rows are filters, ``N = prod(kernel)``.
+        sharing: which layers share one basis: ``"layer"`` (none do), ``"model"`` (all of one kernel shape), or a
+            callable (name, module) -> hashable; layers with equal values share.
+        layers: names of the layers to convert, or a predicate (name, module) -> bool that is asked for each of the
+            convolutions that can be converted; None converts them all.
+        train_basis: whether bases require gradients; the basis of frozen coefficients never does.
+        seed: seed of ``"orthonormal"``.
+
+    Returns:
+        The model.
+
+    Raises:
+        InterspaceError: one of its subclasses says what is wrong; the model is as it was.
+
+    Note:
+        ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
+        device does ``assign=True`` give every layer a basis of its own.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    >>> x = torch.randn(1, 3, 8, 8)
+    >>> before = model(x)
+    >>> torch.equal(interspace(model)(x), before)
+    True
+    >>> model[0].parametrizations.weight
+    ParametrizationList(
+      (0): Interspace(kernel=3x3, basis=9 filters)
+    )
+    """
+    chosen = _select(model, layers)
+    _check(model, chosen)
+    groups = _grouped(chosen, sharing)
+    generator = torch.Generator().manual_seed(seed)
+    filters = [bases.make(basis, _kernel(members[0]), generator) for members in groups]
+    # Everything that can be wrong has been refused; from here on the model changes.
+    for members, values in zip(groups, filters, strict=True):
+        first = members[0].module.weight
+        trained = train_basis and any(layer.module.weight.requires_grad for layer in members)
+        parameter = nn.Parameter(values.to(first.device, first.dtype), requires_grad=trained)
+        for layer in members:
+            _convert(layer, parameter)
+    return model
+
+
+def _convert(layer: Layer, basis: nn.Parameter) -> None:
+    weight = layer.module.weight
+    assert isinstance(weight, nn.Parameter)
+    space = Interspace(basis, _kernel(layer))
+    enter(layer.module, "weight", space)
+    if torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device)):
+        return
+    with torch.no_grad():
+        bases.transform_(weight, bases.inverse(basis))
+    if weight.grad is not None:
+        bases.transform_(weight.grad, basis.detach().mT)
+    space.converted_at = weight._version
+
+
+def _kernel(layer: Layer) -> tuple[int, ...]:
+    return tuple(layer.module.weight.shape[2:])
+
+
+def _select(model: nn.Module, selection: Selection) -> list[Layer]:
+    """The layers to convert, in model order."""
+    modules = dict(model.named_modules())
+    candidates = [Layer(name, module) for name, module in modules.items() if _obstacle(module) is None]
+    if selection is None:
+        chosen = candidates
+    elif isinstance(selection, str) or not (callable(selection) or isinstance(selection, Iterable)):
+        raise LayerSelectionError(selection)
+    elif callable(selection):
+        chosen = [layer for layer in candidates if selection(layer.name, layer.module)]
+    else:
+        names = dict.fromkeys(selection)
+        for name in names:
+            if not isinstance(name, str) or name not in modules:
+                raise UnknownLayerError(str(name), modules)
+            obstacle = _obstacle(modules[name])
+            if obstacle is not None:
+                raise NotConvertibleError(name, obstacle)
+        chosen = [layer for layer in candidates if layer.name in names]
+    if not chosen:
+        raise NoLayerMatchedError(len(candidates), selection is not None)
+    return chosen
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a module cannot be in the interspace; None if it can."""
+    if not isinstance(module, _ConvNd):
+        return f"a {type(module).__name__}, not a convolution"
+    weight = _raw_weight(module)
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet; run the model once"
+    kernel = module.kernel_size if weight is None else weight.shape[2:]
+    if math.prod(kernel) == 1:
+        return "its kernel has one element, so its basis would be one number"
+    return None
+
+
+def _raw_weight(module: nn.Module) -> Tensor | None:
+    """The weight if it is stored as such; None if it is computed. Asking a parametrization could change its state."""
+    if parametrize.is_parametrized(module, "weight"):
+        return None
+    found = getattr(module, "weight", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _check(model: nn.Module, chosen: list[Layer]) -> None:
+    """Refuse what cannot be converted, before anything has changed."""
+    for module in model.modules():
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise WrappedModelError(type(module).__name__)
+    converted = [layer.name for layer in chosen if layer.interspace is not None]
+    if converted:
+        raise AlreadyInterspaceError(converted)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for layer in chosen:
+        if layer.parametrization is not None:
+            raise AlreadyPrunedError(layer.name, "by a mask of ip_plugin")
+        if "weight" in host_masks.pruned_names(layer.module):
+            raise AlreadyPrunedError(layer.name, "by torch.nn.utils.prune")
+        if parametrize.is_parametrized(layer.module, "weight"):
+            found = parametrizations(layer.module).weight
+            raise AlreadyParametrizedError(layer.name, ", ".join(type(p).__name__ for p in found))
+        weight = layer.module.weight
+        if not isinstance(weight, nn.Parameter):
+            raise AlreadyParametrizedError(layer.name, "a hook: it is a plain tensor, not a Parameter")
+        if len(owners[id(weight)]) > 1:
+            raise TiedWeightError(owners[id(weight)])
+        if not weight.is_floating_point():
+            raise UnsupportedDtypeError(layer.name, weight.dtype)
+        if not weight.is_meta:
+            bad = int(weight.numel() - weight.detach().isfinite().sum())
+            if bad:
+                raise NonFiniteWeightError(layer.name, bad)
+
+
+def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
+    """Layers that share a basis, together; every group has one kernel shape, dtype and device."""
+    if sharing != "layer" and sharing != "model" and not callable(sharing):
+        raise SharingError.unknown(sharing)
+    groups: dict[Hashable, list[Layer]] = {}
+    for layer in chosen:
+        weight = layer.module.weight
+        key: Hashable
+        if callable(sharing):
+            key = sharing(layer.name, layer.module)
+        elif sharing == "model":
+            key = (_kernel(layer), weight.dtype, weight.device)
+        else:
+            key = layer.name
+        try:
+            members = groups.setdefault(key, [])
+        except TypeError:
+            raise SharingError.unknown(f"{key!r} for layer {layer.name!r}, which is not hashable") from None
+        if members:
+            first = members[0].module.weight
+            for what, its, other in (
+                ("kernel shape", _kernel(members[0]), _kernel(layer)),
+                ("dtype", first.dtype, weight.dtype),
+                ("device", first.device, weight.device),
+            ):
+                if its != other:
+                    raise SharingError.mismatch(what, members[0].name, its, layer.name, other)
+        members.append(layer)
+    return list(groups.values())
+
+
+def bake(model: Model) -> Model:
+    """Make a model ordinary again: compose its weights, apply every mask, remove what was added.
+
+    Classes, Parameter objects and the order of parameters are those from before `interspace`; a plain model without
+    masks stays as it is. Masks of `torch.nn.utils.prune` are applied and removed too. Kernels that were sparse in the
+    interspace are dense afterwards: measure with `report` and save compactly before. Gradients of coefficients are
+    dropped, and optimizer state of them belongs to the coefficients, not to the weights. Inverse: `interspace`.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        AlreadyParametrizedError: someone else's parametrization sits on top of ours; the model is as it was.
+
+    >>> conv = nn.Conv2d(3, 16, 3)
+    >>> weight = conv.weight
+    >>> bake(interspace(conv)).weight is weight
+    True
+    """
+    found: list[tuple[nn.Module, str]] = []
+    for name, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for tensor_name, held in parametrizations(module).items():
+            if isinstance(held[0], Mask):
+                if len(held) > 1:
+                    raise AlreadyParametrizedError(name, ", ".join(type(p).__name__ for p in held[1:]))
+                found.append((module, tensor_name))
+    with torch.no_grad():
+        for module in model.modules():
+            for tensor_name in host_masks.pruned_names(module):
+                kept = host_masks.take_off(module, tensor_name)
+                parameter = module.get_parameter(tensor_name)
+                parameter.mul_(kept)
+        for module, tensor_name in found:
+            held = parametrizations(module)[tensor_name]
+            if isinstance(held[0], Interspace):
+                held.original.grad = None
+            leave(module, tensor_name, held())
+    return model
+
+
+def prunable(model: nn.Module) -> list[Target]:
+    """What a pruner should act on: every target of a model, in either space.
+
+    Args:
+        model: not changed.
+
+    Returns:
+        (module, tensor name) pairs as `torch.nn.utils.prune` takes them: the coefficients of interspace layers, the
+        ``weight`` of other convolutions and linear layers, in the order of ``named_modules``. A weight that several
+        layers share is listed once. Biases, norms and embeddings are no targets.
+
+    >>> from torch.nn.utils import prune
+    >>> model = interspace(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10)))
+    >>> [tensor_name for _, tensor_name in prunable(model)]
+    ['original', 'weight']
+    >>> prune.global_unstructured(prunable(model), prune.L1Unstructured, amount=0.9)
+    """
+    return [layer.target for layer in layers(model)]

@@ -1,0 +1,122 @@
+"""Optimizers and bases: an existing optimizer takes them in (`join_optimizer`), a new one gets groups (`param_groups`)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from . import basis as bases
+from .errors import OptimizerMismatchError
+from .layer import Layer, layers
+from .model import Model
+
+
+def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
+    """Let an optimizer that was built before `interspace` train the bases too.
+
+    Every trainable basis joins the parameter group that holds its coefficients, with that group's settings, weight
+    decay included. Where `interspace` changed the coefficients' values (a basis that is not standard), SGD momentum is
+    carried over exactly; other state of these coefficients is reset with a warning. To be called once, before the next
+    ``optimizer.step()``; a second call, or one for a plain model, changes nothing.
+
+    Args:
+        model: the model that `interspace` returned.
+        optimizer: changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptimizerMismatchError: the optimizer trains none of the model's coefficients.
+
+    >>> from ip_plugin import interspace
+    >>> model = nn.Conv2d(3, 16, 3)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> model = join_optimizer(interspace(model), optimizer)
+    >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+    [(16, 3, 3, 3), (16,), (9, 9)]
+    """
+    converted = [layer for layer in layers(model) if layer.interspace is not None]
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    mine = [layer for layer in converted if id(layer.coefficients) in group_of]
+    if converted and not mine:
+        raise OptimizerMismatchError(len(converted))
+    names = {id(p): name for name, p in model.named_parameters()}
+    joined: dict[int, tuple[Layer, dict[str, Any]]] = {}
+    for layer in mine:
+        assert layer.interspace is not None
+        basis = layer.interspace.basis
+        group = group_of[id(layer.coefficients)]
+        if id(basis) in joined and joined[id(basis)][1] is not group:
+            first = joined[id(basis)][0].name
+            warnings.warn(
+                f"layers {first!r} and {layer.name!r} share a basis and are in different parameter groups: "
+                f"the basis joined the group of {first!r}",
+                stacklevel=2,
+            )
+        elif id(basis) not in group_of and basis.requires_grad:
+            group["params"].append(basis)
+            if "param_names" in group:
+                group["param_names"].append(names[id(basis)])
+            group_of[id(basis)] = group
+            joined[id(basis)] = layer, group
+    for layer in mine:
+        _carry_state(layer, optimizer)
+    return model
+
+
+@torch.no_grad()
+def _carry_state(layer: Layer, optimizer: Optimizer) -> None:
+    """Write state that was gathered for weights in the coefficients' basis."""
+    space, coefficients = layer.interspace, layer.coefficients
+    assert space is not None
+    converted_at, space.converted_at = space.converted_at, None
+    if converted_at is None or not optimizer.state.get(coefficients):
+        return
+    if coefficients._version != converted_at:
+        warnings.warn(
+            f"layer {layer.name!r} was changed between interspace and join_optimizer: its optimizer state is kept as it is",
+            stacklevel=3,
+        )
+        return
+    state = optimizer.state[coefficients]
+    if not isinstance(optimizer, SGD):
+        del optimizer.state[coefficients]
+        warnings.warn(f"state of {type(optimizer).__name__} for layer {layer.name!r} was reset", stacklevel=3)
+    elif state.get("momentum_buffer") is not None:
+        # Momentum is a sum of gradients, and d/dc = d/dh times the transposed basis.
+        bases.transform_(state["momentum_buffer"], space.basis.mT)
+
+
+def param_groups(
+    model: nn.Module, *, weight_decay: float, basis_weight_decay: float = 0.0, basis_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for a new optimizer: bases get no weight decay unless told otherwise.
+
+    Args:
+        model: in either space; of a plain model there is one group.
+        weight_decay: of everything that is not a basis.
+        basis_weight_decay: of the bases.
+        basis_lr: learning rate of the bases; None is the optimizer's.
+
+    Returns:
+        A list that every ``torch.optim`` optimizer takes instead of parameters.
+
+    >>> from ip_plugin import interspace
+    >>> model = interspace(nn.Conv2d(3, 16, 3))
+    >>> optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4), lr=0.1)
+    >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    [(2, 0.0005), (1, 0.0)]
+    """
+    basis = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}
+    rest = [p for p in model.parameters() if id(p) not in basis]
+    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": weight_decay}]
+    if basis:
+        groups.append({"params": list(basis.values()), "weight_decay": basis_weight_decay})
+        if basis_lr is not None:
+            groups[1]["lr"] = basis_lr
+    return groups

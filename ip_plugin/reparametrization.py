@@ -1,0 +1,196 @@
+"""The two parametrizations of this package, and how a tensor gets under one and out again.
+
+`Interspace` composes a convolution's weight from coefficients and a basis; `Mask` only masks, for tensors that stay
+spatial. Both keep the tensor's own Parameter object, so that an optimizer built before goes on training it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from . import basis as bases
+
+
+class Mask(nn.Module):
+    """Multiplies a tensor by a bool mask; without a mask it is the identity.
+
+    Attributes:
+        mask: bool buffer of the tensor's shape, False = pruned; None = nothing is pruned.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", None)
+        self.order: tuple[str, ...] = ()
+        self.load_hook: RemovableHandle | None = None
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The masked tensor; a masked entry passes no gradient."""
+        # As int8, because TorchVision-sized products by bool are several times slower on a CPU.
+        return original if self.mask is None else original * self.mask.view(torch.int8)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What `original` must be for `forward` to give `value` (its pruned entries excepted)."""
+        return value.clone()
+
+    def extra_repr(self) -> str:
+        if self.mask is None:
+            return ""
+        return f"pruned={int(self.mask.numel() - self.mask.sum())}/{self.mask.numel()}"
+
+
+class Interspace(Mask):
+    """Composes kernels from masked coefficients and a filter basis.
+
+    After Wimmer, Mehnert and Condurache, CVPR 2022 (arXiv 2203.07808).
+
+    Args:
+        basis: Parameter ``(N, N)``, one filter a row; layers may share the object.
+        kernel: spatial shape of the kernels, ``prod(kernel) == N``.
+
+    >>> space = Interspace(nn.Parameter(torch.eye(9)), (3, 3))
+    >>> space(torch.ones(8, 4, 3, 3)).shape, space.filters.shape
+    (torch.Size([8, 4, 3, 3]), torch.Size([9, 3, 3]))
+    """
+
+    def __init__(self, basis: nn.Parameter, kernel: Sequence[int]) -> None:
+        super().__init__()
+        self.basis = basis
+        self.kernel = tuple(kernel)
+        #: Version of the coefficients when a basis that is not standard changed their values; None once an optimizer
+        #: that still has state of the old values has been told (`join_optimizer`).
+        self.converted_at: int | None = None
+
+    @property
+    def filters(self) -> Tensor:
+        """The basis as a person looks at it: ``(N, *kernel)``."""
+        return self.basis.detach().reshape(-1, *self.kernel)
+
+    def forward(self, original: Tensor) -> Tensor:
+        """Weights ``(out, in, *kernel)`` from coefficients of the same shape."""
+        if torch.is_autocast_enabled(original.device.type):
+            # In the coefficients' own precision: the convolution that uses the weight rounds it once.
+            with torch.autocast(original.device.type, enabled=False):
+                return bases.compose(super().forward(original), self.basis)
+        return bases.compose(super().forward(original), self.basis)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Coefficients of the kernels `value` in the present basis."""
+        return bases.transform_(value.detach().clone(), bases.inverse(self.basis))
+
+    def extra_repr(self) -> str:
+        kernel = "x".join(map(str, self.kernel))
+        frozen = "" if self.basis.requires_grad else ", frozen"
+        return ", ".join(filter(None, (f"kernel={kernel}, basis={len(self.basis)} filters{frozen}", super().extra_repr())))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        # `load_state_dict(assign=True)` would give every layer a basis of its own: copy the values instead, unless
+        # the model is on the meta device and has no memory to copy to.
+        if not self.basis.is_meta:
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def ours(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
+    """The parametrization of this package on a tensor of `module`, or None."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return None
+    first = parametrizations(module)[tensor_name][0]
+    return first if isinstance(first, Mask) else None
+
+
+def parametrizations(module: nn.Module) -> Any:
+    """The ModuleDict of torch's parametrizations: tensor name -> ParametrizationList."""
+    return module.parametrizations
+
+
+def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
+    """Put a Parameter of `module` under `parametrization`: same object, same storage, same values.
+
+    Inverse: `leave`.
+    """
+    parametrization.order = order(module)
+    parametrization.train(module.training)
+    # A module without `right_inverse` makes torch take the Parameter as it is.
+    parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
+    parametrizations(module)[tensor_name][0] = parametrization
+    parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
+
+
+@torch.no_grad()
+def leave(module: nn.Module, tensor_name: str, value: Tensor) -> None:
+    """Make a parametrized tensor an ordinary Parameter with the given value: the same object, at its old place.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from a class that copies of the module
+    share, and puts the parameter last; so this does it without.
+    """
+    held = parametrizations(module)
+    parameter: nn.Parameter = held[tensor_name].original
+    parametrization = held[tensor_name][0]
+    parameter.copy_(value)
+    if parametrization.load_hook is not None:
+        parametrization.load_hook.remove()
+    cls = type(module)
+    if len(held) == 1:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+    else:
+        # Other tensors stay parametrized: a class of its own, without this tensor's property.
+        del held[tensor_name]
+        kept = {k: v for k, v in vars(cls).items() if k not in (tensor_name, "__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+    module.register_parameter(tensor_name, parameter)
+    restore_order(module, parametrization.order)
+
+
+def order(module: nn.Module) -> tuple[str, ...]:
+    """The order in which the parameters of `module` were registered, those under our parametrizations included."""
+    if parametrize.is_parametrized(module):
+        for held in parametrizations(module).values():
+            if isinstance(held[0], Mask):
+                return held[0].order
+    return tuple(module._parameters)
+
+
+def restore_order(module: nn.Module, names: Sequence[str]) -> None:
+    """Sort the parameters of `module` (not of its children) by `names`; the rest follows as it was."""
+    place = {name: i for i, name in enumerate(names)}
+    for name in sorted(module._parameters, key=lambda n: place.get(n, len(place))):
+        module._parameters[name] = module._parameters.pop(name)
+
+
+def _prepare_loading(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+) -> None:
+    """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients."""
+    error_messages: list[str] = rest[-1]
+    for tensor_name, held in parametrizations(module).items():
+        parametrization = held[0]
+        if not isinstance(parametrization, Mask):
+            continue
+        key = f"{prefix}parametrizations.{tensor_name}"
+        shape = held.original.shape
+        saved = state_dict.get(f"{key}.0.mask")
+        if parametrization.mask is None and saved is not None and saved.shape == shape:
+            parametrization.mask = torch.ones_like(held.original, dtype=torch.bool)
+        dense = state_dict.pop(prefix + tensor_name, None)
+        if dense is None:
+            continue
+        # A plain model knows nothing of bases and masks: those that are there stay.
+        for name, tensor in held.state_dict(prefix=f"{key}.").items():
+            state_dict.setdefault(name, tensor)
+        if dense.shape == shape:
+            try:
+                dense = parametrization.right_inverse(dense.to(held.original.device))
+            except ValueError as error:
+                error_messages.append(f"{prefix}{tensor_name} cannot be written in its basis: {error}")
+        pruned_by_host = "original" not in held._parameters
+        state_dict[f"{key}.original_orig" if pruned_by_host else f"{key}.original"] = dense

@@ -1,0 +1,323 @@
+"""What is left of a pruned network: parameters, non-zeros, bytes and multiply-adds, in either space.
+
+Zeros of the interspace are in the coefficients, where ``(conv.weight == 0).sum()`` does not see them; so this is what
+measures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from . import host_masks
+from .errors import ExampleInputError
+from .layer import Layer, combined, layers, target
+from .reparametrization import Mask, ours, parametrizations
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable layer (its weight or coefficients, without its bias), or a sum of rows.
+
+    Attributes:
+        layer: module name.
+        space: ``"interspace"`` or ``"spatial"``.
+        shape: of the coefficients or the weight.
+        parameters: numbers in the coefficients or the weight.
+        nonzeros: those that are neither masked nor zero.
+        sparsity: ``1 - nonzeros / parameters``.
+        basis: name of the first layer that uses the same basis; empty for a spatial layer.
+        basis_parameters: numbers in the basis, counted at the first layer that uses it and 0 at the others.
+        bytes_dense: size of all values.
+        bytes_sparse: size when stored sparse, or dense where that is smaller: non-zero values, their positions in the
+            smaller of a bit mask and 8-bit gaps, and the basis where it is counted.
+        macs_dense: multiply-adds of the layer for the example input, as it is given (its batch included).
+        macs_nonzero: those with a non-zero factor.
+        macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
+            N * N for each position and each input or output channel, whichever are fewer.
+    """
+
+    layer: str
+    space: str
+    shape: tuple[int, ...]
+    parameters: int
+    nonzeros: int
+    sparsity: float
+    basis: str
+    basis_parameters: int
+    bytes_dense: int
+    bytes_sparse: int
+    macs_dense: int | None
+    macs_nonzero: int | None
+    macs_basis: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found. Prints as a table.
+
+    Attributes:
+        rows: one for each prunable layer, in model order.
+        prunable: their sum.
+        everything: the sum with biases, norms, other parameters and bases: ``parameters`` is what
+            ``model.parameters()`` yields, ``bytes_*`` are those of the state_dict without masks, buffers included.
+    """
+
+    rows: tuple[Row, ...]
+    prunable: Row
+    everything: Row
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers, ready for JSON."""
+        return {
+            "layers": [_plain(row) for row in self.rows],
+            "prunable": _plain(self.prunable),
+            "everything": _plain(self.everything),
+        }
+
+    def to_csv(self) -> str:
+        """Comma-separated values: a header, the layers, then the two sums."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in (*self.rows, self.prunable, self.everything):
+            writer.writerow({**asdict(row), "shape": "x".join(map(str, row.shape))})
+        return out.getvalue()
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title="What is left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("space")
+        for header in ("shape", "parameters", "non-zeros", "sparsity", "basis", "bytes", "if stored sparse"):
+            table.add_column(header, justify="right")
+        with_macs = self.prunable.macs_dense is not None
+        if with_macs:
+            for header in ("MACs", "by non-zeros", "of the basis"):
+                table.add_column(header, justify="right")
+        for row in (*self.rows, self.prunable, self.everything):
+            if row is self.prunable:
+                table.add_section()
+            cells = [row.layer, row.space, "x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.nonzeros:,}"]
+            basis = f"{row.basis_parameters:,}" if row.basis_parameters else "shared" if row.basis else ""
+            cells += [f"{row.sparsity:.2%}", basis]
+            cells += [f"{row.bytes_dense:,}", f"{row.bytes_sparse:,}"]
+            if with_macs:
+                cells += [f"{macs:,}" for macs in (row.macs_dense, row.macs_nonzero, row.macs_basis) if macs is not None]
+            table.add_row(*cells)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=180).print(self)
+        return out.getvalue().rstrip("\n")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "shape": list(row.shape)}
+
+
+@torch.no_grad()
+def report(model: nn.Module, example_input: Any = None) -> Report:
+    """Measure what is left of a model: in either space, with our masks or `torch.nn.utils.prune`'s, or baked.
+
+    Args:
+        model: not changed; with an example input it is run once, in evaluation mode and without gradients.
+        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; without it there are no
+            multiply-adds.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ExampleInputError: the model does not run on the example input.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False))
+    >>> found = report(model, torch.zeros(1, 1, 5, 5))
+    >>> found.prunable.parameters, found.prunable.nonzeros, found.prunable.macs_dense
+    (18, 18, 162)
+    """
+    prunable = list(layers(model))
+    positions = None if example_input is None else _positions(model, prunable, example_input)
+    first_user: dict[int, str] = {}
+    rows = []
+    for layer in prunable:
+        space = layer.interspace
+        basis, counted = "", None
+        if space is not None:
+            basis = first_user.setdefault(id(space.basis), layer.name)
+            counted = space.basis if basis == layer.name else None
+        rows.append(_row(layer, basis, counted, None if positions is None else positions[layer.name]))
+    total = _sum("prunable", rows)
+    return Report(tuple(rows), total, _everything(model, prunable, total))
+
+
+def _row(layer: Layer, basis: str, counted: Tensor | None, positions: int | None) -> Row:
+    coefficients, mask, space = layer.coefficients.detach(), layer.mask, layer.interspace
+    left = coefficients != 0
+    kept = left if mask is None else left & mask
+    parameters, nonzeros = kept.numel(), int(kept.sum())
+    dense, basis_bytes = _bytes(coefficients), 0 if counted is None else _bytes(counted)
+    transform = None
+    if positions is not None:
+        transform = 0
+        if space is not None and isinstance(layer.module, _ConvNd):
+            transform = positions * space.basis.numel() * min(layer.module.in_channels, layer.module.out_channels)
+    return Row(
+        layer=layer.name,
+        space="spatial" if space is None else "interspace",
+        shape=tuple(coefficients.shape),
+        parameters=parameters,
+        nonzeros=nonzeros,
+        sparsity=1 - nonzeros / parameters if parameters else 0.0,
+        basis=basis,
+        basis_parameters=0 if counted is None else counted.numel(),
+        bytes_dense=dense,
+        bytes_sparse=min(dense, nonzeros * coefficients.element_size() + position_bytes(kept)) + basis_bytes,
+        macs_dense=None if positions is None else positions * parameters,
+        macs_nonzero=None if positions is None else positions * nonzeros,
+        macs_basis=transform,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def position_bytes(kept: Tensor) -> int:
+    """Bytes for the positions of the non-zeros: a bit mask, or 8-bit gaps where those are smaller.
+
+    A gap counts the zeros before a non-zero; 255 means 255 zeros and that the gap goes on.
+    """
+    index = kept.flatten().nonzero().squeeze(1)
+    gaps = index.diff(prepend=index.new_full((1,), -1)) - 1
+    return min((kept.numel() + 7) // 8, int((1 + gaps // 255).sum()))
+
+
+def _sum(name: str, rows: Sequence[Row]) -> Row:
+    def total(values: Iterable[int | None]) -> int | None:
+        found = list(values)
+        return None if None in found else sum(value or 0 for value in found)
+
+    parameters = sum(row.parameters for row in rows)
+    nonzeros = sum(row.nonzeros for row in rows)
+    return Row(
+        layer=name,
+        space="",
+        shape=(),
+        parameters=parameters,
+        nonzeros=nonzeros,
+        sparsity=1 - nonzeros / parameters if parameters else 0.0,
+        basis="",
+        basis_parameters=sum(row.basis_parameters for row in rows),
+        bytes_dense=sum(row.bytes_dense for row in rows),
+        bytes_sparse=sum(row.bytes_sparse for row in rows),
+        macs_dense=total(row.macs_dense for row in rows),
+        macs_nonzero=total(row.macs_nonzero for row in rows),
+        macs_basis=total(row.macs_basis for row in rows),
+    )
+
+
+def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row) -> Row:
+    """The prunable layers, and with them all other parameters, bases and buffers."""
+    masks = {id(parameter): mask for parameter, mask in _other_masks(model)}
+    coefficients = {id(layer.coefficients) for layer in layers}
+    basis = {id(layer.interspace.basis) for layer in layers if layer.interspace is not None}
+    parameters, nonzeros, size = prunable.parameters, prunable.nonzeros, 0
+    for parameter in model.parameters():
+        if id(parameter) in coefficients:
+            continue
+        values = parameter.detach()
+        parameters += values.numel()
+        if id(parameter) in basis:
+            nonzeros += values.numel()  # stored whole; its bytes are among the rows'
+            continue
+        size += _bytes(values)
+        mask = masks.get(id(parameter))
+        nonzeros += int(((values != 0) if mask is None else (values != 0) & mask).sum())
+    size += sum(_bytes(buffer) for buffer in _buffers(model))
+    return dataclasses.replace(
+        prunable,
+        layer="everything",
+        parameters=parameters,
+        nonzeros=nonzeros,
+        sparsity=1 - nonzeros / parameters if parameters else 0.0,
+        bytes_dense=prunable.bytes_dense + size,
+        bytes_sparse=prunable.bytes_sparse + size,
+    )
+
+
+def _other_masks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every masked Parameter with its mask: biases, norms and whatever else a user has pruned."""
+    for module in model.modules():
+        held = parametrizations(module) if parametrize.is_parametrized(module) else {}
+        for tensor_name in (*host_masks.pruned_names(module), *held):
+            where = target(module, tensor_name)
+            own = ours(module, tensor_name)
+            mask = combined(None if own is None else own.mask, host_masks.mask(*where))
+            if mask is not None:
+                yield host_masks.parameter(*where), mask
+
+
+def _buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Buffers that a state_dict holds, without masks."""
+    for module in model.modules():
+        masks = {f"{tensor_name}_mask" for tensor_name in host_masks.pruned_names(module)}
+        if isinstance(module, Mask):
+            masks.add("mask")
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in masks | module._non_persistent_buffers_set:
+                yield buffer
+
+
+def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) -> dict[str, int]:
+    """How often each layer applies its weight: output positions (input positions where transposed) times batch."""
+    counts = dict.fromkeys((layer.name for layer in layers), 0)
+
+    def counter(layer: Layer) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if isinstance(module, _ConvTransposeNd):
+                applied, channels = (*args, *kwargs.values())[0], module.in_channels
+            elif isinstance(module, _ConvNd):
+                applied, channels = output, module.out_channels
+            else:
+                applied, channels = output, layer.coefficients.shape[0]
+            if isinstance(applied, Tensor):
+                counts[layer.name] += applied.numel() // channels
+
+        return count
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [layer.module.register_forward_hook(counter(layer), with_kwargs=True) for layer in layers]
+    try:
+        model.eval()
+        if isinstance(example_input, Mapping):
+            model(**example_input)
+        elif isinstance(example_input, tuple):
+            model(*example_input)
+        else:
+            model(example_input)
+    except Exception as error:
+        shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return counts

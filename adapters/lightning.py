@@ -6,19 +6,18 @@ The host's callback refuses the module that holds coefficients; this subclass ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ip_plugin import bake, host_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.layer import target
-from ip_plugin.reparametrization import Interspace, Mask, ours, parametrizations
+from ip_plugin.reparametrization import Interspace, held, ours
 
 try:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,10 +53,12 @@ class ModelPruning(Host):
         if not parameters_to_prune:
             plain = Host.sanitize_parameters_to_prune(pl_module, (), parameter_names)
             names = parameter_names or Host.PARAMETER_NAMES
-            found = {(module, name) for module, name in plain} | {(m, n) for m, n, _ in _ours_in(pl_module)}
+            found = set(plain) | {(each.module, each.tensor_name) for each in held(pl_module)}
             return [(module, name) for name in names for module in pl_module.modules() if (module, name) in found]
-        owners = {parametrizations(module)[name]: (module, name) for module, name, _ in _ours_in(pl_module)}
-        translated = [owners.get(pair[0], pair) if len(pair) == 2 else pair for pair in parameters_to_prune]
+        owners: dict[object, tuple[nn.Module, str]] = {e.chain: (e.module, e.tensor_name) for e in held(pl_module)}
+        translated = [
+            owners.get(pair[0], pair) if isinstance(pair[0], nn.Module) else pair for pair in parameters_to_prune
+        ]
         checked: Pairs = Host.sanitize_parameters_to_prune(pl_module, translated, parameter_names)
         return checked
 
@@ -89,9 +90,9 @@ class ModelPruning(Host):
 
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Make masked entries zeros and remove the masks, ours and the host's."""
-        for child, name, parametrization in list(_ours_in(module)):
-            if parametrization.mask is not None:
-                torch_prune.remove(child, name)
+        for each in held(module):
+            if each.parametrization.mask is not None:
+                torch_prune.remove(each.module, each.tensor_name)
         super().make_pruning_permanent(module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -100,22 +101,11 @@ class ModelPruning(Host):
         if not self._make_pruning_permanent:
             return
         state = checkpoint["state_dict"]
-        names = {module: name for name, module in pl_module.named_modules()}
-        for module, tensor_name, parametrization in _ours_in(pl_module):
-            prefix = f"{names[module]}." if names[module] else ""
-            key = f"{prefix}parametrizations.{tensor_name}"
+        for each in held(pl_module):
+            prefix = f"{each.layer}." if each.layer else ""
+            key = f"{prefix}parametrizations.{each.tensor_name}"
             mask = state.pop(f"{key}.0.mask", None)
             if mask is not None:
                 state[f"{key}.original"] = state[f"{key}.original"] * mask
-            if not isinstance(parametrization, Interspace):
-                state[prefix + tensor_name] = state.pop(f"{key}.original")
-
-
-def _ours_in(model: nn.Module) -> Iterator[tuple[nn.Module, str, Mask]]:
-    """(module, tensor name, parametrization) of everything that is under a parametrization of ours."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            for name in list(parametrizations(module)):
-                parametrization = ours(module, name)
-                if parametrization is not None:
-                    yield module, name, parametrization
+            if not isinstance(each.parametrization, Interspace):
+                state[prefix + each.tensor_name] = state.pop(f"{key}.original")

@@ -43,7 +43,7 @@ from ip_plugin.errors import (
 )
 from ip_plugin.gauge import scales
 from ip_plugin.layer import Target, combined, mask_target, target
-from ip_plugin.reparametrization import Interspace, Mask, leave, ours
+from ip_plugin.reparametrization import Interspace, Mask, held, leave, ours
 
 __all__ = [
     "BasePruningMethod",
@@ -71,8 +71,8 @@ _List = nn.utils.parametrize.ParametrizationList
 
 
 def _ours_at(where: Target) -> Mask | None:
-    held = where.module[0] if isinstance(where.module, _List) else None
-    return held if isinstance(held, Mask) else None
+    first = where.module[0] if isinstance(where.module, _List) else None
+    return first if isinstance(first, Mask) else None
 
 
 def _is_ours_to_mask(where: Target) -> bool:
@@ -355,7 +355,7 @@ def is_pruned(module: nn.Module) -> bool:
     """Whether any tensor of a module or of its children has a mask, ours or the host's."""
     if host.is_pruned(module):
         return True
-    return any(isinstance(child, Mask) and child.mask is not None for child in module.modules())
+    return any(each.parametrization.mask is not None for each in held(module))
 
 
 def _by_magnitude(model: nn.Module, count: int) -> None:

@@ -29,7 +29,7 @@ from .errors import (
     WrappedModelError,
 )
 from .layer import Layer, Target, layers
-from .reparametrization import Interspace, Mask, enter, leave, parametrizations
+from .reparametrization import Interspace, enter, held, leave, parametrizations
 
 Model = TypeVar("Model", bound=nn.Module)
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -250,26 +250,19 @@ def bake(model: Model) -> Model:
     >>> bake(interspace(conv)).weight is weight
     True
     """
-    found: list[tuple[nn.Module, str]] = []
-    for name, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        for tensor_name, held in parametrizations(module).items():
-            if isinstance(held[0], Mask):
-                if len(held) > 1:
-                    raise AlreadyParametrizedError(name, ", ".join(type(p).__name__ for p in held[1:]))
-                found.append((module, tensor_name))
+    found = held(model)
+    for each in found:
+        if len(each.chain) > 1:
+            raise AlreadyParametrizedError(each.layer, ", ".join(type(p).__name__ for p in list(each.chain)[1:]))
     with torch.no_grad():
         for module in model.modules():
             for tensor_name in host_masks.pruned_names(module):
                 kept = host_masks.take_off(module, tensor_name)
-                parameter = module.get_parameter(tensor_name)
-                parameter.mul_(kept)
-        for module, tensor_name in found:
-            held = parametrizations(module)[tensor_name]
-            if isinstance(held[0], Interspace):
-                held.original.grad = None
-            leave(module, tensor_name, held())
+                module.get_parameter(tensor_name).mul_(kept)
+        for each in found:
+            if isinstance(each.parametrization, Interspace):
+                each.chain.original.grad = None
+            leave(each.module, each.tensor_name, each.chain())
     return model
 
 

@@ -7,7 +7,7 @@ spatial. Both keep the tensor's own Parameter object, so that an optimizer built
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,32 @@ def parametrizations(module: nn.Module) -> Any:
     return module.parametrizations
 
 
+class Held(NamedTuple):
+    """A tensor that is under a parametrization of this package."""
+
+    layer: str
+    module: nn.Module
+    tensor_name: str
+    parametrization: Mask
+
+    @property
+    def chain(self) -> parametrize.ParametrizationList:
+        """torch's list of the tensor's parametrizations; `parametrization` is the first."""
+        found: parametrize.ParametrizationList = parametrizations(self.module)[self.tensor_name]
+        return found
+
+
+def held(model: nn.Module) -> list[Held]:
+    """Everything in a model that is under a parametrization of this package, in model order."""
+    return [
+        Held(name, module, tensor_name, tensors[0])
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor_name, tensors in parametrizations(module).items()
+        if isinstance(tensors[0], Mask)
+    ]
+
+
 def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     """Put a Parameter of `module` under `parametrization`: same object, same storage, same values.
 
@@ -119,6 +145,8 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     """
     parametrization.order = order(module)
     parametrization.train(module.training)
+    if parametrize.is_parametrized(module):
+        _own_class(module)
     # A module without `right_inverse` makes torch take the Parameter as it is.
     parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
     parametrizations(module)[tensor_name][0] = parametrization
@@ -132,31 +160,35 @@ def leave(module: nn.Module, tensor_name: str, value: Tensor) -> None:
     `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from a class that copies of the module
     share, and puts the parameter last; so this does it without.
     """
-    held = parametrizations(module)
-    parameter: nn.Parameter = held[tensor_name].original
-    parametrization = held[tensor_name][0]
+    tensors = parametrizations(module)
+    parameter: nn.Parameter = tensors[tensor_name].original
+    parametrization = tensors[tensor_name][0]
     parameter.copy_(value)
     if parametrization.load_hook is not None:
         parametrization.load_hook.remove()
-    cls = type(module)
-    if len(held) == 1:
+    if len(tensors) == 1:
         del module.parametrizations
-        module.__class__ = cls.__bases__[0]
+        module.__class__ = type(module).__bases__[0]
     else:
-        # Other tensors stay parametrized: a class of its own, without this tensor's property.
-        del held[tensor_name]
-        kept = {k: v for k, v in vars(cls).items() if k not in (tensor_name, "__dict__", "__weakref__")}
-        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+        del tensors[tensor_name]
+        _own_class(module, without=tensor_name)
     module.register_parameter(tensor_name, parameter)
     restore_order(module, parametrization.order)
+
+
+def _own_class(module: nn.Module, without: str = "") -> None:
+    """Give a parametrized module a class that its copies do not share, before a property is added or left out."""
+    cls = type(module)
+    kept = {k: v for k, v in vars(cls).items() if k not in (without, "__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, kept)
 
 
 def order(module: nn.Module) -> tuple[str, ...]:
     """The order in which the parameters of `module` were registered, those under our parametrizations included."""
     if parametrize.is_parametrized(module):
-        for held in parametrizations(module).values():
-            if isinstance(held[0], Mask):
-                return held[0].order
+        for tensors in parametrizations(module).values():
+            if isinstance(tensors[0], Mask):
+                return tensors[0].order
     return tuple(module._parameters)
 
 
@@ -172,25 +204,25 @@ def _prepare_loading(
 ) -> None:
     """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients."""
     error_messages: list[str] = rest[-1]
-    for tensor_name, held in parametrizations(module).items():
-        parametrization = held[0]
+    for tensor_name, tensors in parametrizations(module).items():
+        parametrization = tensors[0]
         if not isinstance(parametrization, Mask):
             continue
         key = f"{prefix}parametrizations.{tensor_name}"
-        shape = held.original.shape
+        shape = tensors.original.shape
         saved = state_dict.get(f"{key}.0.mask")
         if parametrization.mask is None and saved is not None and saved.shape == shape:
-            parametrization.mask = torch.ones_like(held.original, dtype=torch.bool)
+            parametrization.mask = torch.ones_like(tensors.original, dtype=torch.bool)
         dense = state_dict.pop(prefix + tensor_name, None)
         if dense is None:
             continue
         # A plain model knows nothing of bases and masks: those that are there stay.
-        for name, tensor in held.state_dict(prefix=f"{key}.").items():
+        for name, tensor in tensors.state_dict(prefix=f"{key}.").items():
             state_dict.setdefault(name, tensor)
         if dense.shape == shape:
             try:
-                dense = parametrization.right_inverse(dense.to(held.original.device))
+                dense = parametrization.right_inverse(dense.to(tensors.original.device))
             except ValueError as error:
                 error_messages.append(f"{prefix}{tensor_name} cannot be written in its basis: {error}")
-        pruned_by_host = "original" not in held._parameters
+        pruned_by_host = "original" not in tensors._parameters
         state_dict[f"{key}.original_orig" if pruned_by_host else f"{key}.original"] = dense

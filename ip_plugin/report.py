@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
 from .errors import ExampleInputError
-from .layer import Layer, combined, layers, target
-from .reparametrization import Mask, ours, parametrizations
+from .layer import Layer, Target, combined, layers
+from .reparametrization import Mask, held
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -235,7 +235,7 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
 
 def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row) -> Row:
     """The prunable layers, and with them all other parameters, bases and buffers."""
-    masks = {id(parameter): mask for parameter, mask in _other_masks(model)}
+    masks = {id(parameter): mask for parameter, mask in _all_masks(model)}
     coefficients = {id(layer.coefficients) for layer in layers}
     basis = {id(layer.interspace.basis) for layer in layers if layer.interspace is not None}
     parameters, nonzeros, size = prunable.parameters, prunable.nonzeros, 0
@@ -262,16 +262,18 @@ def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row) -> Row
     )
 
 
-def _other_masks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every masked Parameter with its mask: biases, norms and whatever else a user has pruned."""
+def _all_masks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every masked Parameter with its mask: weights, biases, norms and whatever else a user has pruned."""
+    for each in held(model):
+        where = Target(each.chain, "original")
+        mask = combined(each.parametrization.mask, host_masks.mask(*where))
+        if mask is not None:
+            yield host_masks.parameter(*where), mask
     for module in model.modules():
-        held = parametrizations(module) if parametrize.is_parametrized(module) else {}
-        for tensor_name in (*host_masks.pruned_names(module), *held):
-            where = target(module, tensor_name)
-            own = ours(module, tensor_name)
-            mask = combined(None if own is None else own.mask, host_masks.mask(*where))
-            if mask is not None:
-                yield host_masks.parameter(*where), mask
+        for tensor_name in host_masks.pruned_names(module):
+            mask = host_masks.mask(module, tensor_name)
+            if mask is not None and not isinstance(module, ParametrizationList):
+                yield host_masks.parameter(module, tensor_name), mask
 
 
 def _buffers(model: nn.Module) -> Iterator[Tensor]:

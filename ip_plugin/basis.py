@@ -49,7 +49,7 @@ def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | N
     if isinstance(basis, Tensor):
         return _checked(basis, kernel)
     if basis == "standard":
-        return torch.eye(math.prod(kernel), dtype=torch.float64)
+        return torch.eye(math.prod(kernel), dtype=torch.float64, device="cpu")
     if basis == "orthonormal":
         return _orthonormal(math.prod(kernel), generator)
     if basis == "dct":
@@ -61,16 +61,16 @@ def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | N
 
 
 def _orthonormal(n: int, generator: torch.Generator | None) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu", generator=generator))
     # Signs of R's diagonal made positive, Q is uniformly distributed (Mezzadri 2007, arXiv math-ph/0609050).
     return (q * r.diagonal().sign()).contiguous()
 
 
 def _dct(kernel: Sequence[int]) -> Tensor:
     """The tensor product of orthonormal DCT-II matrices, one for each kernel dimension."""
-    product = torch.ones(1, 1, dtype=torch.float64)
+    product = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for size in kernel:
-        position = torch.arange(size, dtype=torch.float64)
+        position = torch.arange(size, dtype=torch.float64, device="cpu")
         cosines = torch.cos(math.pi / size * (position + 0.5) * position[:, None])
         cosines[0] /= math.sqrt(2.0)
         product = torch.kron(product, cosines * math.sqrt(2.0 / size))

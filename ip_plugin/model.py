@@ -89,30 +89,26 @@ def interspace(
     chosen = _select(model, layers)
     _check(model, chosen)
     groups = _grouped(chosen, sharing)
-    generator = torch.Generator().manual_seed(seed)
-    filters = [bases.make(basis, _kernel(members[0]), generator) for members in groups]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    plans = []
+    for members in groups:
+        values = bases.make(basis, _kernel(members[0]), generator).to(members[0].module.weight.dtype)
+        standard = torch.equal(values, torch.eye(len(values), dtype=values.dtype, device="cpu"))
+        plans.append((members, values, None if standard else bases.inverse(values)))
     # Everything that can be wrong has been refused; from here on the model changes.
-    for members, values in zip(groups, filters, strict=True):
-        first = members[0].module.weight
-        trained = train_basis and any(layer.module.weight.requires_grad for layer in members)
-        parameter = nn.Parameter(values.to(first.device, first.dtype), requires_grad=trained)
-        for layer in members:
-            _convert(layer, parameter)
+    for members, values, inverse in plans:
+        weights = [layer.module.weight for layer in members]
+        trained = train_basis and any(weight.requires_grad for weight in weights)
+        parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
+        for layer, weight in zip(members, weights, strict=True):
+            space = Interspace(parameter, _kernel(layer))
+            enter(layer.module, "weight", space)
+            if inverse is not None:
+                bases.transform_(weight.detach(), inverse)
+                if weight.grad is not None:
+                    bases.transform_(weight.grad, values.mT)
+                space.converted_at = weight._version
     return model
-
-
-def _convert(layer: Layer, basis: nn.Parameter) -> None:
-    weight = layer.module.weight
-    assert isinstance(weight, nn.Parameter)
-    space = Interspace(basis, _kernel(layer))
-    enter(layer.module, "weight", space)
-    if torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device)):
-        return
-    with torch.no_grad():
-        bases.transform_(weight, bases.inverse(basis))
-    if weight.grad is not None:
-        bases.transform_(weight.grad, basis.detach().mT)
-    space.converted_at = weight._version
 
 
 def _kernel(layer: Layer) -> tuple[int, ...]:
@@ -148,9 +144,8 @@ def _obstacle(module: nn.Module) -> str | None:
     if not isinstance(module, _ConvNd):
         return f"a {type(module).__name__}, not a convolution"
     weight = _raw_weight(module)
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet; run the model once"
-    kernel = module.kernel_size if weight is None else weight.shape[2:]
+    known = weight is not None and not isinstance(weight, nn.parameter.UninitializedParameter)
+    kernel = weight.shape[2:] if known else module.kernel_size
     if math.prod(kernel) == 1:
         return "its kernel has one element, so its basis would be one number"
     return None
@@ -187,6 +182,8 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
         weight = layer.module.weight
         if not isinstance(weight, nn.Parameter):
             raise AlreadyParametrizedError(layer.name, "a hook: it is a plain tensor, not a Parameter")
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise NotConvertibleError(layer.name, "its weight is not initialised yet; run the model once")
         if len(owners[id(weight)]) > 1:
             raise TiedWeightError(owners[id(weight)])
         if not weight.is_floating_point():

@@ -1,0 +1,252 @@
+"""What a user can get wrong: an error that says so, and a model as it was before."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as host
+
+import ip_plugin
+from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, normalize, report, set_masks
+from ip_plugin.adapters import torch_prune
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (1, 3)), nn.Flatten(), nn.Linear(48, 2)
+    )
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Everything of a model that a failed call could have changed."""
+    return {
+        name: (
+            type(module),
+            module.training,
+            list(module._forward_pre_hooks),
+            list(module._forward_hooks),
+            list(module._load_state_dict_pre_hooks),
+            sorted(vars(module)),
+            {n: (id(p), values(p), p.requires_grad) for n, p in module._parameters.items() if p is not None},
+            {n: b.clone() for n, b in module._buffers.items() if b is not None},
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def values(parameter: nn.Parameter) -> Tensor | None:
+    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    return None if lazy else parameter.detach().clone()
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def spoilt(model: nn.Sequential, value: float) -> nn.Sequential:
+    model[3].weight.data[0, 0, 0, 1] = value
+    return model
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+BAD_INTERSPACE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
+    "nothing to convert": (lambda: nn.Linear(2, 2), {}, errors.NoLayerMatchedError, "0 such convolutions in the model"),
+    "nothing selected": (network, {"layers": []}, errors.NoLayerMatchedError, "2 such convolutions.*selected"),
+    "predicate selects nothing": (network, {"layers": lambda n, m: False}, errors.NoLayerMatchedError, "none of them"),
+    "unknown name": (network, {"layers": ["0", "00"]}, errors.UnknownLayerError, "no module '00'"),
+    "a name that is no string": (network, {"layers": [0]}, errors.UnknownLayerError, "no module '0'"),
+    "a string": (network, {"layers": "0"}, errors.LayerSelectionError, r"write layers=\['0'\]"),
+    "a number": (network, {"layers": 3}, errors.LayerSelectionError, "int 3"),
+    "a 1x1 convolution": (network, {"layers": ["2"]}, errors.NotConvertibleError, "its kernel has one element"),
+    "a linear layer": (network, {"layers": ["5"]}, errors.NotConvertibleError, "a Linear, not a convolution"),
+    "a lazy convolution": (
+        lambda: nn.Sequential(nn.LazyConv2d(3, 3)), {"layers": ["0"]}, errors.NotConvertibleError, "not initialised",
+    ),
+    "a lazy convolution among others": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.LazyConv2d(3, 3)), {}, errors.NotConvertibleError,
+        "layer '1': its weight is not initialised yet",
+    ),
+    "already there": (lambda: interspace(network()), {}, errors.AlreadyInterspaceError, "already there: '0', '3'"),
+    "one is already there": (
+        lambda: interspace(network(), layers=["0"]), {}, errors.AlreadyInterspaceError, "already there: '0'",
+    ),
+    "pruned by the host": (
+        lambda: nn.Sequential(host.l1_unstructured(nn.Conv2d(3, 3, 3), "weight", 0.5)), {},
+        errors.AlreadyPrunedError, "'0': pruned by torch.nn.utils.prune",
+    ),
+    "pruned by us": (
+        lambda: set_masks(network(), {"0": torch.ones(4, 3, 3, 3)}), {}, errors.AlreadyPrunedError, "mask of ip_plugin",
+    ),
+    "parametrized": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), {},
+        errors.AlreadyParametrizedError, "_WeightNorm",
+    ),
+    "spectral norm, whose state a look would change": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 3, 3))), {},
+        errors.AlreadyParametrizedError, "_SpectralNorm",
+    ),
+    "computed by a hook": (
+        lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Conv2d(3, 3, 3))), {},
+        errors.AlreadyParametrizedError, "a plain tensor, not a Parameter",
+    ),
+    "tied": (tied, {}, errors.TiedWeightError, "one Parameter is the weight of '0', '1'"),
+    "wrapped": (lambda: nn.DataParallel(network()), {}, errors.WrappedModelError, "DataParallel"),
+    "sharing unknown": (network, {"sharing": "stage"}, errors.SharingError, "'stage'"),
+    "sharing unhashable": (network, {"sharing": lambda n, m: []}, errors.SharingError, "not hashable"),
+    "kernel shapes that cannot share": (
+        network, {"sharing": lambda n, m: 0}, errors.SharingError,
+        r"'0' has kernel shape \(3, 3\), layer '3' has kernel shape \(1, 3\)",
+    ),
+    "dtypes that cannot share": (
+        lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3).double()), {"sharing": lambda n, m: 0},
+        errors.SharingError, "dtype torch.float32, layer '1' has dtype torch.float64",
+    ),
+    "basis unknown": (network, {"basis": "wavelet"}, errors.InvalidBasisError, "'wavelet'"),
+    "basis singular": (network, {"basis": torch.ones(9, 9), "layers": ["0"]}, errors.InvalidBasisError, "dependent"),
+    "basis for another kernel": (network, {"basis": torch.eye(9)}, errors.InvalidBasisError, r"shape \(9, 9\)"),
+    "basis singular once rounded to the weights' dtype": (
+        lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3).bfloat16()),
+        {"basis": 1 + 3e-3 * torch.eye(9)}, errors.InvalidBasisError, "dependent",
+    ),
+    "NaN": (lambda: spoilt(network(), math.nan), {}, errors.NonFiniteWeightError, "layer '3': 1 NaN or infinite"),
+    "infinity": (lambda: spoilt(network(), math.inf), {}, errors.NonFiniteWeightError, "layer '3': 1 NaN or infinite"),
+    "complex": (
+        lambda: network().to(torch.complex64), {}, errors.UnsupportedDtypeError, "layer '0': torch.complex64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INTERSPACE)
+def test_interspace_refuses_and_changes_nothing(name: str) -> None:
+    make, arguments, error, text = BAD_INTERSPACE[name]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(error, match=text) as caught:
+        interspace(model, **arguments)
+    assert isinstance(caught.value, ValueError)
+    assert same(before, snapshot(model))
+    message = str(caught.value)
+    assert "\nFound: " in message and "\nWhat to do: " in message
+
+
+def test_an_integer_weight_is_refused() -> None:
+    conv = nn.Conv2d(3, 3, 3)
+    conv.weight = nn.Parameter(torch.ones(3, 3, 3, 3, dtype=torch.int32), requires_grad=False)
+    with pytest.raises(errors.UnsupportedDtypeError, match=r"torch\.int32"):
+        interspace(conv)
+    assert type(conv) is nn.Conv2d
+
+
+BAD_MASKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "shape": ({"5": torch.ones(2, 48), "0": torch.ones(4, 3, 9)}, errors.InvalidMaskError, r"shape \(4, 3, 9\)"),
+    "broadcastable shape": ({"0": torch.ones(4, 1, 1, 1)}, errors.InvalidMaskError, r"must be .* \(4, 3, 3, 3\)"),
+    "values": ({"5": torch.ones(2, 48), "0": torch.rand(4, 3, 3, 3)}, errors.InvalidMaskError, "values other than"),
+    "NaN": ({"0": torch.full((4, 3, 3, 3), math.nan)}, errors.InvalidMaskError, "values other than"),
+    "no tensor": ({"0": [1, 0]}, errors.InvalidMaskError, "a list"),
+    "name": ({"5": torch.ones(2, 48), "6": torch.ones(2, 48)}, errors.UnknownLayerError, "`masks`.*\n.*no module '6'"),
+    "no layer": ({"1": torch.ones(4)}, errors.UnknownLayerError, "no module '1'"),
+}
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["spatial", "interspace"])
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_set_masks_refuses_and_changes_nothing(name: str, convert: bool) -> None:
+    model = interspace(network()) if convert else network()
+    before = snapshot(model)
+    masks, error, text = BAD_MASKS[name]
+    with pytest.raises(error, match=text):
+        set_masks(model, masks)
+    assert same(before, snapshot(model))
+
+
+def test_set_masks_names_the_parametrization_of_someone_else() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 3, 3)))
+    with pytest.raises(errors.AlreadyParametrizedError, match="layer '0'"):
+        set_masks(model, {"0": torch.ones(3, 3, 3, 3)})
+
+
+def test_bake_refuses_what_sits_on_top_and_changes_nothing() -> None:
+    model = interspace(network())
+    torch_prune.l1_unstructured(model[5], "weight", 0.5)
+    parametrizations.weight_norm(model[0])
+    before = snapshot(model)
+    with pytest.raises(errors.AlreadyParametrizedError, match="_WeightNorm"):
+        bake(model)
+    assert same(before, snapshot(model))
+
+
+def test_normalize_refuses_a_filter_that_vanished_and_changes_nothing() -> None:
+    model = interspace(network(), basis="dct")
+    model[3].parametrizations.weight[0].basis.data[2] = 0
+    model[0].parametrizations.weight[0].basis.data *= 2
+    before = snapshot(model)
+    with pytest.raises(errors.InvalidBasisError, match="filter 2 of the basis of layer '3' has norm 0.0"):
+        normalize(model)
+    assert same(before, snapshot(model))
+
+
+def test_join_optimizer_refuses_the_optimizer_of_another_model() -> None:
+    model, other = interspace(network()), network()
+    with pytest.raises(errors.OptimizerMismatchError, match="2 interspace layers, none"):
+        join_optimizer(model, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(1, 2, 9, 9), (1, 2, 3), {"y": torch.zeros(1)}, "text"])
+def test_report_refuses_an_input_that_the_model_does_not_take(example: object) -> None:
+    model = interspace(network())
+    before = snapshot(model)
+    with pytest.raises(errors.ExampleInputError, match="What to do: pass an input as the model's forward takes it"):
+        report(model, example)
+    assert same(before, snapshot(model))
+
+
+def test_loading_into_a_basis_that_became_singular_is_an_error_of_load_state_dict() -> None:
+    model = interspace(network())
+    model[0].parametrizations.weight[0].basis.data.fill_(1.0)
+    with pytest.raises(RuntimeError, match=r"0\.weight cannot be written in its basis"):
+        model.load_state_dict(network().state_dict())
+
+
+def test_a_dense_weight_of_another_shape_is_torchs_own_error() -> None:
+    model = interspace(network())
+    state = network().state_dict()
+    state["0.weight"] = torch.zeros(4, 3, 5, 5)
+    with pytest.raises(RuntimeError, match="size mismatch for .*original"):
+        model.load_state_dict(state)
+
+
+def test_errors_survive_pickling() -> None:
+    error = errors.UnknownLayerError("convl", ["conv1", "fc"])
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is type(error) and str(copied) == str(error)
+    assert "'conv1'" in str(error)
+
+
+def test_plain_models_pass_through_every_verb() -> None:
+    model = network()
+    before = snapshot(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    assert normalize(join_optimizer(adopt_masks(bake(model)), optimizer)) is model
+    assert ip_plugin.masks(model) == {}
+    assert len(ip_plugin.param_groups(model, weight_decay=0.1)) == 1
+    assert same(before, snapshot(model))
+    assert copy.deepcopy(model) is not model

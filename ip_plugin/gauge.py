@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from . import basis as bases
@@ -19,16 +19,17 @@ from .layer import Layer, layers
 from .model import Model
 from .reparametrization import Interspace
 
-#: How entries of optimizer state scale with the gradient: state of torch's optimizers, by name.
-_POWER_OF_GRADIENT = {
-    "momentum_buffer": 1,  # SGD, RMSprop
-    "exp_avg": 1,  # Adam, AdamW, NAdam, RAdam, Adamax
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "exp_inf": 1,  # Adamax
-    "square_avg": 2,  # RMSprop, Adadelta
-    "grad_avg": 1,  # RMSprop
-    "sum": 2,  # Adagrad
+_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+#: The power of the gradient with which state of torch's optimizers scales.
+_POWERS: dict[type[Optimizer], dict[str, int]] = {
+    optim.SGD: {"momentum_buffer": 1},
+    optim.Adam: _ADAM,
+    optim.AdamW: _ADAM,
+    optim.NAdam: _ADAM,
+    optim.RAdam: _ADAM,
+    optim.Adamax: {"exp_avg": 1, "exp_inf": 1},
+    optim.RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
+    optim.Adagrad: {"sum": 2},
 }
 
 
@@ -104,15 +105,12 @@ def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None
     if optimizer is None or parameter not in optimizer.state:
         return set()
     state = optimizer.state[parameter]
-    unknown = {
-        name
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and name not in _POWER_OF_GRADIENT
-    }
+    grown = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    powers = _POWERS.get(type(optimizer), {})
+    unknown = {name for name in grown if name not in powers}
     if unknown:
         del optimizer.state[parameter]
         return unknown
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.div_(scale ** _POWER_OF_GRADIENT[name])
+    for name in grown:
+        state[name].div_(scale ** powers[name])
     return set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -33,6 +32,7 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     Raises:
         OptimizerMismatchError: the optimizer trains none of the model's coefficients.
 
+    >>> import torch
     >>> from ip_plugin import interspace
     >>> model = nn.Conv2d(3, 16, 3)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -64,32 +64,31 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
                 group["param_names"].append(names[id(basis)])
             group_of[id(basis)] = group
             joined[id(basis)] = layer, group
-    for layer in mine:
-        _carry_state(layer, optimizer)
+    outcomes = {layer.name: _carry_state(layer, optimizer) for layer in mine}
+    for outcome in dict.fromkeys(outcomes.values()):
+        if outcome is not None:
+            names_of = ", ".join(repr(name) for name, what in outcomes.items() if what == outcome)
+            warnings.warn(f"{outcome}: layers {names_of}", stacklevel=2)
     return model
 
 
-@torch.no_grad()
-def _carry_state(layer: Layer, optimizer: Optimizer) -> None:
-    """Write state that was gathered for weights in the coefficients' basis."""
+def _carry_state(layer: Layer, optimizer: Optimizer) -> str | None:
+    """Write state that was gathered for weights in the coefficients' basis; returns what could not be done."""
     space, coefficients = layer.interspace, layer.coefficients
     assert space is not None
     converted_at, space.converted_at = space.converted_at, None
     if converted_at is None or not optimizer.state.get(coefficients):
-        return
+        return None
     if coefficients._version != converted_at:
-        warnings.warn(
-            f"layer {layer.name!r} was changed between interspace and join_optimizer: its optimizer state is kept as it is",
-            stacklevel=3,
-        )
-        return
-    state = optimizer.state[coefficients]
+        return "trained between interspace and join_optimizer, so optimizer state was kept as it is"
     if not isinstance(optimizer, SGD):
         del optimizer.state[coefficients]
-        warnings.warn(f"state of {type(optimizer).__name__} for layer {layer.name!r} was reset", stacklevel=3)
-    elif state.get("momentum_buffer") is not None:
+        return f"state of {type(optimizer).__name__} cannot be carried into another basis and was reset"
+    momentum = optimizer.state[coefficients].get("momentum_buffer")
+    if momentum is not None:
         # Momentum is a sum of gradients, and d/dc = d/dh times the transposed basis.
-        bases.transform_(state["momentum_buffer"], space.basis.mT)
+        bases.transform_(momentum, space.basis.detach().mT)
+    return None
 
 
 def param_groups(
@@ -106,13 +105,14 @@ def param_groups(
     Returns:
         A list that every ``torch.optim`` optimizer takes instead of parameters.
 
+    >>> import torch
     >>> from ip_plugin import interspace
     >>> model = interspace(nn.Conv2d(3, 16, 3))
     >>> optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4), lr=0.1)
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(2, 0.0005), (1, 0.0)]
     """
-    basis = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}
+    basis = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace is not None}
     rest = [p for p in model.parameters() if id(p) not in basis]
     groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": weight_decay}]
     if basis:

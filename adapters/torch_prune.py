@@ -8,7 +8,8 @@ Every public function and class of the host is here, with the host's arguments, 
 prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
 the layer's parametrization. So pruned models copy with ``copy.deepcopy``; ``weight_orig`` and ``weight_mask`` can
 still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
-where every basis filter has unit norm.
+where every basis filter has unit norm. A tensor that is pruned again after ``optimizer.step()`` is ranked by its present
+values; the host would rank it by those of the last forward pass.
 
 >>> import torch
 >>> from torch import nn

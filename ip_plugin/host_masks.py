@@ -14,8 +14,13 @@ from .reparametrization import restore_order
 
 
 def pruned_names(module: nn.Module) -> list[str]:
-    """Names of the tensors of `module` (not of its children) that the host has pruned."""
-    return [hook._tensor_name for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+    """Names of the tensors of `module` (not of its children) that the host has pruned.
+
+    Told by the tensors and not by the hook: the host drops its hook before it computes a mask, and where that fails
+    the hook is lost.
+    """
+    names = (name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig"))
+    return [name for name in names if f"{name}_mask" in module._buffers]
 
 
 def mask(module: nn.Module, tensor_name: str) -> Tensor | None:

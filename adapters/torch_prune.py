@@ -368,7 +368,7 @@ def _at_random(model: nn.Module, count: int) -> None:
 
 
 CRITERIA = {
-    "global_l1": Criterion("global magnitude, after training", "after training", _by_magnitude),
-    "global_l1_init": Criterion("global magnitude, at initialisation", "at initialisation", _by_magnitude),
-    "global_random": Criterion("random, at initialisation", "at initialisation", _at_random),
+    "l1": Criterion("global magnitude, after training", "after training", _by_magnitude),
+    "l1_init": Criterion("global magnitude, at initialisation", "at initialisation", _by_magnitude),
+    "random": Criterion("random, at initialisation", "at initialisation", _at_random),
 }

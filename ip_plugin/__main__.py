@@ -1,0 +1,22 @@
+"""The entry of the command `ip-plugin`: says what is missing, if something is, and hands over to `ip_plugin.cli`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+NEEDED = ("filelock", "jinja2", "matplotlib", "sklearn", "typer")
+
+
+def main() -> None:
+    """Run the command."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"ip-plugin: {', '.join(missing)} not installed; run: pip install 'ip-plugin[compare]'")
+    from ip_plugin.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

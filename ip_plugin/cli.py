@@ -1,0 +1,100 @@
+"""The command `ip-plugin`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .compare import criteria as known_criteria
+from .compare.config import Settings, Study
+from .compare.study import compare as run_study
+from .errors import InterspaceError
+
+T = TypeVar("T")
+DEFAULT = Study()
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def run() -> None:
+    """Run the command; a user's mistake is a message and exit status 2, not a traceback."""
+    try:
+        app()
+    except InterspaceError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Interspace pruning: prune filter coefficients instead of weights."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _values(text: str, read: Callable[[str], T], option: str) -> tuple[T, ...]:
+    """The values of a comma-separated option."""
+    try:
+        return tuple(read(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint=f"--{option}") from error
+
+
+def _text(values: tuple[Any, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+@app.command()
+def compare(
+    criteria: Annotated[str, typer.Option(help="Names, comma-separated; see `ip-plugin criteria`.")] = _text(DEFAULT.criteria),
+    sparsities: Annotated[str, typer.Option(help="Fractions, comma-separated.")] = _text(DEFAULT.sparsities),
+    spaces: Annotated[str, typer.Option(help="spatial, interspace, or both.")] = _text(DEFAULT.spaces),
+    seeds: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = _text(DEFAULT.seeds),
+    epochs: Annotated[int, typer.Option(help="Epochs of training.")] = DEFAULT.settings.epochs,
+    finetune_epochs: Annotated[
+        int, typer.Option(help="Epochs after pruning a trained network.")
+    ] = DEFAULT.settings.finetune_epochs,
+    basis: Annotated[str, typer.Option(help="standard, orthonormal or dct.")] = DEFAULT.settings.basis,
+    sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
+    device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
+) -> None:
+    """Train and prune a small network in both spaces, and show which one is more accurate.
+
+    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on two
+    cores. Stopped and started again, it goes on where it was.
+    """
+    study = Study(
+        settings=Settings(
+            basis=basis,  # type: ignore[arg-type]  # checked there
+            sharing=sharing,  # type: ignore[arg-type]
+            epochs=epochs,
+            finetune_epochs=finetune_epochs,
+            device=device,
+        ),
+        criteria=_values(criteria, str, "criteria"),
+        sparsities=_values(sparsities, float, "sparsities"),
+        spaces=_values(spaces, str, "spaces"),  # type: ignore[arg-type]
+        seeds=_values(seeds, int, "seeds"),
+    )
+    failures = run_study(study, output, Console(), command=shlex.join(["ip-plugin", *sys.argv[1:]]))
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command("criteria")
+def list_criteria() -> None:
+    """List the criteria that can be compared."""
+    table = Table("name", "what it does")
+    for name, criterion in known_criteria.available().items():
+        table.add_row(name, criterion.title)
+    Console().print(table)

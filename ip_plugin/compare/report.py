@@ -1,0 +1,222 @@
+"""Showing results: a table, a plot of accuracy over sparsity, a self-contained HTML page."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from . import criteria
+from .config import Run, Space, Study
+from .results import versions
+from .runs import Result
+from .tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean and the sample standard deviation around it (0 where there is one value)."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """None where there is nothing to average.
+
+        >>> Spread.of([1.0, 2.0, 3.0])
+        Spread(mean=2.0, deviation=1.0, count=3)
+        """
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), deviation, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One criterion at one sparsity, over the seeds.
+
+    Attributes:
+        criterion, sparsity: which.
+        accuracy: by space, in percent; None where nothing has been run.
+        difference: interspace minus spatial, of pairs with equal seed, in percentage points.
+        parameters_left: of the runs, the trained bases included; more than one number only if runs differ.
+        spatial_layers: convolutions that stayed spatial in the interspace runs.
+    """
+
+    criterion: str
+    sparsity: float
+    accuracy: Mapping[Space, Spread | None]
+    difference: Spread | None
+    parameters_left: tuple[int, ...]
+    spatial_layers: tuple[str, ...]
+
+
+def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
+    """The lines of a study's table, from those of its runs that are there."""
+    lines = []
+    for criterion in study.criteria:
+        for sparsity in study.sparsities:
+            cells: dict[Space, dict[int, Result]] = {}
+            for space in study.spaces:
+                runs = {seed: Run(criterion, sparsity, space, seed) for seed in study.seeds}
+                cells[space] = {seed: results[run] for seed, run in runs.items() if run in results}
+            spatial, inter = cells.get("spatial", {}), cells.get("interspace", {})
+            found = [result for by_seed in cells.values() for result in by_seed.values()]
+            pairs = [inter[seed].accuracy - spatial[seed].accuracy for seed in study.seeds if seed in inter and seed in spatial]
+            lines.append(
+                Line(
+                    criterion,
+                    sparsity,
+                    {space: Spread.of([r.accuracy for r in by_seed.values()]) for space, by_seed in cells.items()},
+                    Spread.of(pairs),
+                    tuple(sorted({result.parameters_left for result in found})),
+                    tuple(dict.fromkeys(name for result in found for name in result.spatial_layers)),
+                )
+            )
+    return lines
+
+
+def cells(line: Line, study: Study) -> list[str]:
+    """A line of the table as text."""
+    accuracies = [str(line.accuracy[space] or "–") for space in study.spaces]
+    difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else _signed(line.difference)]
+    left = " or ".join(f"{count:,}" for count in line.parameters_left) or "–"
+    return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left]
+
+
+def headers(study: Study) -> list[str]:
+    """The heads of the table's columns."""
+    accuracies = [f"{SHORT[space]} %" for space in study.spaces]
+    difference = [] if len(study.spaces) < 2 else ["IP − SP"]
+    return ["criterion", "sparsity", *accuracies, *difference, "left"]
+
+
+def _signed(spread: Spread) -> str:
+    return f"{spread.mean:+.1f} ± {spread.deviation:.1f}".replace("-", "−")
+
+
+def table(study: Study, lines: Sequence[Line]) -> Table:
+    """The table for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    seeds = len(study.seeds)
+    found = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
+        caption="left: parameters, trained bases included; both spaces keep equally many",
+    )
+    for index, header in enumerate(headers(study)):
+        found.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for index, line in enumerate(lines):
+        if index and line.criterion != lines[index - 1].criterion:
+            found.add_section()
+        found.add_row(*cells(line, study))
+    return found
+
+
+def remarks(study: Study, lines: Sequence[Line]) -> list[str]:
+    """What a reader must know to read the table rightly, where interspace pruning loses included."""
+    found = []
+    compared = [line for line in lines if line.difference is not None]
+    losses = [line for line in compared if line.difference is not None and line.difference.mean < 0]
+    if compared:
+        where = "; ".join(f"{line.criterion} at {line.sparsity:g}" for line in losses)
+        found.append(
+            f"On average over the seeds interspace pruning is below ordinary pruning in {len(losses)} of {len(compared)} "
+            f"lines{': ' + where if losses else ''}."
+        )
+        small = [
+            line for line in compared
+            if line.difference is not None and abs(line.difference.mean) < line.difference.deviation
+        ]  # fmt: skip
+        if small:
+            found.append(
+                f"In {len(small)} of {len(compared)} lines the mean difference is smaller than its standard deviation over the seeds."
+            )
+    for line in lines:
+        if line.spatial_layers:
+            found.append(
+                f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "
+                "runs, as the budget would not pay for the basis."
+            )
+    return found
+
+
+def plot(study: Study, lines: Sequence[Line]) -> Figure:
+    """Accuracy over sparsity, one panel for each criterion."""
+    from matplotlib.figure import Figure
+
+    count = len(study.criteria)
+    figure = Figure(figsize=(1.2 + 4.2 * count, 3.8), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    positions = {sparsity: place for place, sparsity in enumerate(sorted(study.sparsities))}
+    style = {"spatial": ("tab:gray", "s", "--"), "interspace": ("tab:blue", "o", "-")}
+    for panel, criterion in zip(panels, study.criteria, strict=True):
+        for offset, space in zip((-0.03, 0.03), study.spaces, strict=False):
+            points = [
+                (positions[line.sparsity] + offset, spread.mean, spread.deviation)
+                for line in sorted(lines, key=lambda line: line.sparsity)
+                if line.criterion == criterion and (spread := line.accuracy[space]) is not None
+            ]
+            if points:
+                color, marker, dashes = style[space]
+                x, mean, deviation = zip(*points, strict=True)
+                panel.errorbar(
+                    x, mean, deviation, color=color, marker=marker, linestyle=dashes, capsize=3,
+                    label=f"{space} ({SHORT[space]})",
+                )  # fmt: skip
+        panel.set_title(criteria.load(criterion).title, fontsize="medium")
+        panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
+        panel.set_xlabel("sparsity")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy in %")
+    panels[0].legend(loc="lower left")
+    return figure
+
+
+def image(figure: Figure, kind: str) -> bytes:
+    """A figure as PNG or SVG."""
+    import matplotlib
+
+    out = io.BytesIO()
+    # Equal results give equal files: no date, no random ids.
+    with matplotlib.rc_context({"svg.hashsalt": "ip-plugin", "svg.fonttype": "path"}):
+        figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return out.getvalue()
+
+
+def page(study: Study, lines: Sequence[Line], svg: str, command: str) -> str:
+    """The HTML page: table, plot, settings and remarks, nothing outside of it needed."""
+    from jinja2 import Environment
+
+    template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        task=TASKS[study.settings.task].title,
+        headers=headers(study),
+        rows=[cells(line, study) for line in lines],
+        svg=svg[svg.index("<svg") :],
+        remarks=remarks(study, lines),
+        settings=vars(study.settings),
+        seeds=study.seeds,
+        criteria={name: criteria.load(name) for name in study.criteria},
+        versions=versions(),
+        command=command,
+    )

@@ -1,0 +1,82 @@
+"""A whole study: run what is missing, keep it, show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ip_plugin.files import write_whole
+
+from . import report
+from .config import Run, Settings, Study
+from .results import Results
+from .runs import Result, epochs_of, execute
+
+Execute: TypeAlias = Callable[[Run, Settings, Callable[[], None]], Result]
+
+
+def compare(
+    study: Study, folder: Path, console: Console, *, command: str = "", execute: Execute = execute
+) -> Mapping[Run, Exception]:
+    """Run a study in a folder and write ``results.csv``, ``accuracy.png``, ``accuracy.svg`` and ``report.html`` there.
+
+    Runs that the folder holds already are not run again. A run that fails is reported, and the others go on.
+
+    Args:
+        study: what to run.
+        folder: made if it is not there.
+        console: where progress and the table go.
+        command: how the study was started, for the report.
+        execute: runs one cell of the grid.
+
+    Returns:
+        What failed.
+
+    Raises:
+        ForeignFolderError: the folder belongs to something else; nothing has changed.
+    """
+    failures: dict[Run, Exception] = {}
+    with Results.open(folder, study.settings) as results:
+        runs = study.runs()
+        missing = [run for run in runs if run not in results.rows]
+        if len(missing) < len(runs):
+            console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {folder} already")
+        with _progress(console) as progress:
+            epochs = {run: epochs_of(run, study.settings) for run in runs}
+            bar = progress.add_task("", total=sum(epochs.values()), completed=sum(epochs[r] for r in runs if r not in missing))
+            for run in missing:
+                progress.update(bar, description=f"{runs.index(run) + 1}/{len(runs)} {run}")
+                try:
+                    results.add(execute(run, study.settings, lambda: progress.advance(bar)))
+                except Exception as error:
+                    failures[run] = error
+        write(study, results, command)
+    lines = report.summarize(study, results.rows)
+    console.print(report.table(study, lines))
+    for remark in report.remarks(study, lines):
+        console.print(f"- {remark}")
+    for run, error in failures.items():
+        console.print(f"failed: {run}: {type(error).__name__}: {error}", style="red", markup=False)
+    console.print(f"\nEverything is in {folder}: results.csv, accuracy.png, accuracy.svg, report.html")
+    return failures
+
+
+def write(study: Study, results: Results, command: str) -> None:
+    """Write the plot and the page of what a folder holds of a study."""
+    lines = report.summarize(study, results.rows)
+    figure = report.plot(study, lines)
+    svg = report.image(figure, "svg")
+    write_whole(results.folder / "accuracy.png", report.image(figure, "png"))
+    write_whole(results.folder / "accuracy.svg", svg)
+    write_whole(results.folder / "report.html", report.page(study, lines, svg.decode(), command))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip

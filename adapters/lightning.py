@@ -12,19 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from ip_plugin.adapters import torch_prune
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning as Host
 from torch import Tensor, nn
 
 from ip_plugin import bake, host_masks
-from ip_plugin.adapters import torch_prune
 from ip_plugin.layer import target
 from ip_plugin.reparametrization import Interspace, held, ours
-
-try:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelPruning as Host
-except ImportError:  # the same package under its older name
-    from pytorch_lightning import LightningModule, Trainer
-    from pytorch_lightning.callbacks import ModelPruning as Host
 
 Pairs = Sequence[tuple[nn.Module, str]]
 
@@ -63,9 +58,8 @@ class ModelPruning(Host):
         return checked
 
     def _apply_global_pruning(self, amount: float) -> None:
-        torch_prune.global_unstructured(
-            self._parameters_to_prune, self.pruning_fn, **self._resolve_global_kwargs(amount)
-        )
+        method: Any = self.pruning_fn
+        torch_prune.global_unstructured(self._parameters_to_prune, method, **self._resolve_global_kwargs(amount))
 
     @torch.no_grad()
     def apply_lottery_ticket_hypothesis(self) -> None:
@@ -76,7 +70,7 @@ class ModelPruning(Host):
             drawn = None
             if self._resample_parameters and callable(getattr(first, "reset_parameters", None)):
                 drawn = bake(deepcopy(first))
-                drawn.reset_parameters()
+                drawn.reset_parameters()  # type: ignore[operator]
             for i, name in reference["names"]:
                 module = self._parameters_to_prune[i][0]
                 then, now = ours(first, name), ours(module, name)

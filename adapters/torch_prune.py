@@ -8,8 +8,8 @@ Every public function and class of the host is here, with the host's arguments, 
 prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
 the layer's parametrization. So pruned models copy with ``copy.deepcopy``; ``weight_orig`` and ``weight_mask`` can
 still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
-where every basis filter has unit norm. A tensor that is pruned again after ``optimizer.step()`` is ranked by its present
-values; the host would rank it by those of the last forward pass.
+where every basis filter has unit norm. A tensor that is pruned again after ``optimizer.step()`` is ranked by its
+present values; the host would rank it by those of the last forward pass.
 
 >>> import torch
 >>> from torch import nn
@@ -28,12 +28,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from ip_plugin.adapters import Criterion
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 from torch.nn.utils.prune import PruningContainer
 
 from ip_plugin import host_masks, prunable
-from ip_plugin.adapters import Criterion
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -138,7 +138,7 @@ def _check_amount(amount: object, available: int) -> None:
     if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
         raise InvalidAmountError(amount, available)
     most = available if isinstance(amount, numbers.Integral) else 1
-    if not 0 <= amount <= most:  # false for NaN too
+    if not 0 <= float(amount) <= most:  # false for NaN too
         raise InvalidAmountError(amount, available)
 
 
@@ -187,28 +187,30 @@ class BasePruningMethod(host.BasePruningMethod):
                 structured = getattr(cls, "PRUNING_TYPE", None) == "structured"
                 _check_amount(kwargs["amount"], _available(where, kwargs.get("dim", -1) if structured else None))
             scores = _scores(where, importance_scores)
-            method: host.BasePruningMethod = super().apply(*where, *args, importance_scores=scores, **kwargs)
+            method: host.BasePruningMethod = super().apply(  # type: ignore[no-untyped-call]
+                *where, *args, importance_scores=scores, **kwargs
+            )
         _expose(module, name)
         return method
 
 
-class Identity(host.Identity, BasePruningMethod):
+class Identity(host.Identity, BasePruningMethod):  # type: ignore[misc]
     """Prunes nothing: sets a mask of ones."""
 
 
-class RandomUnstructured(host.RandomUnstructured, BasePruningMethod):
+class RandomUnstructured(host.RandomUnstructured, BasePruningMethod):  # type: ignore[misc]
     """Prunes entries at random; see the host's class."""
 
 
-class L1Unstructured(host.L1Unstructured, BasePruningMethod):
+class L1Unstructured(host.L1Unstructured, BasePruningMethod):  # type: ignore[misc]
     """Prunes the entries of smallest magnitude; see the host's class."""
 
 
-class RandomStructured(host.RandomStructured, BasePruningMethod):
+class RandomStructured(host.RandomStructured, BasePruningMethod):  # type: ignore[misc]
     """Prunes slices along a dimension at random; see the host's class."""
 
 
-class LnStructured(host.LnStructured, BasePruningMethod):
+class LnStructured(host.LnStructured, BasePruningMethod):  # type: ignore[misc]
     """Prunes the slices along a dimension whose L_n norm is smallest; see the host's class."""
 
 
@@ -222,7 +224,8 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
         if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
             found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise InvalidMaskError(name, found, tensor.shape)
-        return super().apply(module, name, mask)
+        method: host.BasePruningMethod = super().apply(module, name, mask)  # type: ignore[no-untyped-call]
+        return method
 
 
 def _expose(module: nn.Module, name: str) -> None:
@@ -244,16 +247,19 @@ def _expose(module: nn.Module, name: str) -> None:
         setattr(cls, attribute, property(getter))
 
 
+def _prune(method: Any, module: M, *arguments: Any) -> M:
+    method.apply(module, *arguments)
+    return module
+
+
 def identity(module: M, name: str) -> M:
     """Set a mask of ones on a tensor; returns the module."""
-    Identity.apply(module, name)
-    return module
+    return _prune(Identity, module, name)
 
 
 def random_unstructured(module: M, name: str, amount: Amount) -> M:
     """Prune `amount` (a fraction, or a count) of the unpruned entries of a tensor at random; returns the module."""
-    RandomUnstructured.apply(module, name, amount)
-    return module
+    return _prune(RandomUnstructured, module, name, amount)
 
 
 def l1_unstructured(module: M, name: str, amount: Amount, importance_scores: Tensor | None = None) -> M:
@@ -263,28 +269,24 @@ def l1_unstructured(module: M, name: str, amount: Amount, importance_scores: Ten
     >>> int((layer.weight == 0).sum())
     3
     """
-    L1Unstructured.apply(module, name, amount, importance_scores)
-    return module
+    return _prune(L1Unstructured, module, name, amount, importance_scores)
 
 
 def random_structured(module: M, name: str, amount: Amount, dim: int) -> M:
     """Prune `amount` of the unpruned slices along `dim` at random; returns the module."""
-    RandomStructured.apply(module, name, amount, dim)
-    return module
+    return _prune(RandomStructured, module, name, amount, dim)
 
 
 def ln_structured(
     module: M, name: str, amount: Amount, n: float | str, dim: int, importance_scores: Tensor | None = None
 ) -> M:
     """Prune `amount` of the unpruned slices along `dim`, those of smallest L_n norm; returns the module."""
-    LnStructured.apply(module, name, amount, n, dim, importance_scores)
-    return module
+    return _prune(LnStructured, module, name, amount, n, dim, importance_scores)
 
 
 def custom_from_mask(module: M, name: str, mask: Tensor) -> M:
     """Prune a tensor by a mask of its shape, 1 = kept, on top of what is pruned already; returns the module."""
-    CustomFromMask.apply(module, name, mask)
-    return module
+    return _prune(CustomFromMask, module, name, mask)
 
 
 def global_unstructured(

@@ -23,7 +23,7 @@ BasisSpec: TypeAlias = Literal["standard", "orthonormal", "dct"] | Tensor
 #: converting is about 6e-8 times the condition number.
 MAX_CONDITION = 1e4
 
-_ROWS_AT_ONCE = 1 << 18
+_ROWS_AT_ONCE = 1 << 15
 
 
 def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -63,7 +63,8 @@ def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | N
 def _orthonormal(n: int, generator: torch.Generator | None) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu", generator=generator))
     # Signs of R's diagonal made positive, Q is uniformly distributed (Mezzadri 2007, arXiv math-ph/0609050).
-    return (q * r.diagonal().sign()).contiguous()
+    found: Tensor = q * r.diagonal().sign()
+    return found.contiguous()
 
 
 def _dct(kernel: Sequence[int]) -> Tensor:
@@ -111,7 +112,8 @@ def check_condition(basis: Tensor) -> None:
 
 def norms(basis: Tensor) -> Tensor:
     """Norm of every filter, shape ``(N,)``: what `coefficient[n]` is multiplied by in unit gauge."""
-    return torch.linalg.vector_norm(basis, dim=1)
+    found: Tensor = torch.linalg.vector_norm(basis, dim=1)
+    return found
 
 
 def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
@@ -168,4 +170,5 @@ def inverse(basis: Tensor) -> Tensor:
         InvalidBasisError: the basis is singular or ill-conditioned.
     """
     check_condition(basis.detach())
-    return torch.linalg.inv(basis.detach().double())
+    found: Tensor = torch.linalg.inv(basis.detach().double())
+    return found

@@ -55,7 +55,9 @@ def _text(values: tuple[Any, ...]) -> str:
 
 @app.command()
 def compare(
-    criteria: Annotated[str, typer.Option(help="Names, comma-separated; see `ip-plugin criteria`.")] = _text(DEFAULT.criteria),
+    criteria: Annotated[str, typer.Option(help="Names, comma-separated; see `ip-plugin criteria`.")] = _text(
+        DEFAULT.criteria
+    ),
     sparsities: Annotated[str, typer.Option(help="Fractions, comma-separated.")] = _text(DEFAULT.sparsities),
     spaces: Annotated[str, typer.Option(help="spatial, interspace, or both.")] = _text(DEFAULT.spaces),
     seeds: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = _text(DEFAULT.seeds),
@@ -70,8 +72,8 @@ def compare(
 ) -> None:
     """Train and prune a small network in both spaces, and show which one is more accurate.
 
-    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on two
-    cores. Stopped and started again, it goes on where it was.
+    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on
+    two cores. Stopped and started again, it goes on where it was.
     """
     study = Study(
         settings=Settings(
@@ -86,7 +88,12 @@ def compare(
         spaces=_values(spaces, str, "spaces"),  # type: ignore[arg-type]
         seeds=_values(seeds, int, "seeds"),
     )
-    failures = run_study(study, output, Console(), command=shlex.join(["ip-plugin", *sys.argv[1:]]))
+    console = Console()
+    try:
+        failures = run_study(study, output, console, command=shlex.join(["ip-plugin", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        console.print(f"stopped; what has finished is in {output}, and the same command goes on from there")
+        raise typer.Exit(130) from None
     if failures:
         raise typer.Exit(1)
 

@@ -116,8 +116,7 @@ class AlreadyParametrizedError(InterspaceError):
         super().__init__(
             "The weight of a layer must not be parametrized by someone else.",
             f"layer {name!r}: weight parametrized by {parametrization}",
-            "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
-            "or leave the layer out",
+            "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or leave the layer out",
         )
 
 
@@ -126,8 +125,7 @@ class AlreadyPrunedError(InterspaceError):
 
     def __init__(self, name: str, how: str) -> None:
         super().__init__(
-            "A weight must not be pruned when it moves to the interspace: "
-            "its mask is a mask of weights, not of coefficients.",
+            "A weight that moves to the interspace must not be pruned: its mask is one of weights, not coefficients.",
             f"layer {name!r}: pruned {how}",
             "convert first and prune then, or make the zeros permanent with ip_plugin.bake(model) before",
         )
@@ -149,7 +147,7 @@ class WrappedModelError(InterspaceError):
 
     def __init__(self, wrapper: str) -> None:
         super().__init__(
-            "A model must be converted before it is wrapped: the wrapper would not synchronise the new bases.",
+            "A model must be converted before it is wrapped: the wrapper would not see the new bases.",
             f"the model is or contains a {wrapper}",
             f"call interspace(model) first, then {wrapper}(model)",
         )
@@ -160,6 +158,7 @@ class SharingError(InterspaceError):
 
     @classmethod
     def unknown(cls, sharing: object) -> SharingError:
+        """`sharing` itself is not understood."""
         return cls(
             '`sharing` must be "layer", "model" or a callable (name, module) -> hashable.',
             f"{sharing!r}",
@@ -168,6 +167,7 @@ class SharingError(InterspaceError):
 
     @classmethod
     def mismatch(cls, what: str, first: str, its: object, second: str, other: object) -> SharingError:
+        """Two layers of one group differ in `what`."""
         return cls(
             f"Layers that share a basis must have the same {what}.",
             f"layer {first!r} has {what} {its}, layer {second!r} has {what} {other}",

@@ -7,7 +7,6 @@ compared where every filter has unit norm: `unit_gauge` reads them so and change
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn, optim
@@ -97,8 +96,12 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
     return model
 
 
-def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None) -> Iterable[str]:
-    """Multiply a parameter by `scale`, its gradient and what grew from it accordingly; names of state that was reset."""
+def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None) -> set[str]:
+    """Multiply a parameter by `scale`, its gradient and what grew from it accordingly.
+
+    Returns:
+        The names of state that was reset.
+    """
     parameter.mul_(scale)
     if parameter.grad is not None:
         parameter.grad.div_(scale)

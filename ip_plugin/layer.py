@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,12 @@ class Layer:
 
     name: str
     module: nn.Module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight of a layer that has no parametrization; use `coefficients` where it may have one."""
+        found: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        return found
 
     @property
     def parametrization(self) -> Mask | None:
@@ -82,9 +88,10 @@ def mask_target(where: Target, mask: Tensor) -> None:
     if not isinstance(where.module, parametrize.ParametrizationList):
         enter(where.module, where.tensor_name, Mask())
         where = target(*where)
-    original = getattr(*where)
+    held: Any = where.module
+    original = held.original
     # In the original's memory format, so that masking needs no reordering.
-    where.module[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
+    held[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
 
 
 def is_prunable(module: nn.Module) -> bool:

@@ -92,12 +92,12 @@ def interspace(
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
     for members in groups:
-        values = bases.make(basis, _kernel(members[0]), generator).to(members[0].module.weight.dtype)
+        values = bases.make(basis, _kernel(members[0]), generator).to(members[0].weight.dtype)
         standard = torch.equal(values, torch.eye(len(values), dtype=values.dtype, device="cpu"))
         plans.append((members, values, None if standard else bases.inverse(values)))
     # Everything that can be wrong has been refused; from here on the model changes.
     for members, values, inverse in plans:
-        weights = [layer.module.weight for layer in members]
+        weights = [layer.weight for layer in members]
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
@@ -112,7 +112,7 @@ def interspace(
 
 
 def _kernel(layer: Layer) -> tuple[int, ...]:
-    return tuple(layer.module.weight.shape[2:])
+    return tuple(layer.weight.shape[2:])
 
 
 def _select(model: nn.Module, selection: Selection) -> list[Layer]:
@@ -144,8 +144,10 @@ def _obstacle(module: nn.Module) -> str | None:
     if not isinstance(module, _ConvNd):
         return f"a {type(module).__name__}, not a convolution"
     weight = _raw_weight(module)
-    known = weight is not None and not isinstance(weight, nn.parameter.UninitializedParameter)
-    kernel = weight.shape[2:] if known else module.kernel_size
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        kernel = module.kernel_size
+    else:
+        kernel = tuple(weight.shape[2:])
     if math.prod(kernel) == 1:
         return "its kernel has one element, so its basis would be one number"
     return None
@@ -179,7 +181,7 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
         if parametrize.is_parametrized(layer.module, "weight"):
             found = parametrizations(layer.module).weight
             raise AlreadyParametrizedError(layer.name, ", ".join(type(p).__name__ for p in found))
-        weight = layer.module.weight
+        weight = layer.weight
         if not isinstance(weight, nn.Parameter):
             raise AlreadyParametrizedError(layer.name, "a hook: it is a plain tensor, not a Parameter")
         if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -200,7 +202,7 @@ def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
         raise SharingError.unknown(sharing)
     groups: dict[Hashable, list[Layer]] = {}
     for layer in chosen:
-        weight = layer.module.weight
+        weight = layer.weight
         key: Hashable
         if callable(sharing):
             key = sharing(layer.name, layer.module)
@@ -213,7 +215,7 @@ def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
         except TypeError:
             raise SharingError.unknown(f"{key!r} for layer {layer.name!r}, which is not hashable") from None
         if members:
-            first = members[0].module.weight
+            first = members[0].weight
             for what, its, other in (
                 ("kernel shape", _kernel(members[0]), _kernel(layer)),
                 ("dtype", first.dtype, weight.dtype),
@@ -255,6 +257,7 @@ def bake(model: Model) -> Model:
         for module in model.modules():
             for tensor_name in host_masks.pruned_names(module):
                 kept = host_masks.take_off(module, tensor_name)
+                assert kept is not None
                 module.get_parameter(tensor_name).mul_(kept)
         for each in found:
             if isinstance(each.parametrization, Interspace):

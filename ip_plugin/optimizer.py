@@ -1,4 +1,4 @@
-"""Optimizers and bases: an existing optimizer takes them in (`join_optimizer`), a new one gets groups (`param_groups`)."""
+"""Optimizers and bases: an existing one takes them in (`join_optimizer`), a new one gets groups (`param_groups`)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def param_groups(
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(2, 0.0005), (1, 0.0)]
     """
-    basis = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace is not None}
+    basis = {
+        id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace is not None
+    }
     rest = [p for p in model.parameters() if id(p) not in basis]
     groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": weight_decay}]
     if basis:

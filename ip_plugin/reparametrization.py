@@ -42,6 +42,7 @@ class Mask(nn.Module):
         return value.clone()
 
     def extra_repr(self) -> str:
+        """How much is pruned, for ``print(model)``."""
         if self.mask is None:
             return ""
         return f"pruned={int(self.mask.numel() - self.mask.sum())}/{self.mask.numel()}"
@@ -87,11 +88,16 @@ class Interspace(Mask):
         return bases.transform_(value.detach().clone(), bases.inverse(self.basis))
 
     def extra_repr(self) -> str:
+        """The basis and how much is pruned, for ``print(model)``."""
         kernel = "x".join(map(str, self.kernel))
         frozen = "" if self.basis.requires_grad else ", frozen"
-        return ", ".join(filter(None, (f"kernel={kernel}, basis={len(self.basis)} filters{frozen}", super().extra_repr())))
+        return ", ".join(
+            filter(None, (f"kernel={kernel}, basis={len(self.basis)} filters{frozen}", super().extra_repr()))
+        )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         # `load_state_dict(assign=True)` would give every layer a basis of its own: copy the values instead, unless
         # the model is on the meta device and has no memory to copy to.
         if not self.basis.is_meta:
@@ -122,7 +128,7 @@ class Held(NamedTuple):
 
     @property
     def chain(self) -> parametrize.ParametrizationList:
-        """torch's list of the tensor's parametrizations; `parametrization` is the first."""
+        """Torch's list of the tensor's parametrizations; `parametrization` is the first."""
         found: parametrize.ParametrizationList = parametrizations(self.module)[self.tensor_name]
         return found
 
@@ -199,11 +205,9 @@ def restore_order(module: nn.Module, names: Sequence[str]) -> None:
         module._parameters[name] = module._parameters.pop(name)
 
 
-def _prepare_loading(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
-) -> None:
+def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients."""
-    error_messages: list[str] = rest[-1]
+    error_messages: list[str] = rest[-1]  # the last argument of torch's hook
     for tensor_name, tensors in parametrizations(module).items():
         parametrization = tensors[0]
         if not isinstance(parametrization, Mask):

@@ -116,7 +116,9 @@ class Report:
             cells += [f"{row.sparsity:.2%}", basis]
             cells += [f"{row.bytes_dense:,}", f"{row.bytes_sparse:,}"]
             if with_macs:
-                cells += [f"{macs:,}" for macs in (row.macs_dense, row.macs_nonzero, row.macs_basis) if macs is not None]
+                cells += [
+                    f"{macs:,}" for macs in (row.macs_dense, row.macs_nonzero, row.macs_basis) if macs is not None
+                ]
             table.add_row(*cells)
         return table
 

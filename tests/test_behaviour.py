@@ -8,13 +8,13 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from ip_plugin.adapters import torch_prune
 from kinds import CASES, KINDS, Case, backward, every_case, every_kind, train
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 import ip_plugin
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
-from ip_plugin.adapters import torch_prune
 
 
 def random_masks(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
@@ -108,7 +108,9 @@ def test_a_shared_basis_is_one_parameter(case: Case) -> None:
     assert len(bases(model)) == (2 if case.sharing == "layer" else 1)
     assert isinstance(first, nn.Parameter) and first.ndim == 2
     copied = copy.deepcopy(model).to(torch.float32)
-    assert (copied[0].parametrizations.weight[0].basis is copied[2].parametrizations.weight[0].basis) == (first is second)
+    assert (copied[0].parametrizations.weight[0].basis is copied[2].parametrizations.weight[0].basis) == (
+        first is second
+    )
     # One gradient, summed over the layers.
     backward(model, x)
     total = torch.zeros_like(first)

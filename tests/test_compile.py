@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
+import pytest
 import torch
 from kinds import Case, backward, train
 from torch import nn
@@ -11,6 +13,7 @@ from torch import nn
 from ip_plugin import interspace, masks, set_masks
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_computes_what_eager_computes() -> None:
     model, x = Case("conv2d", "orthonormal", "model").interspace()
     set_masks(model, {"0": torch.rand(4, 3, 3, 3) < 0.5})

@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from ip_plugin.adapters import torch_prune
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as host
 
 import ip_plugin
 from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, normalize, report, set_masks
-from ip_plugin.adapters import torch_prune
 
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (1, 3)), nn.Flatten(), nn.Linear(48, 2)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, (1, 3)),
+        nn.Flatten(),
+        nn.Linear(48, 2),
     )
 
 

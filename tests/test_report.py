@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ip_plugin.adapters import torch_prune
 from kinds import KINDS, every_kind
 from torch import nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, prunable, report, set_masks
-from ip_plugin.adapters import torch_prune
 from ip_plugin.report import position_bytes
 
 

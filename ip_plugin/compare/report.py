@@ -77,7 +77,11 @@ def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
                 cells[space] = {seed: results[run] for seed, run in runs.items() if run in results}
             spatial, inter = cells.get("spatial", {}), cells.get("interspace", {})
             found = [result for by_seed in cells.values() for result in by_seed.values()]
-            pairs = [inter[seed].accuracy - spatial[seed].accuracy for seed in study.seeds if seed in inter and seed in spatial]
+            pairs = [
+                inter[seed].accuracy - spatial[seed].accuracy
+                for seed in study.seeds
+                if seed in inter and seed in spatial
+            ]
             lines.append(
                 Line(
                     criterion,
@@ -131,31 +135,28 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
     return found
 
 
-def remarks(study: Study, lines: Sequence[Line]) -> list[str]:
+def remarks(lines: Sequence[Line]) -> list[str]:
     """What a reader must know to read the table rightly, where interspace pruning loses included."""
     found = []
-    compared = [line for line in lines if line.difference is not None]
-    losses = [line for line in compared if line.difference is not None and line.difference.mean < 0]
+    compared = [(line, line.difference) for line in lines if line.difference is not None]
+    losses = [f"{line.criterion} at {line.sparsity:g}" for line, difference in compared if difference.mean < 0]
+    unclear = [difference for _, difference in compared if abs(difference.mean) < difference.deviation]
     if compared:
-        where = "; ".join(f"{line.criterion} at {line.sparsity:g}" for line in losses)
         found.append(
-            f"On average over the seeds interspace pruning is below ordinary pruning in {len(losses)} of {len(compared)} "
-            f"lines{': ' + where if losses else ''}."
+            f"On average over the seeds interspace pruning is below ordinary pruning in {len(losses)} of "
+            f"{len(compared)} lines{': ' + '; '.join(losses) if losses else ''}."
         )
-        small = [
-            line for line in compared
-            if line.difference is not None and abs(line.difference.mean) < line.difference.deviation
-        ]  # fmt: skip
-        if small:
-            found.append(
-                f"In {len(small)} of {len(compared)} lines the mean difference is smaller than its standard deviation over the seeds."
-            )
-    for line in lines:
-        if line.spatial_layers:
-            found.append(
-                f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "
-                "runs, as the budget would not pay for the basis."
-            )
+    if unclear:
+        found.append(
+            f"In {len(unclear)} of {len(compared)} lines the mean difference is smaller than its standard deviation "
+            "over the seeds."
+        )
+    found.extend(
+        f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "
+        "runs, as the budget would not pay for the basis."
+        for line in lines
+        if line.spatial_layers
+    )
     return found
 
 
@@ -187,7 +188,8 @@ def plot(study: Study, lines: Sequence[Line]) -> Figure:
         panel.set_xlabel("sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in %")
-    panels[0].legend(loc="lower left")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(loc="lower left")
     return figure
 
 
@@ -213,7 +215,7 @@ def page(study: Study, lines: Sequence[Line], svg: str, command: str) -> str:
         headers=headers(study),
         rows=[cells(line, study) for line in lines],
         svg=svg[svg.index("<svg") :],
-        remarks=remarks(study, lines),
+        remarks=remarks(lines),
         settings=vars(study.settings),
         seeds=study.seeds,
         criteria={name: criteria.load(name) for name in study.criteria},

@@ -1,7 +1,7 @@
 """Results on disk: a folder that belongs to one study, and loses no finished run.
 
-``study.json`` says with which settings and versions the runs were made, ``results.csv`` holds one line for each run. Both
-are always whole; a study that was stopped is opened again and goes on with what is missing.
+``study.json`` says with which settings and versions the runs were made, ``results.csv`` holds one line for each run.
+Both are always whole; a study that was stopped is opened again and goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ip_plugin
 from ip_plugin.errors import ForeignFolderError
 from ip_plugin.files import write_whole
 
-from .config import Run, Settings
+from .config import SPACES, Run, Settings
 from .runs import Result
 
 COLUMNS = (
@@ -114,18 +114,20 @@ def _read(path: Path) -> dict[Run, Result]:
             try:
                 result = _parse(line)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise ForeignFolderError(path.parent, f"results.csv, whose line {number} cannot be read ({error})") from error
+                raise ForeignFolderError(
+                    path.parent, f"results.csv, whose line {number} cannot be read ({error})"
+                ) from error
             rows[result.run] = result
     return rows
 
 
 def _parse(line: dict[str, str]) -> Result:
-    space = line["space"]
-    if space != "spatial" and space != "interspace":
-        raise ValueError(f"space {space!r}")
+    spaces = {space: space for space in SPACES}
+    if line["space"] not in spaces:
+        raise ValueError(f"space {line['space']!r}")
     before = line["accuracy_before_pruning"]
     return Result(
-        run=Run(line["criterion"], float(line["sparsity"]), space, int(line["seed"])),
+        run=Run(line["criterion"], float(line["sparsity"]), spaces[line["space"]], int(line["seed"])),
         accuracy=float(line["accuracy"]),
         accuracy_before_pruning=float(before) if before else None,
         parameters=int(line["parameters"]),

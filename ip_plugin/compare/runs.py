@@ -119,7 +119,8 @@ def _convert(model: nn.Module, run: Run, settings: Settings) -> list[str]:
         if elements > 1:
             key = layer.name if settings.sharing == "layer" else shape[2:]
             sharers[key].append((layer.name, shape.numel(), elements**2))
-    converted, spatial = [], []
+    converted: list[str] = []
+    spatial: list[str] = []
     for members in sharers.values():
         budget = (1 - run.sparsity) * sum(size for _, size, _ in members)
         (converted if budget > members[0][2] else spatial).extend(name for name, _, _ in members)

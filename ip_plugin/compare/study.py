@@ -47,7 +47,9 @@ def compare(
             console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {folder} already")
         with _progress(console) as progress:
             epochs = {run: epochs_of(run, study.settings) for run in runs}
-            bar = progress.add_task("", total=sum(epochs.values()), completed=sum(epochs[r] for r in runs if r not in missing))
+            bar = progress.add_task(
+                "", total=sum(epochs.values()), completed=sum(epochs[r] for r in runs if r not in missing)
+            )
             for run in missing:
                 progress.update(bar, description=f"{runs.index(run) + 1}/{len(runs)} {run}")
                 try:
@@ -57,10 +59,10 @@ def compare(
         write(study, results, command)
     lines = report.summarize(study, results.rows)
     console.print(report.table(study, lines))
-    for remark in report.remarks(study, lines):
+    for remark in report.remarks(lines):
         console.print(f"- {remark}")
-    for run, error in failures.items():
-        console.print(f"failed: {run}: {type(error).__name__}: {error}", style="red", markup=False)
+    for run, failure in failures.items():
+        console.print(f"failed: {run}: {type(failure).__name__}: {failure}", style="red", markup=False)
     console.print(f"\nEverything is in {folder}: results.csv, accuracy.png, accuracy.svg, report.html")
     return failures
 

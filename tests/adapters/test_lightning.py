@@ -14,12 +14,12 @@ from torch import nn
 
 lightning = pytest.importorskip("lightning.pytorch")
 
+from ip_plugin.adapters import torch_prune  # noqa: E402
+from ip_plugin.adapters.lightning import ModelPruning  # noqa: E402
 from lightning.pytorch.callbacks import ModelPruning as Host  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from ip_plugin import bake, interspace, masks, prunable, report  # noqa: E402
-from ip_plugin.adapters import torch_prune  # noqa: E402
-from ip_plugin.adapters.lightning import ModelPruning  # noqa: E402
 
 
 class Module(lightning.LightningModule):
@@ -156,7 +156,9 @@ class TestModelPruning:
                 def on_train_epoch_start(self, trainer: Any, module: Any, saved: Any = saved) -> None:
                     if trainer.current_epoch == 1:
                         trainer.save_checkpoint(tmp_path / "middle.ckpt")
-                        saved.update({k: v.clone() for k, v in bake(copy.deepcopy(module.network)).state_dict().items()})
+                        saved.update(
+                            {k: v.clone() for k, v in bake(copy.deepcopy(module.network)).state_dict().items()}
+                        )
 
             module = Module(space)
             fit(module, ModelPruning("l1_unstructured", amount=0.5, use_lottery_ticket_hypothesis=False), Save())
@@ -170,5 +172,9 @@ class TestModelPruning:
     def test_it_logs_the_sparsity(self, caplog: pytest.LogCaptureFixture) -> None:
         module = Module("interspace")
         with caplog.at_level(logging.INFO):
-            fit(module, ModelPruning("l1_unstructured", parameters_to_prune=targets(module), amount=30, verbose=2), epochs=1)
+            fit(
+                module,
+                ModelPruning("l1_unstructured", parameters_to_prune=targets(module), amount=30, verbose=2),
+                epochs=1,
+            )
         assert "Pruned: 0/372 (0.00%) -> 30/372 (8.06%)" in caplog.text

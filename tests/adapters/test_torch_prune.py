@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from ip_plugin.adapters import Criterion, hosts
+from ip_plugin.adapters import torch_prune as prune
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import adopt_masks, bake, errors, interspace, masks, prunable, report, set_masks
-from ip_plugin.adapters import Criterion, hosts
-from ip_plugin.adapters import torch_prune as prune
 
 Pairs: TypeAlias = list[tuple[nn.Module, str]]
 Pipeline: TypeAlias = Callable[[Any, Pairs], None]
@@ -330,7 +330,7 @@ def test_our_masks_and_the_hosts_are_one_past_for_the_next_pruning() -> None:
 
 BAD: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] = {
     "too large a fraction": (
-        lambda m: prune.l1_unstructured(m[0], "weight", 1.5), errors.InvalidAmountError, r"fraction in \[0, 1\].*\n.*1.5",
+        lambda m: prune.l1_unstructured(m[0], "weight", 1.5), errors.InvalidAmountError, r"fraction in .*\n.*1\.5"
     ),
     "negative": (lambda m: prune.random_unstructured(m[4], "weight", -0.1), errors.InvalidAmountError, "-0.1"),
     "negative count": (lambda m: prune.random_structured(m[4], "weight", -1, 0), errors.InvalidAmountError, "-1"),
@@ -391,7 +391,14 @@ class Failing(prune.BasePruningMethod):
 
 def state(model: nn.Module) -> Any:
     return [
-        (name, type(module), sorted(vars(module)), [*module._forward_pre_hooks], [*module._parameters], [*module._buffers])
+        (
+            name,
+            type(module),
+            sorted(vars(module)),
+            [*module._forward_pre_hooks],
+            [*module._parameters],
+            [*module._buffers],
+        )
         for name, module in model.named_modules()
     ]
 

@@ -1,0 +1,71 @@
+"""Ratios of times, measured side by side: the two alternate in one run, and an unsteady run is thrown away."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+UNSTEADY = 0.10
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median time of a variant over the median time of the baseline, in one run.
+
+    Attributes:
+        ratio: of the medians.
+        low, high: quartiles of the ratios of neighbouring measurements.
+        baseline: median time of the baseline in milliseconds.
+        drift: how far the baseline's median moved between the halves of the run, as a fraction.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    baseline: float
+    drift: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f} (quartiles {self.low:.2f} to {self.high:.2f}; "
+            f"baseline {self.baseline:.1f} ms, drift {self.drift:.0%})"
+        )
+
+
+def side_by_side(
+    baseline: Callable[[], object],
+    variants: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 40,
+    warmup: int = 5,
+    attempts: int = 5,
+) -> dict[str, Ratio]:
+    """Run the baseline and the variants in turn, `rounds` times.
+
+    Raises:
+        RuntimeError: the baseline moved by more than 10 % in each of the attempts.
+    """
+    for attempt in range(attempts):
+        times: dict[str, list[float]] = {name: [] for name in ("baseline", *variants)}
+        for turn in range(warmup + rounds):
+            for name, step in (("baseline", baseline), *variants.items()):
+                started = time.perf_counter()
+                step()
+                if turn >= warmup:
+                    times[name].append(time.perf_counter() - started)
+        plain = times.pop("baseline")
+        halves = [statistics.median(plain[: rounds // 2]), statistics.median(plain[rounds // 2 :])]
+        drift = max(halves) / min(halves) - 1
+        if drift <= UNSTEADY:
+            return {name: _ratio(plain, values, drift) for name, values in times.items()}
+        print(f"attempt {attempt + 1} thrown away: the baseline moved by {drift:.0%}")
+    raise RuntimeError(f"the baseline moved by more than {UNSTEADY:.0%} in each of {attempts} runs; is the machine idle?")
+
+
+def _ratio(plain: list[float], values: list[float], drift: float) -> Ratio:
+    neighbours = [value / base for value, base in zip(values, plain, strict=True)]
+    low, _, high = statistics.quantiles(neighbours, n=4)
+    ratio = statistics.median(values) / statistics.median(plain)
+    return Ratio(ratio, low, high, 1e3 * statistics.median(plain), drift)

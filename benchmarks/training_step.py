@@ -1,0 +1,110 @@
+"""What a training step costs in the interspace: ResNet-18, 32x32 images, against the same step of the plain network.
+
+    python benchmarks/training_step.py
+
+A step is zero_grad, forward, backward and SGD with momentum. "masked" is at 90 % sparsity, beside it the plain network
+with the same masks. glibc gives freed memory back to the system and takes it anew at the next step, which hits the
+interspace harder, as its composed weights come and go: so the second table repeats the first with an allocator that
+keeps what it has been given (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), each network in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from harness import UNSTEADY, side_by_side
+from torch import nn
+
+import ip_plugin
+
+#: (stem, batch): the most that the ratio of an unmasked step may be.
+CASES = {("imagenet", 32): 1.45, ("imagenet", 128): 1.18, ("cifar", 32): 1.10}
+KEEPING = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+
+
+def network(stem: str, variant: str) -> nn.Module:
+    """ResNet-18 of torchvision; with a CIFAR stem its first convolution is 3x3 and there is no pooling."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10)
+    if stem == "cifar":
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    if "interspace" in variant:
+        ip_plugin.interspace(model)
+    if "masked" in variant:
+        targets = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        ip_plugin.set_masks(model, {name: torch.rand(module.weight.shape) < 0.1 for name, module in targets})
+    return model
+
+
+def stepper(stem: str, batch: int, variant: str) -> Callable[[], None]:
+    """A training step of one variant."""
+    model = network(stem, variant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def alone(stem: str, batch: int, variant: str, environment: dict[str, str]) -> float:
+    """Median time of a step in milliseconds, in a process of its own."""
+    command = [sys.executable, __file__, "--alone", stem, str(batch), variant]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    return float(run.stdout)
+
+
+def in_processes(stem: str, batch: int, environment: dict[str, str], times: int = 5) -> tuple[float, float]:
+    """(ratio, drift of the plain network) of processes that run in turn."""
+    plain, inter = [], []
+    for _ in range(times):
+        plain.append(alone(stem, batch, "plain", environment))
+        inter.append(alone(stem, batch, "interspace", environment))
+    return statistics.median(inter) / statistics.median(plain), max(plain) / min(plain) - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.alone:
+        stem, batch, variant = arguments.alone
+        step, found = stepper(stem, int(batch), variant), []
+        for _ in range(25):
+            started = time.perf_counter()
+            step()
+            found.append(time.perf_counter() - started)
+        print(1e3 * statistics.median(found[5:]))
+        return
+    print(f"torch {torch.__version__}, {arguments.threads} threads; ratios to the plain step\n\nIn one process, in turn:")
+    for (stem, batch), most in CASES.items():
+        for name, baseline in (("interspace", "plain"), ("masked interspace", "masked")):
+            variant = stepper(stem, batch, name)
+            found = side_by_side(stepper(stem, batch, baseline), {name: variant})[name]
+            limit = f", at most {most}" if baseline == "plain" else ""
+            print(f"  {stem} stem, batch {batch:3}: {name} / {baseline} {found}{limit}", flush=True)
+    print("\nEach in a process of its own, in turn; glibc's malloc as it is, and keeping memory:")
+    for stem, batch in CASES:
+        for title, environment in (("as it is", {}), ("keeping", KEEPING)):
+            ratio, drift = in_processes(stem, batch, environment)
+            unsteady = " (baseline unsteady: throw away)" if drift > UNSTEADY else ""
+            print(f"  {stem} stem, batch {batch:3}, {title}: {ratio:.2f}, drift {drift:.0%}{unsteady}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

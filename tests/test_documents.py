@@ -1,0 +1,79 @@
+"""README and examples: what they say runs, and is true."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ip_plugin
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0][:40])
+def test_code_in_the_readme_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"torch": torch, "nn": torch.nn})
+
+
+def test_links_and_pictures_of_the_readme_are_there() -> None:
+    targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith(("http", "#"))]
+    assert targets and [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_the_readme_names_every_public_verb() -> None:
+    assert [name for name in ip_plugin.__all__ if name not in README] == []
+
+
+def test_contributing_maps_every_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    sources = [p for folder in ("ip_plugin", "adapters") for p in (ROOT / folder).rglob("*.py")]
+    missing = [p.name for p in sources if p.name not in ("__init__.py", "__main__.py") and f"`{p.name}`" not in text]
+    assert missing == []
+
+
+def test_dependencies_point_one_way() -> None:
+    """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
+    order = ["errors", "files", "basis", "reparametrization", "host_masks", "layer", "model", "masks", "gauge"]
+    order += ["optimizer", "report"]
+    modules = {p.stem for p in (ROOT / "ip_plugin").glob("*.py")} - {"__init__", "__main__", "cli"}
+    assert modules == set(order)
+    for name in order:
+        tree = ast.parse((ROOT / "ip_plugin" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(order.index(each) < order.index(name) for each in imported), (name, imported)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--interspace"]])
+def test_the_example_pipeline_runs_in_either_space(arguments: list[str]) -> None:
+    command = [sys.executable, ROOT / "examples" / "torch_prune_pipeline.py", "--epochs", "1", "--finetune-epochs", "1"]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"pruned: .* 53413 entries", run.stdout)
+    accuracies = re.findall(r"(fine-tuned|baked): +([\d.]+) %", run.stdout)
+    assert accuracies[0][1] == accuracies[1][1] and run.stdout.endswith("Conv2d\n")
+
+
+def test_the_example_is_switched_by_one_flag() -> None:
+    lines = (ROOT / "examples" / "torch_prune_pipeline.py").read_text().split('"""')[2].splitlines()
+    ours = [line.strip() for line in lines if re.search(r"ip_plugin|interspace\(|args\.interspace|bake\(", line)]
+    assert ours == [
+        "from ip_plugin import bake, interspace",
+        "from ip_plugin.adapters import torch_prune as prune",
+        "if args.interspace:",
+        "interspace(model)",
+        "bake(model)  # an ordinary network again",
+    ]

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from ip_plugin.adapters import torch_prune
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning as Host
 from torch import Tensor, nn
 
 from ip_plugin import bake, host_masks
+from ip_plugin.adapters import torch_prune
 from ip_plugin.layer import target
 from ip_plugin.reparametrization import Interspace, held, ours
 

@@ -28,12 +28,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from ip_plugin.adapters import Criterion
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 from torch.nn.utils.prune import PruningContainer
 
 from ip_plugin import host_masks, prunable
+from ip_plugin.adapters import Criterion
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -42,7 +42,7 @@ from ip_plugin.errors import (
     NothingToPruneError,
     NotPrunedError,
 )
-from ip_plugin.gauge import scales
+from ip_plugin.gauge import unit_gauge
 from ip_plugin.layer import Target, combined, mask_target, target
 from ip_plugin.reparametrization import Interspace, Mask, held, leave, ours
 
@@ -128,10 +128,7 @@ def _scores(where: Target, given: Tensor | None) -> Tensor:
         if given.shape != tensor.shape:
             raise InvalidScoresError(where.tensor_name, tensor.shape, given.shape)
         return given.contiguous()
-    parametrization = _ours_at(where)
-    if isinstance(parametrization, Interspace):
-        tensor = tensor * scales(parametrization, tensor)
-    return tensor.contiguous()
+    return unit_gauge(tensor, _ours_at(where)).contiguous()
 
 
 def _check_amount(amount: object, available: int) -> None:

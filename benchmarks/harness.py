@@ -61,7 +61,9 @@ def side_by_side(
         if drift <= UNSTEADY:
             return {name: _ratio(plain, values, drift) for name, values in times.items()}
         print(f"attempt {attempt + 1} thrown away: the baseline moved by {drift:.0%}")
-    raise RuntimeError(f"the baseline moved by more than {UNSTEADY:.0%} in each of {attempts} runs; is the machine idle?")
+    raise RuntimeError(
+        f"the baseline moved by more than {UNSTEADY:.0%} in each of {attempts} runs; is the machine idle?"
+    )
 
 
 def _ratio(plain: list[float], values: list[float], drift: float) -> Ratio:

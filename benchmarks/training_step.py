@@ -41,7 +41,9 @@ def network(stem: str, variant: str) -> nn.Module:
     if "interspace" in variant:
         ip_plugin.interspace(model)
     if "masked" in variant:
-        targets = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        targets = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+        ]
         ip_plugin.set_masks(model, {name: torch.rand(module.weight.shape) < 0.1 for name, module in targets})
     return model
 
@@ -91,7 +93,9 @@ def main() -> None:
             found.append(time.perf_counter() - started)
         print(1e3 * statistics.median(found[5:]))
         return
-    print(f"torch {torch.__version__}, {arguments.threads} threads; ratios to the plain step\n\nIn one process, in turn:")
+    print(
+        f"torch {torch.__version__}, {arguments.threads} threads; ratios to the plain step\n\nIn one process, in turn:"
+    )
     for (stem, batch), most in CASES.items():
         for name, baseline in (("interspace", "plain"), ("masked interspace", "masked")):
             variant = stepper(stem, batch, name)

@@ -95,6 +95,10 @@ def _checked(basis: Tensor, kernel: Sequence[int]) -> Tensor:
 
 def check_condition(basis: Tensor) -> None:
     """Raise InvalidBasisError unless every kernel can be written in `basis` with little loss of precision."""
+    if basis.is_meta:
+        raise InvalidBasisError(
+            "A basis must have values.", "a basis on the meta device", "load the weights before the model is converted"
+        )
     if not bool(basis.isfinite().all()):
         raise InvalidBasisError("A basis must be finite.", "NaN or infinite values")
     norm = norms(basis)

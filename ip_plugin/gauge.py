@@ -16,7 +16,7 @@ from . import basis as bases
 from .errors import InvalidBasisError
 from .layer import Layer, layers
 from .model import Model
-from .reparametrization import Interspace
+from .reparametrization import Interspace, Mask
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 #: The power of the gradient with which state of torch's optimizers scales.
@@ -32,19 +32,17 @@ _POWERS: dict[type[Optimizer], dict[str, int]] = {
 }
 
 
-def scales(space: Interspace, coefficients: Tensor) -> Tensor:
-    """Norms of the filters, shaped so that they multiply `coefficients`: ``(1, 1, *kernel)``."""
-    return bases.norms(space.basis.detach()).reshape(1, 1, *coefficients.shape[2:])
+def unit_gauge(coefficients: Tensor, parametrization: Mask | None) -> Tensor:
+    """Coefficients as they are when every basis filter has unit norm.
 
-
-def unit_gauge(layer: Layer) -> Tensor:
-    """Coefficients as they are when every basis filter has unit norm, detached; of a spatial layer, its weight.
-
-    Shape as `layer.coefficients`, masks not applied.
+    Args:
+        coefficients: ``(out, in, *kernel)``, or any tensor that is not in the interspace.
+        parametrization: what the tensor is under; without a basis the tensor is returned as it is.
     """
-    coefficients = layer.coefficients.detach()
-    space = layer.interspace
-    return coefficients if space is None else coefficients * scales(space, coefficients)
+    if not isinstance(parametrization, Interspace):
+        return coefficients
+    norms = bases.norms(parametrization.basis.detach())
+    return coefficients * norms.reshape(1, 1, *coefficients.shape[2:])
 
 
 @torch.no_grad()

@@ -73,6 +73,10 @@ def interspace(
         InterspaceError: one of its subclasses says what is wrong; the model is as it was.
 
     Note:
+        Initialise before: a weight that is composed can be assigned (``conv.weight = value``), but what is done to it
+        in place (``nn.init``, ``conv.reset_parameters()``) is done to a temporary tensor and lost.
+
+    Note:
         ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
         device does ``assign=True`` give every layer a basis of its own.
 

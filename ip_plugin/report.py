@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
 from .errors import ExampleInputError
-from .layer import Layer, Target, combined, layers
+from .layer import Layer, Target, combined, is_prunable, layers
 from .reparametrization import Mask, held
 
 if TYPE_CHECKING:
@@ -292,6 +292,7 @@ def _buffers(model: nn.Module) -> Iterator[Tensor]:
 def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) -> dict[str, int]:
     """How often each layer applies its weight: output positions (input positions where transposed) times batch."""
     counts = dict.fromkeys((layer.name for layer in layers), 0)
+    owners = {id(layer.coefficients): layer for layer in layers}
 
     def counter(layer: Layer) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -307,7 +308,11 @@ def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) ->
         return count
 
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [layer.module.register_forward_hook(counter(layer), with_kwargs=True) for layer in layers]
+    hooks = []
+    for module in model.modules():
+        if is_prunable(module):
+            owner = owners[id(Layer("", module).coefficients)]  # of a tied weight, the layer that lists it
+            hooks.append(module.register_forward_hook(counter(owner), with_kwargs=True))
     try:
         model.eval()
         if isinstance(example_input, Mapping):

@@ -8,13 +8,13 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from ip_plugin.adapters import torch_prune
 from kinds import CASES, KINDS, Case, backward, every_case, every_kind, train
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 import ip_plugin
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
+from ip_plugin.adapters import torch_prune
 
 
 def random_masks(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ip_plugin.adapters import torch_prune
 from kinds import SHARINGS, Case
 from torch import nn
 
 from ip_plugin import bake, interspace, masks, prunable, set_masks
+from ip_plugin.adapters import torch_prune
 from ip_plugin.errors import WrappedModelError
 
 KINDS_TRAINED = ("conv1d", "conv2d", "conv3d", "transposed2d", "depthwise")

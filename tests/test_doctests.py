@@ -6,11 +6,11 @@ import doctest
 import importlib
 import pkgutil
 
-import ip_plugin.adapters
 import pytest
 import torch
 
 import ip_plugin
+import ip_plugin.adapters
 
 
 def modules() -> list[str]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from ip_plugin.adapters import torch_prune
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as host
 
 import ip_plugin
 from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, normalize, report, set_masks
+from ip_plugin.adapters import torch_prune
 
 
 def network() -> nn.Sequential:
@@ -229,6 +229,13 @@ def test_loading_into_a_basis_that_became_singular_is_an_error_of_load_state_dic
     model[0].parametrizations.weight[0].basis.data.fill_(1.0)
     with pytest.raises(RuntimeError, match=r"0\.weight cannot be written in its basis"):
         model.load_state_dict(network().state_dict())
+
+
+def test_loading_dense_weights_into_a_basis_without_values_is_an_error_of_load_state_dict() -> None:
+    with torch.device("meta"):
+        model = interspace(network())
+    with pytest.raises(RuntimeError, match="a basis on the meta device"):
+        model.load_state_dict(network().state_dict(), assign=True)
 
 
 def test_a_dense_weight_of_another_shape_is_torchs_own_error() -> None:

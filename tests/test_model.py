@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from ip_plugin.adapters import torch_prune
 from kinds import backward
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from ip_plugin import bake, interspace, prunable, set_masks
+from ip_plugin.adapters import torch_prune
 
 
 class Residual(nn.Module):

@@ -55,7 +55,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     files = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in files} == {"ip_plugin", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ip_plugin").rglob("*") if p.suffix in (".py", ".j2", ".typed")}
+    sources = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "ip_plugin").rglob("*") if p.suffix in (".py", ".j2", ".typed")
+    }
     sources |= {f"ip_plugin/{p.relative_to(ROOT)}" for p in (ROOT / "adapters").glob("*.py")}
     assert {name for name in files if name.startswith("ip_plugin/")} == sources
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ip_plugin.adapters import torch_prune
 from kinds import KINDS, every_kind
 from torch import nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, prunable, report, set_masks
+from ip_plugin.adapters import torch_prune
 from ip_plugin.report import position_bytes
 
 
@@ -147,6 +147,13 @@ def test_multiply_adds_of_every_kind_are_those_that_torch_counts(kind: str) -> N
         expected = sum(x.shape[0] * s[1:].numel() * w.numel() for s, w in zip(where, weights, strict=True))
         expected += x.shape[0] * model[4].weight.numel()
     assert macs == expected
+
+
+def test_a_tied_weight_is_counted_once_and_its_multiply_adds_for_every_user() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    found = report(model, torch.zeros(3, 4))
+    assert (found.prunable.parameters, found.everything.parameters, found.prunable.macs_dense) == (16, 16, 2 * 3 * 16)
 
 
 def test_a_layer_that_runs_twice_counts_twice_and_one_that_does_not_run_counts_nothing() -> None:

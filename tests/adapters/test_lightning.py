@@ -14,12 +14,12 @@ from torch import nn
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from ip_plugin.adapters import torch_prune  # noqa: E402
-from ip_plugin.adapters.lightning import ModelPruning  # noqa: E402
 from lightning.pytorch.callbacks import ModelPruning as Host  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from ip_plugin import bake, interspace, masks, prunable, report  # noqa: E402
+from ip_plugin.adapters import torch_prune  # noqa: E402
+from ip_plugin.adapters.lightning import ModelPruning  # noqa: E402
 
 
 class Module(lightning.LightningModule):

@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from ip_plugin.adapters import Criterion, hosts
-from ip_plugin.adapters import torch_prune as prune
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import adopt_masks, bake, errors, interspace, masks, prunable, report, set_masks
+from ip_plugin.adapters import Criterion, hosts
+from ip_plugin.adapters import torch_prune as prune
 
 Pairs: TypeAlias = list[tuple[nn.Module, str]]
 Pipeline: TypeAlias = Callable[[Any, Pairs], None]
@@ -214,6 +214,21 @@ def test_remove_makes_zeros_permanent(space: str) -> None:
     assert isinstance(model[0].bias, nn.Parameter)
     with pytest.raises(errors.NotPrunedError, match="'weight' must be pruned"):
         prune.remove(model[0], "weight")
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_a_second_pruning_goes_by_the_present_values(space: str) -> None:
+    model = network() if space == "spatial" else interspace(network())
+    prune.l1_unstructured(model[4], "weight", amount=100)
+    model(X)
+    parameter = getattr(*prunable(model)[2])
+    kept = masks(model)["4"]
+    with torch.no_grad():
+        parameter.copy_(torch.arange(576.0).view(4, 144).flip(1))
+    prune.l1_unstructured(model[4], "weight", amount=50)
+    values = torch.where(kept, parameter.detach(), torch.inf)
+    expected = kept & (values > values.flatten().kthvalue(50).values)
+    assert torch.equal(masks(model)["4"], expected)
 
 
 def test_remove_of_a_target_and_of_the_hosts_mask() -> None:

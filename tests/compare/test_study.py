@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from ip_plugin.adapters import torch_prune
 from rich.console import Console
 
 from ip_plugin import interspace, masks, report
+from ip_plugin.adapters import torch_prune
 from ip_plugin.compare import config, criteria
 from ip_plugin.compare import report as shown
 from ip_plugin.compare.config import Run, Settings, Study

@@ -38,7 +38,7 @@ def side_by_side(
     baseline: Callable[[], object],
     variants: dict[str, Callable[[], object]],
     *,
-    rounds: int = 40,
+    rounds: int = 30,
     warmup: int = 5,
     attempts: int = 5,
 ) -> dict[str, Ratio]:

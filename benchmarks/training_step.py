@@ -69,7 +69,7 @@ def alone(stem: str, batch: int, variant: str, environment: dict[str, str]) -> f
     return float(run.stdout)
 
 
-def in_processes(stem: str, batch: int, environment: dict[str, str], times: int = 5) -> tuple[float, float]:
+def in_processes(stem: str, batch: int, environment: dict[str, str], times: int = 4) -> tuple[float, float]:
     """(ratio, drift of the plain network) of processes that run in turn."""
     plain, inter = [], []
     for _ in range(times):

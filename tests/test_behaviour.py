@@ -97,7 +97,11 @@ def test_interspace_then_bake_gives_back_the_model(case: Case) -> None:
             torch.testing.assert_close(parameter, values[name])
     torch.testing.assert_close(model(x), expected)
     assert set(model.state_dict()) == set(values)
-    torch.save(model, io.BytesIO())  # an ordinary model pickles
+    # An ordinary model pickles, and is read where this package is not installed.
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"ip_plugin" not in file.getvalue()
+    assert not any(module._load_state_dict_pre_hooks for module in model)
 
 
 @every_case
@@ -140,6 +144,7 @@ def test_copying_pruning_and_baking_one_copy_leaves_the_other(case: Case) -> Non
     torch.testing.assert_close(baked(x), expected)
     assert torch.equal(model(x), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(bake(copy.deepcopy(model)).state_dict(), strict=True)  # its hooks are there still
     bake(model)
     pruned(x), converted(x)
     torch.testing.assert_close(model(x), expected)

@@ -107,7 +107,7 @@ def headers(study: Study) -> list[str]:
     """The heads of the table's columns."""
     accuracies = [f"{SHORT[space]} %" for space in study.spaces]
     difference = [] if len(study.spaces) < 2 else ["IP − SP"]
-    return ["criterion", "sparsity", *accuracies, *difference, "left"]
+    return ["criterion", "sparsity", *accuracies, *difference, "parameters left"]
 
 
 def _signed(spread: Spread) -> str:
@@ -124,10 +124,10 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
-        caption="left: parameters, trained bases included; both spaces keep equally many",
+        caption="parameters left: trained bases included, equally many in both spaces",
     )
     for index, header in enumerate(headers(study)):
-        found.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        found.add_column(header.replace("s left", "s\nleft"), justify="left" if index == 0 else "right", no_wrap=index > 0)
     for index, line in enumerate(lines):
         if index and line.criterion != lines[index - 1].criterion:
             found.add_section()

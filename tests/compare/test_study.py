@@ -271,7 +271,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
 def test_the_table_by_hand(tmp_path: Path) -> None:
     study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9, 0.98), seeds=(0, 1, 2))
     lines = shown.summarize(study, {run: made_up(run) for run in study.runs()})
-    assert shown.headers(study) == ["criterion", "sparsity", "SP %", "IP %", "IP − SP", "left"]
+    assert shown.headers(study) == ["criterion", "sparsity", "SP %", "IP %", "IP − SP", "parameters left"]
     # SP 80, 81, 82; IP 81, 83, 85; differences 1, 2, 3.
     assert shown.cells(lines[0], study) == ["torch:l1", "0.9", "81.0 ± 1.0", "83.0 ± 2.0", "+2.0 ± 1.0", "100"]
     assert shown.cells(lines[1], study) == ["torch:l1", "0.98", "71.0 ± 1.0", "73.0 ± 2.0", "+2.0 ± 1.0", "100"]

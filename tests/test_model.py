@@ -115,6 +115,13 @@ def test_gradients_that_are_there_are_carried_over() -> None:
             torch.testing.assert_close(found[name], parameter.grad)
 
 
+def test_bake_drops_gradients_of_coefficients_and_no_others() -> None:
+    model, x = interspace(Residual(), layers=["stem"]), torch.randn(2, 3, 9, 9)
+    backward(model, x)
+    bake(model)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["stem.weight"]
+
+
 def test_the_storage_of_weights_stays() -> None:
     model = Residual()
     pointers = [model.stem.weight.data_ptr(), model.block["a"].weight.data_ptr()]

@@ -77,11 +77,8 @@ def _ours_at(where: Target) -> Mask | None:
 
 
 def _is_ours_to_mask(where: Target) -> bool:
-    """Whether a mask can live in a parametrization of ours; elsewhere the host keeps it, as it always did."""
-    if isinstance(where.module, _List):
-        return _ours_at(where) is not None
-    # A recurrent layer reads its weights from a list of its own, past any parametrization.
-    return not isinstance(where.module, nn.RNNBase)
+    """Whether a mask can live in a parametrization of ours; under someone else's the host keeps it, as it always did."""
+    return not isinstance(where.module, _List) or _ours_at(where) is not None
 
 
 @contextmanager

@@ -270,6 +270,7 @@ def test_channels_last_is_kept_and_changes_nothing(kind: str) -> None:
     model = interspace(copy.deepcopy(plain))
     set_masks(model, random_masks(model, density=2.0))
     expected, found = plain[:3](x), model[:3](x)
+    assert model[0].parametrizations.weight[0].mask.stride() == model[0].parametrizations.weight.original.stride()
     if kind != "depthwise":  # one input channel: its stride means nothing
         assert model[0].weight.stride() == plain[0].weight.stride()
     assert found.stride() == expected.stride()

@@ -127,7 +127,9 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
         caption="parameters left: trained bases included, equally many in both spaces",
     )
     for index, header in enumerate(headers(study)):
-        found.add_column(header.replace("s left", "s\nleft"), justify="left" if index == 0 else "right", no_wrap=index > 0)
+        found.add_column(
+            header.replace("s left", "s\nleft"), justify="left" if index == 0 else "right", no_wrap=index > 0
+        )
     for index, line in enumerate(lines):
         if index and line.criterion != lines[index - 1].criterion:
             found.add_section()

@@ -316,16 +316,19 @@ def test_biases_and_norms_are_pruned_too() -> None:
     assert list(dict(model.named_parameters())) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_recurrent_layers_stay_with_the_host() -> None:
-    expected, found = nn.LSTM(3, 4), nn.LSTM(3, 4)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_pruned_as_by_the_host(kind: type[nn.RNNBase]) -> None:
+    expected, found = kind(3, 4), kind(3, 4)
     found.load_state_dict(expected.state_dict())
-    host.l1_unstructured(expected, "weight_hh_l0", amount=0.5)
-    prune.l1_unstructured(found, "weight_hh_l0", amount=0.5)
+    names = list(dict(found.named_parameters()))
     x = torch.randn(5, 2, 3)
-    assert torch.equal(found(x)[0], expected(x)[0])
-    assert prune.is_pruned(found)
-    prune.remove(found, "weight_hh_l0")
-    assert int((found.weight_hh_l0 == 0).sum()) == 32 and not prune.is_pruned(found)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        host.l1_unstructured(expected, name, amount=0.5)
+        prune.l1_unstructured(found, name, amount=0.5)
+        assert torch.equal(found(x)[0], expected(x)[0])
+    assert torch.equal(copy.deepcopy(found)(x)[0], expected(x)[0])
+    assert torch.equal(bake(found)(x)[0], expected(x)[0])
+    assert list(dict(found.named_parameters())) == names
 
 
 def test_a_weight_that_someone_else_parametrizes_stays_with_the_host() -> None:

@@ -6,8 +6,8 @@ Change one import and an existing pipeline runs, whether `interspace` was called
 
 Every public function and class of the host is here, with the host's arguments, and the host's own code chooses what to
 prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
-the layer's parametrization. So pruned models copy with ``copy.deepcopy``; ``weight_orig`` and ``weight_mask`` can
-still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
+the layer's parametrization. So pruned models copy with ``copy.deepcopy`` (recurrent layers excepted: torch keeps their
+products in a list); ``weight_orig`` and ``weight_mask`` can still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
 where every basis filter has unit norm. A tensor that is pruned again after ``optimizer.step()`` is ranked by its
 present values; the host would rank it by those of the last forward pass.
 
@@ -77,7 +77,7 @@ def _ours_at(where: Target) -> Mask | None:
 
 
 def _is_ours_to_mask(where: Target) -> bool:
-    """Whether a mask can live in a parametrization of ours; under someone else's the host keeps it, as it always did."""
+    """Whether a mask can live in a parametrization of ours; under someone else's the host keeps it."""
     return not isinstance(where.module, _List) or _ours_at(where) is not None
 
 

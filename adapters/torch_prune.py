@@ -7,9 +7,10 @@ Change one import and an existing pipeline runs, whether `interspace` was called
 Every public function and class of the host is here, with the host's arguments, and the host's own code chooses what to
 prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
 the layer's parametrization. So pruned models copy with ``copy.deepcopy`` (recurrent layers excepted: torch keeps their
-products in a list); ``weight_orig`` and ``weight_mask`` can still be read as attributes. In the interspace ``(conv, "weight")`` means the coefficients, and magnitudes are read
-where every basis filter has unit norm. A tensor that is pruned again after ``optimizer.step()`` is ranked by its
-present values; the host would rank it by those of the last forward pass.
+weights in a list); ``weight_orig`` and ``weight_mask`` can still be read as attributes. In the interspace
+``(conv, "weight")`` means the coefficients, and magnitudes are read where every basis filter has unit norm. A tensor
+that is pruned again after ``optimizer.step()`` is ranked by its present values; the host would rank it by those of the
+last forward pass.
 
 >>> import torch
 >>> from torch import nn
@@ -44,7 +45,7 @@ from ip_plugin.errors import (
 )
 from ip_plugin.gauge import unit_gauge
 from ip_plugin.layer import Target, combined, mask_target, target
-from ip_plugin.reparametrization import Interspace, Mask, held, leave, ours
+from ip_plugin.reparametrization import Interspace, Mask, held, leave, ours, restore_order
 
 __all__ = [
     "BasePruningMethod",
@@ -94,6 +95,7 @@ def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
         return
     parametrization = _ours_at(where)
     theirs = host_masks.take_off(*where)
+    order = tuple(where.module._parameters)
     before = combined(None if parametrization is None else parametrization.mask, theirs)
     if before is None and ones:
         before = torch.ones_like(getattr(*where), dtype=torch.bool)
@@ -102,9 +104,11 @@ def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
         yield
     except BaseException:
         host_masks.take_off(*where)
+        restore_order(where.module, order)
         _give(where, theirs)
         raise
     kept = host_masks.take_off(*where)
+    restore_order(where.module, order)
     if kept is not None:
         mask_target(where, kept)
 

@@ -2,10 +2,13 @@
 
     python benchmarks/training_step.py
 
-A step is zero_grad, forward, backward and SGD with momentum. "masked" is at 90 % sparsity, beside it the plain network
-with the same masks. glibc gives freed memory back to the system and takes it anew at the next step, which hits the
-interspace harder, as its composed weights come and go: so the second table repeats the first with an allocator that
-keeps what it has been given (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), each network in a process of its own.
+A step is zero_grad, forward, backward and SGD with momentum. "masked" is at 90 % sparsity, against the plain network
+with masks of the same density.
+
+Composed weights come and go at every step. glibc's malloc gives memory that is freed back to the system and fetches it
+anew, page by page, at a cost that depends on what else lies in the heap; so everything is measured with an allocator
+that keeps what it has (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) and with glibc as it is, there also with each
+network in a process of its own.
 """
 
 from __future__ import annotations
@@ -78,12 +81,26 @@ def in_processes(stem: str, batch: int, environment: dict[str, str], times: int 
     return statistics.median(inter) / statistics.median(plain), max(plain) / min(plain) - 1
 
 
+def in_turn(allocator: str) -> None:
+    """Print the ratios of networks that take turns in this process."""
+    for (stem, batch), most in CASES.items():
+        for name, baseline in (("interspace", "plain"), ("masked interspace", "masked")):
+            steps = {name: stepper(stem, batch, name)}
+            found = side_by_side(stepper(stem, batch, baseline), steps)[name]
+            limit = f", at most {most}" if baseline == "plain" else ""
+            print(f"  {allocator}: {stem} stem, batch {batch:3}: {name} / {baseline} {found}{limit}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--in-turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.in_turn:
+        in_turn(arguments.in_turn)
+        return
     if arguments.alone:
         stem, batch, variant = arguments.alone
         step, found = stepper(stem, int(batch), variant), []
@@ -96,18 +113,14 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {arguments.threads} threads; ratios to the plain step\n\nIn one process, in turn:"
     )
-    for (stem, batch), most in CASES.items():
-        for name, baseline in (("interspace", "plain"), ("masked interspace", "masked")):
-            variant = stepper(stem, batch, name)
-            found = side_by_side(stepper(stem, batch, baseline), {name: variant})[name]
-            limit = f", at most {most}" if baseline == "plain" else ""
-            print(f"  {stem} stem, batch {batch:3}: {name} / {baseline} {found}{limit}", flush=True)
-    print("\nEach in a process of its own, in turn; glibc's malloc as it is, and keeping memory:")
+    for allocator, environment in (("keeping", KEEPING), ("glibc", {})):
+        command = [sys.executable, __file__, "--threads", str(arguments.threads), "--in-turn", allocator]
+        subprocess.run(command, check=True, env={**os.environ, **environment})
+    print("\nEach in a process of its own, in turn:")
     for stem, batch in CASES:
-        for title, environment in (("as it is", {}), ("keeping", KEEPING)):
-            ratio, drift = in_processes(stem, batch, environment)
-            unsteady = " (baseline unsteady: throw away)" if drift > UNSTEADY else ""
-            print(f"  {stem} stem, batch {batch:3}, {title}: {ratio:.2f}, drift {drift:.0%}{unsteady}", flush=True)
+        ratio, drift = in_processes(stem, batch, {})
+        unsteady = " (baseline unsteady: throw away)" if drift > UNSTEADY else ""
+        print(f"  glibc: {stem} stem, batch {batch:3}: interspace / plain {ratio:.2f}, drift {drift:.0%}{unsteady}")
 
 
 if __name__ == "__main__":

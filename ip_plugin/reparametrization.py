@@ -34,8 +34,11 @@ class Mask(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The masked tensor; a masked entry passes no gradient."""
-        # As int8: on a CPU the product of a float and a bool tensor takes twice as long.
-        return original if self.mask is None else original * self.mask.view(torch.int8)
+        if self.mask is None:
+            return original
+        # As int8: on a CPU the product of a float and a bool tensor takes twice as long, unless it is compiled (and
+        # the compiler of torch 2.5 cannot view a bool as int8).
+        return original * (self.mask if torch.compiler.is_compiling() else self.mask.view(torch.int8))
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What `original` must be for `forward` to give `value` (its pruned entries excepted)."""

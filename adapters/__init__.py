@@ -2,10 +2,10 @@
 
 Importing this package imports no host. A host's module is found by its name here, or, for hosts that others add, by
 the entry-point group ``ip_plugin.adapters``: an entry ``name = "package.module"`` names a module which may offer
-criteria to ``ip-plugin compare`` as a dict ``CRITERIA`` of `Criterion`.
+criteria to ``ip-plugin compare`` as a dict ``CRITERIA`` of `Criterion` and `ChannelCriterion`.
 
->>> sorted(hosts())[:1]
-['torch']
+>>> "torch" in hosts()
+True
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 GROUP = "ip_plugin.adapters"
 
@@ -33,6 +33,21 @@ class Criterion:
     title: str
     when: Literal["at initialisation", "after training"]
     prune: Callable[[nn.Module, int], None]
+
+
+@dataclass(frozen=True)
+class ChannelCriterion:
+    """A way to choose which channels are cut out of a network.
+
+    Attributes:
+        title, when: as in `Criterion`.
+        cut: called with (model, ratio, images, labels); must cut about `ratio` of the channels of every layer but the
+            last, in either space. Images and labels are a batch of the training data, for criteria that need gradients.
+    """
+
+    title: str
+    when: Literal["at initialisation", "after training"]
+    cut: Callable[[nn.Module, float, Tensor, Tensor], None]
 
 
 def hosts() -> dict[str, EntryPoint]:

@@ -272,13 +272,68 @@ class NotPrunedError(InterspaceError):
 
 
 class OptimizerMismatchError(InterspaceError):
-    """An optimizer that trains none of the model's coefficients."""
+    """An optimizer that trains nothing of the model."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, found: str) -> None:
         super().__init__(
-            "The optimizer must train coefficients of the model.",
-            f"{layers} interspace layers, none of their coefficients in the optimizer's parameter groups",
+            "The optimizer must train parameters of the model.",
+            found,
             "pass the optimizer that was built from this model's parameters",
+        )
+
+
+class CompiledModelError(InterspaceError):
+    """A compiled or scripted model, whose layers cannot be exchanged."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(
+            "A model whose channels are cut must not be compiled: the graph holds the parameters as they were.",
+            f"module {name!r} is compiled, a {kind}",
+            "prune first and compile then, or pass the model that was compiled (`compiled._orig_mod`)",
+        )
+
+
+class ForeignModuleError(InterspaceError):
+    """An argument that names a module of another model."""
+
+    def __init__(self, argument: str, module: object) -> None:
+        super().__init__(
+            f"Everything in `{argument}` must be a module of the model.",
+            f"{module!r}, which is not in `model.modules()`",
+            "take modules from the model that is passed, after every copy of it has been made",
+        )
+
+
+class InvalidPrunerError(InterspaceError):
+    """Something that is no pruner class of the host."""
+
+    def __init__(self, found: object) -> None:
+        super().__init__(
+            "A pruner class of torch_pruning (or a subclass of one) must be given, the class itself.",
+            f"{found!r}",
+            "pass for example tp.pruner.BasePruner, and its arguments by name",
+        )
+
+
+class InvalidRatioError(InterspaceError):
+    """A ratio of channels outside of [0, 1]."""
+
+    def __init__(self, argument: str, ratio: object) -> None:
+        super().__init__(
+            f"Ratios in `{argument}` must be numbers in [0, 1].",
+            f"{ratio!r} ({type(ratio).__name__})",
+            "pass the fraction of the channels that is to go",
+        )
+
+
+class UnfollowedCutError(InterspaceError):
+    """A Parameter was cut or changed in a way that masks and optimizer state cannot follow."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(
+            "Parameters that are lent to a host must be cut by a group of its pruner, and by selection of entries.",
+            f"the parameter of {tensor!r} was replaced by something else",
+            "cut with group.prune() of a pruner made by ip_plugin.adapters.torch_pruning.pruner",
         )
 
 
@@ -305,4 +360,86 @@ class ForeignFolderError(InterspaceError):
             f"The output folder {str(folder)!r} must be new, empty, or hold results of the same study.",
             found,
             "choose another folder with --output, or remove this one",
+        )
+
+
+class ExperimentError(InterspaceError):
+    """An NNI experiment that did not start, or broke off."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "The NNI experiment must run until its last trial has ended.",
+            found,
+            "run the same command again: what has finished is kept",
+        )
+
+
+class TrialFailedError(InterspaceError):
+    """A trial of an NNI experiment that ended without a result."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__("A trial must end with a result.", found, "run the same command again once this is mended")
+
+
+class PortInUseError(InterspaceError):
+    """The port asked for belongs to another process."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(
+            "The port of NNI's web portal must be free.",
+            f"another process listens on {port}",
+            "choose another port with --nni-port, or leave it out and the first free one is taken",
+        )
+
+
+class NoModuleMatchedError(InterspaceError):
+    """An entry of an NNI config list that selects nothing."""
+
+    def __init__(self, entry: object, found: str) -> None:
+        super().__init__(
+            "Every entry of the config list must select a module of the model.",
+            f"{found} for {entry!r}",
+            "use names and class names of the plain model's `named_modules()`, or remove the entry",
+        )
+
+
+class AlreadyWrappedError(InterspaceError):
+    """A model that another pruner of NNI still holds."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            "A model can be in the hands of one NNI pruner at a time.",
+            f"wrapped already: {_listed(names)}",
+            "call finish(pruner) of ip_plugin.adapters.nni first, or build the new pruner with from_compressor",
+        )
+
+
+class UnadoptedMaskError(InterspaceError):
+    """A module that NNI is to prune and that `torch.nn.utils.prune` has pruned."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            "Masks of torch.nn.utils.prune must be taken over before NNI prunes, or NNI does not train what they mask.",
+            f"module {name!r}: pruned by torch.nn.utils.prune",
+            "call ip_plugin.adopt_masks(model) first (for biases: torch.nn.utils.prune.remove)",
+        )
+
+
+class NotAPrunerError(InterspaceError):
+    """`finish` was given something that has no model to give back."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "`finish` takes a pruner of NNI that still holds its model.", found, "pass the pruner itself, once"
+        )
+
+
+class ForeignOptimizerError(InterspaceError):
+    """An optimizer that has nothing to do with the model."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(
+            "The optimizer must train parameters of the pruner's model.",
+            f"a {optimizer} with other parameters only",
+            "pass the optimizer that was built from this model's parameters, or none",
         )

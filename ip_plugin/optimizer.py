@@ -44,7 +44,9 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     mine = [layer for layer in converted if id(layer.coefficients) in group_of]
     if converted and not mine:
-        raise OptimizerMismatchError(len(converted))
+        raise OptimizerMismatchError(
+            f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups"
+        )
     names = {id(p): name for name, p in model.named_parameters()}
     joined: dict[int, tuple[Layer, dict[str, Any]]] = {}
     for layer in mine:

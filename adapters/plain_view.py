@@ -1,0 +1,216 @@
+"""Plain layers for a while: what a host sees that knows nothing of parametrizations.
+
+While a model is lent, every tensor under a parametrization of this package is an ordinary Parameter of an ordinary
+module: the very Parameter that holds the coefficients, its masked entries shown as zeros and its magnitudes as they
+are where every basis filter has unit norm; gradients are scaled the other way. Given back, what the host did not touch
+is bit for bit what it was, and what it wrote is scaled back.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ip_plugin import adopt_masks, host_masks
+from ip_plugin import basis as bases
+from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
+from ip_plugin.layer import Target, mask_target
+from ip_plugin.reparametrization import Held, Interspace, Mask, held, parametrizations, restore_order
+
+Rows: TypeAlias = "slice | types.EllipsisType"
+_COMPARED_AT_ONCE = 1 << 18
+
+
+class PlainView:
+    """Lends a model: ``with view: ...``; it may be entered again while it is entered.
+
+    Args:
+        model: lent and given back whole.
+        in_unit_gauge: asked when the model is lent; False shows coefficients in the gauge that they are in.
+    """
+
+    def __init__(self, model: nn.Module, in_unit_gauge: Callable[[], bool] = lambda: True) -> None:
+        self.model = model
+        self.in_unit_gauge = in_unit_gauge
+        self.depth = 0
+        self.loans: dict[tuple[nn.Module, str], Loan] = {}
+        self.shown = False
+
+    def __enter__(self) -> PlainView:
+        """Lend the model.
+
+        Raises:
+            AlreadyParametrizedError: someone else's parametrization sits beside or on top of ours.
+        """
+        if self.depth == 0:
+            take_over_masks(self.model)
+            found = held(self.model)
+            for each in found:
+                _refuse_foreign(each)
+            unit = self.in_unit_gauge()
+            for each in found:
+                loan = Loan(each, unit)
+                self.loans[loan.module, loan.tensor_name] = loan
+            for module, loans in self._by_module().items():
+                _make_plain(module, loans)
+        self.depth += 1
+        return self
+
+    def show(self) -> None:
+        """Show masked magnitudes in unit gauge from now on; until then every value is the exact one."""
+        if not self.shown:
+            self.shown = True
+            for loan in self.loans.values():
+                loan.show()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        strays = [loan for loan in self.loans.values() if loan.parameter is not loan.lent]
+        for loan in strays:
+            loan.module._parameters[loan.tensor_name] = loan.lent
+        for loan in self.loans.values():
+            loan.conceal()
+        for module, loans in self._by_module().items():
+            _give_back(module, loans)
+        self.loans, self.shown = {}, False
+        if strays and kind is None:
+            raise UnfollowedCutError(strays[0].layer)
+
+    def _by_module(self) -> dict[nn.Module, list[Loan]]:
+        found: dict[nn.Module, list[Loan]] = {}
+        for loan in self.loans.values():
+            found.setdefault(loan.module, []).append(loan)
+        return found
+
+    @contextmanager
+    def exact(self, tensors: Iterable[tuple[nn.Module, str]]) -> Iterator[list[Loan]]:
+        """While the block runs, some of the tensors lent have their exact values, for a host that cuts them."""
+        loans = [self.loans[key] for key in tensors if key in self.loans]
+        for loan in loans:
+            loan.conceal()
+        yield loans
+        if self.shown:
+            for loan in loans:
+                loan.show()
+
+
+class Loan:
+    """One tensor that is lent.
+
+    Attributes:
+        layer, module, tensor_name: where it is.
+        chain: torch's list of its parametrizations; `parametrization` is the only one.
+        lent: the Parameter; whoever lets a host replace it must say so here.
+    """
+
+    def __init__(self, each: Held, unit: bool) -> None:
+        self.layer, self.module, self.tensor_name = each.layer, each.module, each.tensor_name
+        self.chain, self.parametrization = each.chain, each.parametrization
+        self.cls, self.children = type(each.module), each.module._modules["parametrizations"]
+        self.lent: nn.Parameter = each.chain.original
+        self.unit = unit
+        self._exact: Tensor | None = None
+        self._exact_grad: Tensor | None = None
+        self._scale: Tensor | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The Parameter that the module has by now."""
+        return self.module._parameters.get(self.tensor_name)
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Put what a host may read into the Parameter."""
+        if self.unit:
+            self._scale = _scale(self.parametrization, self.lent)
+        if self._scale is not None or self.parametrization.mask is not None:
+            self._exact = self.lent.data
+            self.lent.data = self._shown(self._exact)
+        if self._scale is not None and self.lent.grad is not None:
+            self._exact_grad = self.lent.grad
+            self.lent.grad = self._exact_grad / self._scale
+
+    @torch.no_grad()
+    def conceal(self) -> None:
+        """Put the exact values back; what was written meanwhile is scaled back."""
+        scale = 1 if self._scale is None else self._scale
+        if self._exact is not None:
+            _take_back(self.lent.data, self._exact, self._shown, lambda now: now / scale)
+            self.lent.data = self._exact
+        if self._scale is not None and self.lent.grad is not None:
+            if self._exact_grad is None:
+                self.lent.grad = self.lent.grad * scale
+            else:
+                _take_back(self.lent.grad, self._exact_grad, lambda grad, _: grad / scale, lambda now: now * scale)
+                self.lent.grad = self._exact_grad
+        self._exact = self._exact_grad = self._scale = None
+
+    def _shown(self, values: Tensor, rows: Rows = ...) -> Tensor:
+        scaled = values.clone() if self._scale is None else values * self._scale
+        mask = self.parametrization.mask
+        return scaled if mask is None else scaled.mul_(mask[rows])
+
+
+def _take_back(
+    now: Tensor, exact: Tensor, shown: Callable[[Tensor, Rows], Tensor], back: Callable[[Tensor], Tensor]
+) -> None:
+    """Write into `exact` what is not as it was shown; by rows, as most of it is, and nothing large is allocated."""
+    rows: Iterable[Rows] = (...,)
+    if exact.dim() and exact.numel() > _COMPARED_AT_ONCE:
+        step = max(1, _COMPARED_AT_ONCE * len(exact) // exact.numel())
+        rows = (slice(start, start + step) for start in range(0, len(exact), step))
+    for some in rows:
+        was = shown(exact[some], some)
+        if not torch.equal(now[some], was):
+            exact[some] = torch.where(now[some] == was, exact[some], back(now[some]))
+
+
+def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
+    """What coefficients are multiplied by to be in unit gauge; None where that is one, to rounding."""
+    if not isinstance(parametrization, Interspace):
+        return None
+    norms = bases.norms(parametrization.basis.detach())
+    if bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
+        return None
+    return norms.reshape(1, 1, *coefficients.shape[2:])
+
+
+def take_over_masks(model: nn.Module) -> None:
+    """Make every mask of `torch.nn.utils.prune` ours: those on targets, and those on biases and norms."""
+    adopt_masks(model)
+    for module in model.modules():
+        if not isinstance(module, nn.RNNBase):  # torch keeps their weights in a list, too
+            for name in host_masks.pruned_names(module):
+                kept = host_masks.take_off(module, name)
+                assert kept is not None
+                mask_target(Target(module, name), kept)
+
+
+def _refuse_foreign(each: Held) -> None:
+    on_top = [type(p).__name__ for p in list(each.chain)[1:]]
+    beside = [name for name, chain in parametrizations(each.module).items() if not isinstance(chain[0], Mask)]
+    if on_top or beside:
+        raise AlreadyParametrizedError(each.layer, ", ".join(on_top) or f"another package, at {beside[0]!r}")
+
+
+def _make_plain(module: nn.Module, loans: list[Loan]) -> None:
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for loan in loans:
+        module.register_parameter(loan.tensor_name, loan.lent)
+    restore_order(module, loans[0].parametrization.order)
+
+
+def _give_back(module: nn.Module, loans: list[Loan]) -> None:
+    for loan in loans:
+        loan.chain.register_parameter("original", loan.lent)
+        del module._parameters[loan.tensor_name]
+    module.__class__ = loans[0].cls
+    module._modules["parametrizations"] = loans[0].children

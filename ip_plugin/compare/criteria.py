@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ip_plugin.adapters import Criterion, hosts
+from ip_plugin.adapters import ChannelCriterion, Criterion, hosts
 from ip_plugin.errors import InvalidStudyError
 
 
-def available() -> dict[str, Criterion]:
+def available() -> dict[str, Criterion | ChannelCriterion]:
     """Every criterion of every host that can be imported, by its full name.
 
     >>> "torch:l1" in available()
     True
     """
-    found: dict[str, Criterion] = {}
+    found: dict[str, Criterion | ChannelCriterion] = {}
     for host, entry in sorted(hosts().items()):
         try:
             criteria = getattr(entry.load(), "CRITERIA", {})
@@ -22,7 +22,7 @@ def available() -> dict[str, Criterion]:
     return found
 
 
-def load(name: str) -> Criterion:
+def load(name: str) -> Criterion | ChannelCriterion:
     """A criterion by its full name.
 
     Raises:
@@ -36,6 +36,6 @@ def load(name: str) -> Criterion:
         except ImportError as error:
             raise InvalidStudyError(rule, f"{name!r}: {error}", f"install the host {host!r}") from error
         if found is not None:
-            assert isinstance(found, Criterion)
+            assert isinstance(found, (Criterion, ChannelCriterion))
             return found
     raise InvalidStudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from ip_plugin.adapters import ChannelCriterion
+
 from . import criteria
 from .config import Run, Space, Study
 from .results import versions
@@ -56,6 +58,7 @@ class Line:
         difference: interspace minus spatial, of pairs with equal seed, in percentage points.
         parameters_left: of the runs, the trained bases included; more than one number only if runs differ.
         spatial_layers: convolutions that stayed spatial in the interspace runs.
+        macs_left: shares of the multiply-adds, of the runs; empty unless channels were cut.
     """
 
     criterion: str
@@ -64,6 +67,7 @@ class Line:
     difference: Spread | None
     parameters_left: tuple[int, ...]
     spatial_layers: tuple[str, ...]
+    macs_left: tuple[float, ...] = ()
 
 
 def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
@@ -90,6 +94,7 @@ def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
                     Spread.of(pairs),
                     tuple(sorted({result.parameters_left for result in found})),
                     tuple(dict.fromkeys(name for result in found for name in result.spatial_layers)),
+                    tuple(sorted({r.macs_left / r.macs for r in found if r.macs and r.macs_left is not None})),
                 )
             )
     return lines
@@ -100,14 +105,21 @@ def cells(line: Line, study: Study) -> list[str]:
     accuracies = [str(line.accuracy[space] or "–") for space in study.spaces]
     difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else _signed(line.difference)]
     left = " or ".join(f"{count:,}" for count in line.parameters_left) or "–"
-    return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left]
+    macs = [" or ".join(f"{share:.1%}" for share in line.macs_left) or "–"] if cuts_channels(study) else []
+    return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left, *macs]
+
+
+def cuts_channels(study: Study) -> bool:
+    """Whether a criterion of the study cuts channels; its sparsities are shares of channels, then."""
+    return any(isinstance(criteria.load(name), ChannelCriterion) for name in study.criteria)
 
 
 def headers(study: Study) -> list[str]:
     """The heads of the table's columns."""
     accuracies = [f"{SHORT[space]} %" for space in study.spaces]
     difference = [] if len(study.spaces) < 2 else ["IP − SP"]
-    return ["criterion", "sparsity", *accuracies, *difference, "parameters left"]
+    macs = ["MACs left"] if cuts_channels(study) else []
+    return ["criterion", "sparsity", *accuracies, *difference, "parameters left", *macs]
 
 
 def _signed(spread: Spread) -> str:
@@ -127,9 +139,10 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
         caption="parameters left: trained bases included, equally many in both spaces",
     )
     for index, header in enumerate(headers(study)):
-        found.add_column(
-            header.replace("s left", "s\nleft"), justify="left" if index == 0 else "right", no_wrap=index > 0
-        )
+        if index == 0:
+            found.add_column(header, overflow="fold")
+        else:
+            found.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
     for index, line in enumerate(lines):
         if index and line.criterion != lines[index - 1].criterion:
             found.add_section()
@@ -152,6 +165,12 @@ def remarks(lines: Sequence[Line]) -> list[str]:
         found.append(
             f"In {len(unclear)} of {len(compared)} lines the mean difference is smaller than its standard deviation "
             "over the seeds."
+        )
+    cutting = dict.fromkeys(line.criterion for line in lines if line.macs_left)
+    if cutting:
+        found.append(
+            f"{', '.join(cutting)}: sparsity is the share of the channels that are cut. The networks of both spaces are "
+            "equally large, as that of the interspace is baked and needs no basis then."
         )
     found.extend(
         f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "
@@ -187,7 +206,8 @@ def plot(study: Study, lines: Sequence[Line]) -> Figure:
                 )  # fmt: skip
         panel.set_title(criteria.load(criterion).title, fontsize="medium")
         panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
-        panel.set_xlabel("sparsity")
+        channels = isinstance(criteria.load(criterion), ChannelCriterion)
+        panel.set_xlabel("share of channels cut" if channels else "sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in %")
     if panels[0].get_legend_handles_labels()[0]:

@@ -26,7 +26,7 @@ from .runs import Result
 
 COLUMNS = (
     "criterion", "sparsity", "space", "seed", "accuracy", "accuracy_before_pruning", "parameters", "parameters_left",
-    "basis_parameters", "spatial_layers", "seconds",
+    "basis_parameters", "spatial_layers", "seconds", "macs", "macs_left",
 )  # fmt: skip
 
 
@@ -101,7 +101,8 @@ def _to_csv(rows: dict[Run, Result]) -> str:
         before = "" if result.accuracy_before_pruning is None else result.accuracy_before_pruning
         counts = (result.parameters, result.parameters_left, result.basis_parameters)
         layers = " ".join(result.spatial_layers)
-        writer.writerow([*run, result.accuracy, before, *counts, layers, round(result.seconds, 3)])
+        macs = ["" if count is None else count for count in (result.macs, result.macs_left)]
+        writer.writerow([*run, result.accuracy, before, *counts, layers, round(result.seconds, 3), *macs])
     return out.getvalue()
 
 
@@ -126,6 +127,7 @@ def _parse(line: dict[str, str]) -> Result:
     if line["space"] not in spaces:
         raise ValueError(f"space {line['space']!r}")
     before = line["accuracy_before_pruning"]
+    macs = [int(line[name]) if line[name] else None for name in ("macs", "macs_left")]
     return Result(
         run=Run(line["criterion"], float(line["sparsity"]), spaces[line["space"]], int(line["seed"])),
         accuracy=float(line["accuracy"]),
@@ -135,4 +137,6 @@ def _parse(line: dict[str, str]) -> Result:
         basis_parameters=int(line["basis_parameters"]),
         spatial_layers=tuple(line["spatial_layers"].split()),
         seconds=float(line["seconds"]),
+        macs=macs[0],
+        macs_left=macs[1],
     )

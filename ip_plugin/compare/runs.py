@@ -2,6 +2,7 @@
 
 The two spaces of a pair start from the same weights, see the same batches in the same order and keep the same number of
 parameters: where ordinary pruning keeps k values, interspace pruning keeps k minus the numbers of its trained bases.
+Where channels are cut both keep the same channels' number, and the network of the interspace is baked: it has no bases.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ip_plugin import interspace, param_groups, prunable, report
+from ip_plugin.adapters import ChannelCriterion
 from ip_plugin.errors import InvalidStudyError
 from ip_plugin.layer import layers
 
@@ -35,10 +37,14 @@ class Result:
         accuracy: share of the test images classified correctly at the end, in percent.
         accuracy_before_pruning: of the trained network before it was pruned; None where pruning came first.
         parameters: prunable parameters of the network.
-        parameters_left: non-zeros among them at the end, with the numbers of trained bases.
+        parameters_left: non-zeros among them at the end, with the numbers of trained bases where the network needs
+            them (a network whose channels were cut is baked).
         basis_parameters: numbers of trained bases.
         spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
         seconds: time of the run.
+        macs: multiply-adds of the convolution and linear layers for one image, before pruning; None unless channels
+            were cut.
+        macs_left: after it.
     """
 
     run: Run
@@ -49,6 +55,8 @@ class Result:
     basis_parameters: int
     spatial_layers: tuple[str, ...]
     seconds: float
+    macs: int | None = None
+    macs_left: int | None = None
 
 
 def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) -> Result:
@@ -64,18 +72,20 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
     """
     started = time.perf_counter()
     criterion, task = criteria.load(run.criterion), TASKS[settings.task]
+    cuts = isinstance(criterion, ChannelCriterion)
     devices = [torch.device(settings.device)] if torch.device(settings.device).type == "cuda" else []
     train, test = (Split(*(tensor.to(settings.device) for tensor in split)) for split in task.load())
     with torch.random.fork_rng(devices):
         torch.manual_seed(run.seed)
         model = task.network().to(settings.device)
         parameters = sum(getattr(*target).numel() for target in prunable(model))
+        macs = report(model, train.images[:1]).prunable.macs_dense if cuts else None
         kept = round((1 - run.sparsity) * parameters)
         spatial_layers: list[str] = []
         if run.space == "interspace":
-            spatial_layers = _convert(model, run, settings)
+            spatial_layers = _convert(model, run, settings, budget=not cuts)
         basis_parameters = report(model).prunable.basis_parameters
-        if kept - basis_parameters < 1:
+        if kept - basis_parameters < 1 and not cuts:
             raise InvalidStudyError(
                 "A run must keep at least one parameter.",
                 f"{kept} of {parameters} at sparsity {run.sparsity:g}, {basis_parameters} of them in bases",
@@ -84,23 +94,34 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
         torch.manual_seed(run.seed)
         order = torch.Generator().manual_seed(run.seed)
         before = None
+
+        def prune() -> None:
+            if isinstance(criterion, ChannelCriterion):
+                batch = slice(settings.batch_size)
+                criterion.cut(model, run.sparsity, train.images[batch], train.labels[batch])
+            else:
+                criterion.prune(model, parameters - kept + basis_parameters)
+
         if criterion.when == "after training":
             _train(model, train, settings.epochs, settings.lr, settings, order, epoch_done)
             before = _accuracy(model, test)
-            criterion.prune(model, parameters - kept + basis_parameters)
+            prune()
             _train(model, train, settings.finetune_epochs, settings.lr / 4, settings, order, epoch_done)
         else:
-            criterion.prune(model, parameters - kept + basis_parameters)
+            prune()
             _train(model, train, settings.epochs, settings.lr, settings, order, epoch_done)
+    left = report(model, train.images[:1]).prunable
     return Result(
         run=run,
         accuracy=_accuracy(model, test),
         accuracy_before_pruning=before,
         parameters=parameters,
-        parameters_left=report(model).prunable.nonzeros + basis_parameters,
+        parameters_left=left.nonzeros + (0 if cuts else basis_parameters),
         basis_parameters=basis_parameters,
         spatial_layers=tuple(spatial_layers),
         seconds=time.perf_counter() - started,
+        macs=macs,
+        macs_left=left.macs_dense if cuts else None,
     )
 
 
@@ -110,8 +131,11 @@ def epochs_of(run: Run, settings: Settings) -> int:
     return settings.epochs + (settings.finetune_epochs if after else 0)
 
 
-def _convert(model: nn.Module, run: Run, settings: Settings) -> list[str]:
-    """Move to the interspace what can pay for its basis; returns the names of the convolutions that cannot."""
+def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> list[str]:
+    """Move to the interspace what can pay for its basis; returns the names of the convolutions that cannot.
+
+    Without a budget nothing is to be paid for.
+    """
     sharers: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
     for layer in layers(model):
         shape = layer.coefficients.shape
@@ -122,8 +146,9 @@ def _convert(model: nn.Module, run: Run, settings: Settings) -> list[str]:
     converted: list[str] = []
     spatial: list[str] = []
     for members in sharers.values():
-        budget = (1 - run.sparsity) * sum(size for _, size, _ in members)
-        (converted if budget > members[0][2] else spatial).extend(name for name, _, _ in members)
+        available = (1 - run.sparsity) * sum(size for _, size, _ in members)
+        pays = not budget or available > members[0][2]
+        (converted if pays else spatial).extend(name for name, _, _ in members)
     if converted:
         interspace(model, basis=settings.basis, sharing=settings.sharing, layers=converted, seed=run.seed)
     return spatial

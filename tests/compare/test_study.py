@@ -20,9 +20,10 @@ import pytest
 import torch
 from filelock import FileLock
 from rich.console import Console
+from torch import nn
 
 from ip_plugin import interspace, masks, report
-from ip_plugin.adapters import torch_prune
+from ip_plugin.adapters import ChannelCriterion, torch_prune
 from ip_plugin.compare import config, criteria
 from ip_plugin.compare import report as shown
 from ip_plugin.compare.config import Run, Settings, Study
@@ -147,11 +148,44 @@ def test_the_grid_is_whole_and_pairs_run_one_after_the_other() -> None:
 
 
 def test_criteria_prune_in_either_space() -> None:
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
     for name, criterion in criteria.available().items():
         for convert in (False, True):
             model = TASKS["digits"].network()
-            criterion.prune(interspace(model) if convert else model, 50000)
-            assert report(model).prunable.nonzeros == 6224, name
+            model = interspace(model) if convert else model
+            if isinstance(criterion, ChannelCriterion):
+                criterion.cut(model, 0.5, images, labels)
+                assert [module.out_channels for module in model if isinstance(module, nn.Conv2d)] == [16, 32, 32], name
+                assert all(p.grad is None for p in model.parameters())
+            else:
+                criterion.prune(model, 50000)
+                assert report(model).prunable.nonzeros == 6224, name
+
+
+@pytest.mark.parametrize("name", ["tp:magnitude", "tp:random"])
+def test_channels_are_cut_to_the_same_shape_in_both_spaces(name: str) -> None:
+    pytest.importorskip("torch_pruning")
+    found = [execute(Run(name, 0.5, space, 0), replace(QUICK, epochs=1)) for space in config.SPACES]
+    # 16, 32 and 32 channels of 3x3 kernels on 8x8 and 4x4 positions, and a linear layer.
+    assert [result.parameters_left for result in found] == [144 + 4608 + 9216 + 320] * 2
+    assert [result.macs for result in found] == [64 * (288 + 18432) + 16 * 36864 + 640] * 2
+    assert [result.macs_left for result in found] == [64 * (144 + 4608) + 16 * 9216 + 320] * 2
+    assert [result.basis_parameters for result in found] == [0, 81]
+
+
+def test_multiply_adds_are_shown_where_channels_are_cut(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    study = replace(SMALL, criteria=("tp:magnitude", "torch:l1"))
+
+    def made(run: Run, *rest: Any) -> Result:
+        return replace(made_up(run, *rest), **({"macs": 200, "macs_left": 31} if run.criterion[:2] == "tp" else {}))
+
+    out = io.StringIO()
+    compare(study, tmp_path, Console(file=out, width=150), execute=made)
+    assert shown.headers(study)[-1] == "MACs left" and shown.headers(SMALL)[-1] == "parameters left"
+    assert re.search(r"tp:magnitude .* 15.5%", out.getvalue())
+    assert re.search(r"torch:l1 .* –", out.getvalue())
+    assert "sparsity is the share of the channels that are cut" in (tmp_path / "report.html").read_text()
 
 
 # Results
@@ -160,8 +194,9 @@ def test_criteria_prune_in_either_space() -> None:
 def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     first = made_up(Run("torch:l1", 0.95, "interspace", 0))
     second = replace(
-        first, run=first.run._replace(seed=1), accuracy=1 / 3, accuracy_before_pruning=0.1, spatial_layers=("a", "b")
-    )
+        first, run=first.run._replace(seed=1), accuracy=1 / 3, accuracy_before_pruning=0.1, spatial_layers=("a", "b"),
+        macs=200, macs_left=31,
+    )  # fmt: skip
     with Results.open(tmp_path / "new" / "folder", QUICK) as results:
         results.add(first)
         results.add(second)

@@ -1,0 +1,81 @@
+"""Time of `pruner(...).step()` of Torch-Pruning on a ResNet-50 in the interspace, as a ratio to the plain one.
+
+    python benchmarks/torch_pruning_step.py
+
+Limit: 1.15. "host" is the host's own class on the plain network, without the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch_pruning as tp
+import torchvision
+from harness import side_by_side
+from torch import nn
+
+from ip_plugin import interspace, set_masks
+from ip_plugin.adapters.torch_pruning import pruner
+from ip_plugin.layer import layers
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """As after training: no filter has unit norm."""
+    with torch.no_grad():
+        for layer in layers(model):
+            if layer.interspace is not None:
+                layer.interspace.basis.mul_(torch.linspace(0.5, 2, len(layer.interspace.basis))[:, None])
+    return model
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet50()
+    inter = moved(interspace(copy.deepcopy(plain)))
+    x = torch.randn(1, 3, 224, 224)
+    masked = set_masks(copy.deepcopy(inter), {layer.name: torch.rand(layer.coefficients.shape) < 0.5
+                                              for layer in layers(inter)})  # fmt: skip
+
+    def step(network: nn.Module, with_optimizer: bool, adapted: bool = True) -> Callable[[], Callable[[], None]]:
+        def prepare() -> Callable[[], None]:
+            model = copy.deepcopy(network)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if with_optimizer else None
+            if optimizer is not None:
+                for parameter in model.parameters():
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            options = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.5,
+                       "ignored_layers": [model.fc]}  # fmt: skip
+
+            def run() -> None:
+                if adapted:
+                    pruner(tp.pruner.BasePruner, model, x, optimizer=optimizer, **options).step()
+                else:
+                    tp.pruner.BasePruner(model, x, **options).step()
+
+            return run
+
+        return prepare
+
+    found = side_by_side(
+        step(plain, False),
+        {
+            "interspace": step(inter, False),
+            "interspace, masked": step(masked, False),
+            "plain, with optimizer": step(plain, True),
+            "interspace, with optimizer": step(inter, True),
+            "host": step(plain, False, adapted=False),
+        },
+        rounds=8,
+        warmup=1,
+        prepared=True,
+    )
+    print(f"torch {torch.__version__}, torch-pruning, ResNet-50, half of the channels, 2 threads; to plain:")
+    for name, ratio in found.items():
+        print(f"  {name}: {ratio}")
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,6 @@ class PlainView:
         if self.depth:
             return
         strays = [loan for loan in self.loans.values() if loan.parameter is not loan.lent]
-        for loan in strays:
-            loan.module._parameters[loan.tensor_name] = loan.lent
         for loan in self.loans.values():
             loan.conceal()
         for module, loans in self._by_module().items():
@@ -211,6 +209,6 @@ def _make_plain(module: nn.Module, loans: list[Loan]) -> None:
 def _give_back(module: nn.Module, loans: list[Loan]) -> None:
     for loan in loans:
         loan.chain.register_parameter("original", loan.lent)
-        del module._parameters[loan.tensor_name]
+        module._parameters.pop(loan.tensor_name, None)
     module.__class__ = loans[0].cls
     module._modules["parametrizations"] = loans[0].children

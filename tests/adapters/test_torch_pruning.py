@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from ip_plugin import bake, interspace, masks, normalize, report, set_masks
+from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report, set_masks
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -474,6 +474,14 @@ def test_the_history_cuts_another_copy() -> None:
         assert torch.equal(a, b), name
 
 
+def test_the_hosts_state_dict_holds_the_baked_model(tmp_path: Any) -> None:
+    model, plain, x = twins("dct")
+    pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head]).step()
+    torch.save(tp.state_dict(bake(copy.deepcopy(model))), tmp_path / "pruned.pt")
+    fresh = tp.load_state_dict(plain, torch.load(tmp_path / "pruned.pt", weights_only=False))
+    torch.testing.assert_close(fresh.eval()(x), model.eval()(x))
+
+
 RELOAD = """
 import sys, torch, torch_pruning as tp
 from torch import nn
@@ -572,6 +580,31 @@ def test_magnitudes_are_read_in_unit_gauge_and_nothing_is_scaled_for_good(import
         assert layer.coefficients.numel() < value.numel() or layer.name == "head"
         if importance != "hessian":  # the host keeps second moments there
             assert torch.isin(layer.coefficients.grad, grad).all()
+
+
+class CutAndLook(tp.pruner.BasePruner):
+    """A user's own pruner, which reads magnitudes in its constructor and after a cut."""
+
+    def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.seen = [model.left.weight.detach().clone()]
+
+    def cut(self) -> None:
+        self.DG.get_pruning_group(self.model.left, tp.prune_conv_out_channels, idxs=[0, 5]).prune()
+        self.seen.append(self.model.left.weight.detach().clone())
+
+
+def test_a_pruner_of_ones_own_reads_unit_gauge_everywhere() -> None:
+    model, _, x = twins("dct", Residual)
+    rescale(model)
+    cutter = pruner(CutAndLook, model, x, importance=magnitude())
+    cutter.cut()
+    left = model.left.parametrizations.weight
+    expected = left.original * left[0].basis.norm(dim=1).reshape(1, 1, 3, 3)
+    assert cutter.seen[0].shape == (8, 8, 3, 3)
+    kept = [1, 2, 3, 4, 6, 7]
+    torch.testing.assert_close(cutter.seen[0][kept][:, kept], expected.detach())
+    torch.testing.assert_close(cutter.seen[1], expected.detach())
 
 
 def test_regularizers_act_in_unit_gauge() -> None:
@@ -685,8 +718,9 @@ def test_the_optimizer_goes_on(name: str, basis: str | None) -> None:
 
     fit()
     rescaled = {}
-    with torch.no_grad():  # state whose values tell where they are from
+    with torch.no_grad():  # state and gradients whose values tell where they are from
         for parameter, state in optimizer.state.items():
+            parameter.grad.copy_(parameter)
             for key, value in state.items():
                 if value.shape == parameter.shape:
                     value.copy_(parameter)
@@ -707,6 +741,7 @@ def test_the_optimizer_goes_on(name: str, basis: str | None) -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, len(live) - 4]
     assert {id(p) for p in optimizer.state} <= {id(p) for p in live}
     for parameter in live:
+        assert torch.equal(parameter.grad, parameter)
         for value in optimizer.state[parameter].values():
             if value.dim():
                 assert torch.equal(value, parameter)
@@ -744,15 +779,72 @@ def test_state_of_an_unknown_shape_is_reset_with_a_warning() -> None:
 def test_a_tied_weight_has_two_heirs_in_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 2))
     model[2].weight = model[0].weight
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(torch.randn(4, 6)).sum().backward()
     optimizer.step()
     pruner(tp.pruner.BasePruner, model, torch.randn(4, 6), importance=magnitude(), pruning_ratio=0.5,
            optimizer=optimizer, ignored_layers=[model[3]]).step()  # fmt: skip
     held = {id(p) for p in optimizer.param_groups[0]["params"]}
     assert {id(p) for p in model.parameters()} <= held
-    assert model[0].weight.shape == (3, 6)
-    assert model[2].weight.shape == (3, 3)
+    first, second = (optimizer.state[model[i].weight] for i in (0, 2))
+    assert model[0].weight.shape == first["exp_avg"].shape == (3, 6)
+    assert model[2].weight.shape == second["exp_avg"].shape == (3, 3)
+    assert first["step"] is not second["step"]
+
+
+def test_names_in_the_optimizer_stay_beside_their_parameters() -> None:
+    model, _, x = twins()
+    try:
+        optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    except TypeError:
+        pytest.skip("optimizers of this torch take no names")
+    pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head],
+           optimizer=optimizer).step()  # fmt: skip
+    group = optimizer.param_groups[0]
+    names = dict(model.named_parameters())
+    assert len(group["param_names"]) == len(names)
+    assert all(names[name] is parameter for name, parameter in zip(group["param_names"], group["params"], strict=True))
+
+
+def test_large_parameters_can_be_counted() -> None:
+    from ip_plugin.adapters.cut import _positions
+
+    assert int(_positions(torch.empty(2**24 + 2))[-1]) == 2**24 + 1
+
+
+def test_the_memory_format_stays() -> None:
+    model, _, x = twins("dct")
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    set_masks(model, {"left": torch.rand(8, 8, 3, 3) > 0.3})
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head]).step()
+    left = next(layer for layer in layers(model) if layer.name == "left")
+    assert left.coefficients.shape == (4, 4, 3, 3)
+    for tensor in (left.coefficients, left.coefficients.grad, left.mask):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+
+
+def test_bases_may_join_the_optimizer_after_the_cut() -> None:
+    momenta = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        model, x = Residual().double(), torch.randn(X, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        interspace(model, basis="dct")
+        if early:
+            join_optimizer(model, optimizer)
+        pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head],
+               optimizer=optimizer).step()  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            join_optimizer(model, optimizer)
+        momenta.append([optimizer.state[layer.coefficients]["momentum_buffer"] for layer in layers(model)])
+        assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    for first, second in zip(*momenta, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 # What the host gets wrong -----------------------------------------------------------------------------------------

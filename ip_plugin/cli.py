@@ -15,6 +15,7 @@ from rich.table import Table
 from . import __version__
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
+from .compare.nni_engine import NniEngine
 from .compare.study import compare as run_study
 from .errors import InterspaceError
 
@@ -69,11 +70,22 @@ def compare(
     sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
+    engine: Annotated[str, typer.Option(help="local (here, one by one) or nni (as an NNI experiment).")] = "local",
+    nni_config: Annotated[
+        Path | None, typer.Option(help="NNI's YAML file: training service, limits. Without it: this machine.")
+    ] = None,
+    nni_port: Annotated[
+        int | None,
+        typer.Option(help="Of NNI's web portal. Without it: the first free one from 8080.", min=1, max=65535),
+    ] = None,
+    nni_concurrency: Annotated[
+        int | None, typer.Option(help="Trials at once. Without it: as the file says, or 1.", min=1)
+    ] = None,
 ) -> None:
     """Train and prune a small network in both spaces, and show which one is more accurate.
 
     Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on
-    two cores. Stopped and started again, it goes on where it was.
+    two cores. Stopped and started again, it goes on where it was, with either engine.
     """
     study = Study(
         settings=Settings(
@@ -89,8 +101,15 @@ def compare(
         seeds=_values(seeds, int, "seeds"),
     )
     console = Console()
+    cells = None
+    if engine == "nni":
+        cells = NniEngine(nni_config, nni_port, nni_concurrency, lambda url: console.print(f"NNI's web portal: {url}"))
+    elif engine != "local":
+        raise typer.BadParameter(f"{engine!r} is neither local nor nni", param_hint="--engine")
+    elif (nni_config, nni_port, nni_concurrency) != (None, None, None):
+        raise typer.BadParameter("options of NNI need --engine nni", param_hint="--nni-...")
     try:
-        failures = run_study(study, output, console, command=shlex.join(["ip-plugin", *sys.argv[1:]]))
+        failures = run_study(study, output, console, command=shlex.join(["ip-plugin", *sys.argv[1:]]), engine=cells)
     except KeyboardInterrupt:
         console.print(f"stopped; what has finished is in {output}, and the same command goes on from there")
         raise typer.Exit(130) from None

@@ -169,8 +169,8 @@ def remarks(lines: Sequence[Line]) -> list[str]:
     cutting = dict.fromkeys(line.criterion for line in lines if line.macs_left)
     if cutting:
         found.append(
-            f"{', '.join(cutting)}: sparsity is the share of the channels that are cut. The networks of both spaces are "
-            "equally large, as that of the interspace is baked and needs no basis then."
+            f"{', '.join(cutting)}: sparsity is the share of the channels that are cut. The networks of both spaces "
+            "are equally large, as that of the interspace is baked and needs no basis then."
         )
     found.extend(
         f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "

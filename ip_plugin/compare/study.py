@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,10 +18,38 @@ from .results import Results
 from .runs import Result, epochs_of, execute
 
 Execute: TypeAlias = Callable[[Run, Settings, Callable[[], None]], Result]
+Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]
+# Runs cells, and yields each with its result or with what went wrong, as they finish. It is told the cells, their
+# settings, what to call when it begins a cell, and what to call after each epoch.
+Engine: TypeAlias = Callable[[Sequence[Run], Settings, Callable[[Run], None], Callable[[], None]], Outcomes]
+
+
+def one_by_one(execute: Execute = execute) -> Engine:
+    """The engine that runs the cells here, one after the other."""
+
+    def engine(
+        runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: Callable[[], None]
+    ) -> Outcomes:
+        for run in runs:
+            began(run)
+            outcome: Result | Exception
+            try:
+                outcome = execute(run, settings, epoch_done)
+            except Exception as error:
+                outcome = error
+            yield run, outcome
+
+    return engine
 
 
 def compare(
-    study: Study, folder: Path, console: Console, *, command: str = "", execute: Execute = execute
+    study: Study,
+    folder: Path,
+    console: Console,
+    *,
+    command: str = "",
+    execute: Execute = execute,
+    engine: Engine | None = None,
 ) -> Mapping[Run, Exception]:
     """Run a study in a folder and write ``results.csv``, ``accuracy.png``, ``accuracy.svg`` and ``report.html`` there.
 
@@ -31,13 +60,15 @@ def compare(
         folder: made if it is not there.
         console: where progress and the table go.
         command: how the study was started, for the report.
-        execute: runs one cell of the grid.
+        execute: runs one cell of the grid, where `engine` is None.
+        engine: runs the cells that are missing; None runs them here, one after the other.
 
     Returns:
         What failed.
 
     Raises:
         ForeignFolderError: the folder belongs to something else; nothing has changed.
+        ExperimentError, PortInUseError: of the engine nni. What has finished is kept.
     """
     failures: dict[Run, Exception] = {}
     with Results.open(folder, study.settings) as results:
@@ -50,12 +81,17 @@ def compare(
             bar = progress.add_task(
                 "", total=sum(epochs.values()), completed=sum(epochs[r] for r in runs if r not in missing)
             )
-            for run in missing:
+
+            def began(run: Run) -> None:
                 progress.update(bar, description=f"{runs.index(run) + 1}/{len(runs)} {run}")
-                try:
-                    results.add(execute(run, study.settings, lambda: progress.advance(bar)))
-                except Exception as error:
-                    failures[run] = error
+
+            cells = (engine or one_by_one(execute))(missing, study.settings, began, lambda: progress.advance(bar))
+            with closing(cells):
+                for run, outcome in cells:
+                    if isinstance(outcome, Exception):
+                        failures[run] = outcome
+                    else:
+                        results.add(outcome)
         write(study, results, command)
     lines = report.summarize(study, results.rows)
     console.print(report.table(study, lines))

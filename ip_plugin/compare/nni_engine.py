@@ -1,0 +1,405 @@
+"""Running a study's grid as an NNI experiment: one trial for each cell, on any of NNI's training services.
+
+NNI 3.0 is imported when it is used. What it does by itself and what is done about it here:
+
+- its manager listens on every network interface, without a password, and runs commands for whoever asks. On the local
+  training service it is bound to loopback; other services need to reach it, so there it stays as NNI has it;
+- its manager outlives whoever started it. Here it ends with its starter, killed or not, and its trials with it;
+- its table of trials mixes up the parameters of trials that start at the same time. Here trials say themselves what
+  they ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ip_plugin.errors import ExperimentError, InvalidStudyError, PortInUseError, TrialFailedError
+
+from . import nni_trial
+from .config import Run, Settings
+from .results import versions
+from .runs import Result
+
+Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]
+
+FIRST_PORT = 8080
+_STARTS_TRIED = 3
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 10.0  # a trial's end may be known before its result
+_ENDED = ("SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED")
+_OURS = (
+    "search_space", "search_space_file", "tuner", "assessor", "advisor", "trial_code_directory", "max_trial_number",
+    "use_annotation",
+)  # fmt: skip
+
+_PRELOAD = """\
+delete process.env.NODE_OPTIONS;
+const server = require('net').Server.prototype, listen = server.listen, host = %s, parent = process.ppid;
+if (host) server.listen = function (port, ...rest) {
+  return listen.call(this, port, ...(typeof port === 'number' ? [host] : []), ...rest);
+};
+const alone = () => process.ppid !== parent;
+setInterval(() => { if (alone()) process.kill(process.pid, 'SIGTERM'); }, 500).unref();
+process.on('exit', () => { if (alone()) require('fs').rmSync(__dirname, {recursive: true, force: true}); });
+"""
+
+
+@dataclass(frozen=True)
+class NniEngine:
+    """Runs cells of a grid as the trials of an NNI experiment. What it yields is what running them here would yield.
+
+    Attributes:
+        config: file with the configuration of an NNI experiment (YAML), for its training service and limits; None is
+            the local one. Search space, tuner, trial code and number of trials are the study's. A ``trialCommand``
+            (where Python has another path) must run the module `ip_plugin.compare.nni_trial`.
+        port: of NNI's web portal; None is the first free one from 8080.
+        concurrency: how many trials run at once; None is what `config` says, or 1.
+        announce: told the address of the portal.
+
+    Raises:
+        InvalidStudyError: NNI is not installed, or cannot use the configuration.
+    """
+
+    config: Path | None = None
+    port: int | None = None
+    concurrency: int | None = None
+    announce: Callable[[str], None] = field(default=lambda _: None)
+
+    def __post_init__(self) -> None:
+        try:
+            import nni  # noqa: F401
+        except ImportError as error:
+            raise InvalidStudyError(
+                "The engine nni must have NNI.", str(error), 'run: pip install "ip-plugin[nni]"'
+            ) from error
+        self._configured(["?"], Path.cwd())
+
+    def __call__(
+        self, runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: Callable[[], None]
+    ) -> Outcomes:
+        """Run cells, and yield each with its result or with what went wrong, as they finish.
+
+        Args:
+            runs: the cells.
+            settings: of their study.
+            began: called when a cell is begun.
+            epoch_done: called after each epoch of each.
+
+        Raises:
+            ExperimentError: NNI could not start, or broke off.
+            PortInUseError: the port asked for is in use.
+        """
+        if not runs:
+            return
+        with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:
+            given = {"settings": asdict(settings), "versions": versions(), "threads": torch.get_num_threads()}
+            Path(code, nni_trial.SETTINGS).write_text(json.dumps(given), encoding="utf-8")
+            with running(self._configured([run._asdict() for run in runs], Path(code)), port=self.port) as experiment:
+                self.announce(portal(experiment))
+                yield from _follow(experiment, runs, began, epoch_done)
+
+    def _configured(self, cells: Sequence[object], code: Path) -> Any:
+        """The experiment's configuration, checked."""
+        from nni.experiment.config import AlgorithmConfig, ExperimentConfig
+        from nni.experiment.config.utils import is_missing
+
+        config = ExperimentConfig("local") if self.config is None else _load(self.config)
+        config.search_space = {"combine_params": {"_type": "choice", "_value": list(cells)}}
+        config.tuner = AlgorithmConfig(name="BatchTuner")
+        config.max_trial_number = len(cells)
+        config.trial_code_directory = code
+        if config.trial_command is None:
+            config.trial_command = f"{shlex.quote(sys.executable)} -m {nni_trial.__name__}"
+        if self.concurrency is not None:
+            config.trial_concurrency = self.concurrency
+        elif is_missing(config.trial_concurrency):
+            config.trial_concurrency = 1
+        try:
+            config.validate()
+        except Exception as error:
+            raise _refused(
+                str(error) or f"{type(error).__name__}, {config.trial_concurrency} trials at once"
+            ) from error
+        return config
+
+
+def _load(path: Path) -> Any:
+    """The user's configuration, if it leaves the study alone."""
+    from nni.experiment.config import ExperimentConfig
+    from nni.experiment.config.utils import is_missing, unset_base_path
+
+    try:
+        config = ExperimentConfig.load(path)
+        if is_missing(config.training_service):
+            config.training_service = ExperimentConfig("local").training_service
+        services = config.training_service if isinstance(config.training_service, list) else [config.training_service]
+        given = [name for name in _OURS if getattr(config, name) != getattr(ExperimentConfig(), name)]
+        codes = [getattr(each, "trial_code_directory", None) for each in services]
+        given += ["trial_code_directory"] * any(code is not None and not is_missing(code) for code in codes)
+    except Exception as error:
+        raise _refused(f"{str(path)!r}: {type(error).__name__}: {error}") from error
+    finally:
+        unset_base_path()  # NNI leaves it behind when it cannot load a file, and then loads no other
+    if given:
+        raise InvalidStudyError(
+            "A configuration for a study must leave to the study what is tried, and with which code.",
+            f"{str(path)!r} sets {', '.join(given)}",
+            "remove these lines from the file",
+        )
+    return config
+
+
+def _refused(found: str) -> InvalidStudyError:
+    rule = "The engine nni must have a configuration that NNI accepts."
+    return InvalidStudyError(rule, found, "mend the file of --nni-config, or --nni-concurrency")
+
+
+@contextmanager
+def running(config: Any, *, port: int | None = None) -> Iterator[Any]:
+    """Start an NNI experiment, and leave no process of it behind, however the block is left.
+
+    Its working directory is a temporary one, unless the configuration names one: that one is kept.
+
+    Args:
+        config: an `nni.experiment.ExperimentConfig`.
+        port: of the web portal; None is the first free one from 8080.
+
+    Yields:
+        The `nni.experiment.Experiment`.
+
+    Raises:
+        ExperimentError: NNI could not start.
+        PortInUseError: the port asked for is in use.
+    """
+    import nni
+    from nni.experiment import Experiment
+    from nni.experiment.config import ExperimentConfig
+    from nni.tools.nnictl.config_utils import Experiments
+
+    local = getattr(config.training_service, "platform", None) == "local"
+    kept = config.experiment_working_directory != ExperimentConfig.experiment_working_directory
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost,127.0.0.1"]))
+    patient = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # trials that spin while they wait stop each other
+    nni.silence_stdout()
+    with (
+        tempfile.TemporaryDirectory(prefix="ip-plugin-nni-", ignore_cleanup_errors=True) as folder,
+        _environment(no_proxy=direct, NO_PROXY=direct, OMP_WAIT_POLICY=patient),
+    ):
+        preload = Path(folder, "preload.cjs")
+        preload.write_text(_PRELOAD % json.dumps("127.0.0.1" if local else None), encoding="utf-8")
+        if not kept:
+            config.experiment_working_directory = folder
+        experiment = Experiment(config)
+        experiment.url_prefix = secrets.token_hex(8)  # so that no request meant for one manager reaches another
+        try:
+            _start(experiment, port, preload)
+            yield experiment
+        finally:
+            try:
+                _stop(experiment)
+            finally:
+                if not kept:
+                    Experiments().remove_experiment(experiment.id)
+
+
+def portal(experiment: Any) -> str:
+    """The address of a running experiment's web portal."""
+    return f"http://127.0.0.1:{experiment.port}/{experiment.url_prefix}/"
+
+
+def _start(experiment: Any, port: int | None, preload: Path) -> None:
+    """Start the manager on the port, or on the first one that is free."""
+    ports = range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port] * _STARTS_TRIED
+    failures: list[Exception] = []
+    for candidate in ports:
+        if not _is_free(candidate):
+            if port is not None:
+                raise PortInUseError(port)
+            continue
+        options = f"{os.environ.get('NODE_OPTIONS', '')} --require {json.dumps(str(preload))}".strip()
+        try:
+            with _environment(NODE_OPTIONS=options), _interrupted_later():
+                experiment.start(candidate)
+        except (RuntimeError, OSError) as error:  # another process was faster, or the manager too slow
+            failures.append(error)
+            if len(failures) == _STARTS_TRIED:
+                break
+        else:
+            return
+    found = f"{type(failures[-1]).__name__}: {failures[-1]}" if failures else f"no free port in {ports}"
+    raise ExperimentError(f"it did not start: {found}")
+
+
+def _stop(experiment: Any) -> None:
+    """Stop the manager and its trials: first as NNI does it, then whoever is left of their process group."""
+    process = experiment._proc
+    try:
+        experiment.stop()
+    finally:
+        if process is not None:
+            if hasattr(os, "killpg"):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
+
+
+@dataclass
+class _Trial:
+    """What is known of a trial that has not ended for us."""
+
+    run: Run | None = None
+    reports: int = 0
+    error: str | None = None
+    ended: float | None = None
+
+
+def _follow(
+    experiment: Any, runs: Sequence[Run], began: Callable[[Run], None], epoch_done: Callable[[], None]
+) -> Outcomes:
+    """Yield each cell when its trial has ended."""
+    waiting = dict.fromkeys(runs)
+    trials: dict[str, _Trial] = {}
+    done: set[str] = set()
+    nameless: list[str] = []
+    while waiting:
+        state, jobs, reports = _look(experiment, done)
+        for job in jobs:
+            trial = trials.setdefault(job.trialJobId, _Trial())
+            result = _heed(trial, reports[job.trialJobId], began, epoch_done)
+            if result is None and not _is_over(trial, job.status):
+                continue
+            done.add(job.trialJobId)
+            if result is None and trial.run is None:
+                nameless.append(_failure(experiment, job, trial))
+            elif trial.run in waiting:
+                del waiting[trial.run]
+                yield trial.run, result or TrialFailedError(_failure(experiment, job, trial))
+        if state["status"] in ("ERROR", "STOPPING", "STOPPED"):
+            raise ExperimentError(
+                f"it broke off with status {state['status']}: {'; '.join(state['errors']) or 'no reason'}"
+            )
+        if state["status"] == "DONE" and all(job.trialJobId in done for job in jobs):
+            break
+        time.sleep(_POLL_SECONDS)
+    for run in waiting:
+        yield run, TrialFailedError(nameless.pop(0) if nameless else "no trial that ran it")
+
+
+def _look(experiment: Any, done: set[str]) -> tuple[dict[str, Any], list[Any], dict[str, list[dict[str, Any]]]]:
+    """The state of an experiment, its trials that are not done, and what each of them has reported of its cell."""
+    try:
+        state = json.loads(_read(experiment, "check-status"))
+        jobs = [job for job in experiment.list_trial_jobs() if job.trialJobId not in done]
+        names = [job.trialJobId for job in jobs]
+        said = {name: [each.data for each in experiment.get_job_metrics(name).get(name, [])] for name in names}
+    except OSError as error:
+        raise ExperimentError(f"its manager does not answer: {error}") from error
+    cells = set(Run._fields)
+    return state, jobs, {n: [each for each in said[n] if isinstance(each, dict) and cells <= set(each)] for n in names}
+
+
+def _heed(
+    trial: _Trial, reports: Sequence[dict[str, Any]], began: Callable[[Run], None], epoch_done: Callable[[], None]
+) -> Result | None:
+    """Take in what a trial has reported since it was looked at last; its result, if that is there."""
+    for report in reports[trial.reports :]:
+        trial.reports += 1
+        if trial.run is None:
+            trial.run = Run(**{name: report[name] for name in Run._fields})
+            began(trial.run)
+        elif "error" in report:
+            trial.error = report["error"]
+        elif "accuracy" in report:
+            values: dict[str, Any] = {each.name: report[each.name] for each in fields(Result) if each.name != "run"}
+            values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            return Result(trial.run, **values)
+        else:
+            epoch_done()
+    return None
+
+
+def _is_over(trial: _Trial, status: str) -> bool:
+    """Whether nothing more will come of a trial. Its end may be known before its result."""
+    if status not in _ENDED:
+        return False
+    trial.ended = trial.ended or time.monotonic()
+    return status != "SUCCEEDED" or time.monotonic() - trial.ended > _GRACE_SECONDS
+
+
+def _failure(experiment: Any, job: Any, trial: _Trial) -> str:
+    """Why a trial has no result: what it said, or the end of what it wrote to its error stream."""
+    if trial.error is not None:
+        return trial.error
+    try:
+        lines = _read(experiment, f"trial-file/{job.trialJobId}/stderr").decode(errors="replace").strip().splitlines()
+    except OSError:  # only some training services have it
+        lines = []
+    said = " / ".join(line.strip() for line in lines[-3:])
+    return f"a trial that ended as {job.status}; {f'its last words: {said}' if said else f'its files: {job.logPath}'}"
+
+
+def _read(experiment: Any, path: str) -> bytes:
+    with urllib.request.urlopen(f"{portal(experiment)}api/v1/nni/{path}", timeout=20) as answer:
+        content: bytes = answer.read()
+    return content
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for this process and those that it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: while NNI starts a manager it would lose sight of it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt

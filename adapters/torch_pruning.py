@@ -114,7 +114,7 @@ def pruner(
     view = PlainView(model, lambda: not _keeps_its_own_gradients(vars(found).get("importance")))
     vars(found).update(_ip_view=view, _ip_optimizer=optimizer)
     try:
-        with _whole(found, _reads_magnitudes(cls)):
+        with lent(found, _reads_magnitudes(cls)):
             modes = [(module, module.training) for module in model.modules()]
             try:
                 found.__init__(model, example_inputs, **arguments)
@@ -165,7 +165,7 @@ def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _whole(found: Any, magnitudes: bool) -> Iterator[None]:
+def lent(found: Any, magnitudes: bool = True) -> Iterator[None]:
     """A call of the host: the model is lent, and a call that fails has not happened.
 
     Args:
@@ -195,7 +195,7 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = owner(self)
         nested = found._ip_view.depth > 0
-        with _whole(found, magnitudes):
+        with lent(found, magnitudes):
             result = method(self, *args, **kwargs)
         return _advanced(found, magnitudes, result) if isinstance(result, GeneratorType) and not nested else result
 
@@ -204,7 +204,7 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
 
 def _advanced(found: Any, magnitudes: bool, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
     while True:
-        with _whole(found, magnitudes):
+        with lent(found, magnitudes):
             try:
                 item = next(steps)
             except StopIteration as end:
@@ -258,7 +258,7 @@ def _group_class(cls: Any) -> Any:
 
     def prune(self: Any, idxs: Any = None, *args: Any, **kwargs: Any) -> None:
         found = self._DG._ip_pruner
-        with _whole(found, False):
+        with lent(found, False):
             if idxs is not None:  # the host makes another group of it, and prunes that
                 host_prune(self, idxs, *args, **kwargs)
                 return

@@ -74,9 +74,9 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.left = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.left = Marked(8, 8, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(8)
-        self.wide = Marked(8, 10, (3, 1))
+        self.wide = nn.Conv2d(8, 10, (3, 1))
         self.last = nn.BatchNorm2d(10)
         self.head = nn.Linear(10, 4)
 
@@ -948,7 +948,7 @@ def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
     where = "nowhere"  # and it can be done again
     cutter.step()
-    assert model.wide.out_channels == 5
+    assert (model.wide.out_channels, model.left.out_channels) == (5, 4)
     model(x)
 
 
@@ -1047,6 +1047,10 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
         pruner(tp.pruner.BasePruner, in_place, x, **options)
     with pytest.raises(AlreadyParametrizedError, match="layer '0'"):
         pruner(tp.pruner.BasePruner, nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), x, **options)
+    beside, _, _ = twins()
+    parametrizations.spectral_norm(beside.branch, "bias")
+    with pytest.raises(AlreadyParametrizedError, match="at 'bias'"):
+        pruner(tp.pruner.BasePruner, beside, x, **options)
     parametrizations.orthogonal(model.left, "weight")
     with pytest.raises(AlreadyParametrizedError, match="'left'"):
         pruner(tp.pruner.BasePruner, model, x, **options)

@@ -1,0 +1,193 @@
+"""Masked channels are cut out, and the smaller network computes what the masked one computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ip_plugin import bake, interspace, masks, report, set_masks
+from ip_plugin.adapters import torch_prune as prune
+from ip_plugin.errors import ChangedOutputError, ExampleInputError
+
+pytest.importorskip("torch_pruning")
+
+from ip_plugin.adapters.masked_channels import cut_masked_channels, inputs_left, outputs_left
+
+
+class Net(nn.Module):
+    """A residual sum, a concatenation, a depthwise and a grouped convolution, a flattened linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.left = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.branch = nn.Conv2d(8, 4, 3, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.grouped = nn.Conv2d(12, 8, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.left(x))
+        x = F.relu(self.depthwise(torch.cat([x, F.relu(self.branch(x))], 1)))
+        return self.head(F.max_pool2d(F.relu(self.norm(self.grouped(x))), 2).flatten(1))
+
+
+def network(space: str) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model(x)  # the norm has statistics
+    return interspace(model, basis="dct", sharing="model") if space == "interspace" else model, x
+
+
+def masked(shape: tuple[int, ...], dim: int, channels: list[int]) -> Tensor:
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask.index_fill_(dim, torch.tensor(channels), False)
+    return mask
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_nothing_makes_is_cut(space: str, training: bool) -> None:
+    model, x = network(space)
+    bases = {name for name, _ in model.named_parameters() if name.endswith("basis")}
+    # Both summands of the residual lose 1, 3, 5 and one of them 6; the branch loses its last channel.
+    set_masks(model, {"stem": masked((8, 3, 3, 3), 0, [1, 3, 5, 6]), "left": masked((8, 8, 3, 3), 0, [1, 3, 5]),
+                      "branch": masked((4, 8, 3, 3), 0, [3]), "head": torch.rand(3, 128) > 0.2})  # fmt: skip
+    expected = model.eval()(x)
+    model.train(training)
+    before = report(copy.deepcopy(model), x).prunable.macs_dense
+    cut_masked_channels(model, x)
+    assert model.training is training
+    # The grouped convolution reads 0 to 5 and 6 to 11 of the concatenation, and must lose the same place in both: 5 and
+    # 11 (the last of the branch) are empty, 0 to 2 and 6 to 8 are not both.
+    assert (model.stem.out_channels, model.left.out_channels, model.branch.out_channels) == (7, 7, 3)
+    assert (model.left.in_channels, model.depthwise.groups, model.grouped.in_channels) == (7, 10, 10)
+    torch.testing.assert_close(model.eval()(x), expected)
+    assert report(model, x).prunable.macs_dense < before
+    assert {name for name, _ in model.named_parameters() if name.endswith("basis")} == bases
+    assert set(masks(model)) >= {"head"}
+    torch.testing.assert_close(bake(copy.deepcopy(model))(x), expected)
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_what_nothing_uses_is_cut(space: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Sigmoid(), nn.Conv2d(6, 4, 3), nn.Flatten(),
+                          nn.Linear(4 * 16, 2)).double()  # fmt: skip
+    if space == "interspace":
+        interspace(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    set_masks(model, {"3": masked((4, 6, 3, 3), 1, [0, 4]), "5": masked((2, 64), 1, list(range(16, 32)))})
+    expected = model.eval()(x)
+    cut_masked_channels(model, x)
+    shapes = [tuple(m.weight.shape) for m in (model[0], model[1], model[3], model[5])]
+    assert shapes == [(4, 3, 3, 3), (4,), (3, 4, 3, 3), (2, 48)]
+    torch.testing.assert_close(model(x), expected)
+    assert masks(model) == {}
+    assert type(model[5]) is nn.Linear
+
+
+@pytest.mark.parametrize("how", ["bias", "norm"])
+def test_a_channel_that_still_says_something_stays(how: str) -> None:
+    torch.manual_seed(0)
+    between = nn.BatchNorm2d(6) if how == "norm" else nn.Identity()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=how == "bias"), between, nn.ReLU(), nn.Conv2d(6, 4, 3))
+    if how == "norm":
+        nn.init.constant_(between.bias, 0.5)
+    interspace(model)
+    set_masks(model, {"0": masked((6, 3, 3, 3), 0, [2, 3])})
+    x = torch.randn(1, 3, 8, 8)
+    cut_masked_channels(model, x)
+    assert model[0].out_channels == 6
+    prune.custom_from_mask(model[0 if how == "bias" else 1], "bias", torch.tensor([1, 1, 0, 1, 1, 1.0]))
+    if how == "norm":
+        prune.custom_from_mask(model[1], "weight", torch.tensor([1, 1, 0, 1, 1, 1.0]))
+    expected = model.eval()(x)
+    cut_masked_channels(model, x)
+    assert model[0].out_channels == model[3].in_channels == 5
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_one_channel_stays_and_outputs_are_not_cut() -> None:
+    model = interspace(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3)))
+    set_masks(model, {"0": torch.zeros(6, 3, 3, 3, dtype=torch.bool), "2": masked((4, 6, 3, 3), 0, [0, 1])})
+    cut_masked_channels(model, torch.randn(1, 3, 8, 8))
+    assert (model[0].out_channels, model[2].out_channels) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 3)),
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.Flatten(), nn.LayerNorm(216), nn.Linear(216, 2)),
+    ],
+)
+def test_norms_that_mix_channels_keep_theirs(make: Callable[[], nn.Sequential]) -> None:
+    model = set_masks(interspace(make()), {"0": masked((6, 3, 3, 3), 0, [0, 1, 2])})
+    cut_masked_channels(model, torch.randn(1, 3, 8, 8))
+    assert model[0].out_channels == 6
+
+
+def test_an_output_that_would_change_is_refused_and_nothing_changes() -> None:
+    model = interspace(
+        nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.Sigmoid(), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 4, 1))
+    )
+    set_masks(model, {"0": masked((6, 3, 3, 3), 0, [0, 1]), "3": torch.ones(4, 4, 1, 1)})
+    x = torch.randn(1, 3, 8, 8)
+    before, parameters = model(x), list(model.parameters())
+    with pytest.raises(ChangedOutputError, match="would change by 0"):
+        cut_masked_channels(model, x)
+    assert torch.equal(model(x), before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert masks(model)["3"].all()
+    with pytest.raises(ExampleInputError):
+        cut_masked_channels(model, torch.randn(1, 5, 8, 8))
+
+
+def test_the_optimizer_goes_on() -> None:
+    model = interspace(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    prune.ln_structured(model[0], "weight", amount=2, n=2, dim=0)
+    cut_masked_channels(model, torch.randn(1, 3, 8, 8), optimizer=optimizer)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 9, 3), nn.Conv2d(6, 9, 3, groups=3), nn.ConvTranspose2d(6, 9, 3),
+        nn.ConvTranspose2d(6, 9, 3, groups=3), nn.Linear(6, 9), nn.Conv1d(6, 9, 2, groups=3),
+    ],
+)  # fmt: skip
+def test_channels_left_against_the_layers_own_outputs(layer: nn.Module) -> None:
+    """The oracle: a channel is left if it moves an output, or if an output moves with it."""
+    shape = {nn.Linear: (1, 6), nn.Conv1d: (1, 6, 5)}.get(type(layer), (1, 6, 5, 5))
+    dim = 1
+    torch.manual_seed(0)
+    kept = torch.rand(layer.weight.shape) > 0.5
+    for row in range(0, kept.shape[0], 2):
+        kept[row] = False
+    kept[:, 1] = False
+    with torch.no_grad():
+        layer.weight.mul_(kept)
+        base = layer(torch.zeros(shape))
+        moved_outputs = torch.zeros(9, dtype=torch.bool)
+        moving_inputs = torch.zeros(6, dtype=torch.bool)
+        for channel in range(6):
+            x = torch.zeros(shape)
+            x.select(dim, channel).copy_(torch.randn_like(x.select(dim, channel)))
+            changed = (layer(x) != base).movedim(dim, 0).flatten(1).any(1)
+            moved_outputs |= changed
+            moving_inputs[channel] = changed.any()
+    assert torch.equal(outputs_left(layer, kept), moved_outputs)
+    assert torch.equal(inputs_left(layer, kept), moving_inputs)

@@ -1,7 +1,7 @@
 """Channels that masks have left empty: cut out, so that a masked network becomes a smaller one.
 
-A channel can go if nothing is left that makes it (all weights and the bias of every layer that feeds it, and its place in
-the norms behind them), or if nothing is left that uses it. Torch-Pruning finds what belongs together and cuts it.
+A channel can go if nothing is left that makes it (weights and bias of every layer that feeds it, and its place in the
+norms behind them), or if nothing is left that uses it. Torch-Pruning finds what belongs together and cuts it.
 """
 
 from __future__ import annotations

@@ -443,6 +443,23 @@ def test_interactive_steps_and_groups_by_hand() -> None:
     same(model, plain, x)
 
 
+def test_interactive_steps_rank_by_coefficients() -> None:
+    model, _, x = twins("dct")
+    histories = []
+    for interactive in (True, False):
+        each = copy.deepcopy(model)
+        importance = tp.importance.GroupMagnitudeImportance(p=1)  # which is another one for weights
+        cutter = pruner(tp.pruner.BasePruner, each, x, importance=importance, ignored_layers=[each.head])
+        for group in cutter.step(interactive=True) if interactive else [cutter]:
+            group.prune() if interactive else group.step()
+        histories.append(cutter.pruning_history())
+    assert histories[0] == histories[1]
+    weights = bake(model)
+    cutter = pruner(tp.pruner.BasePruner, weights, x, importance=importance, ignored_layers=[weights.head])
+    cutter.step()
+    assert cutter.pruning_history() != histories[0]
+
+
 def test_an_importance_asked_by_hand_reads_coefficients() -> None:
     model, plain, x = twins("dct")
     with torch.no_grad():

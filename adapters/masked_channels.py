@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -22,6 +22,7 @@ from ip_plugin.errors import ChangedOutputError, ExampleInputError
 from ip_plugin.model import Model
 from ip_plugin.reparametrization import Interspace, held, leave
 
+from .channels import inputs_left, outputs_left
 from .torch_pruning import lent, pruner
 from .transaction import transaction
 
@@ -153,20 +154,3 @@ def _keeps_zero(norm: _BatchNorm) -> Tensor:
         kept |= (norm.weight == 0).cpu()
         kept &= (norm.bias == 0).cpu()
     return kept
-
-
-def outputs_left(module: nn.Module, kept: Tensor) -> Tensor:
-    """Which output channels of a convolution or linear layer have any entry left: bools, on the CPU."""
-    if isinstance(module, _ConvTransposeNd):
-        blocks = kept.reshape(module.groups, -1, *kept.shape[1:])
-        return blocks.transpose(1, 2).flatten(2).any(2).flatten().cpu()
-    return kept.flatten(1).any(1).cpu()
-
-
-def inputs_left(module: nn.Module, kept: Tensor) -> Tensor:
-    """Which input channels of a convolution or linear layer have any entry left: bools, on the CPU."""
-    if isinstance(module, _ConvTransposeNd):
-        return kept.flatten(1).any(1).cpu()
-    groups = module.groups if isinstance(module, _ConvNd) else 1
-    blocks = kept.reshape(groups, -1, *kept.shape[1:])
-    return blocks.transpose(1, 2).flatten(2).any(2).flatten().cpu()

@@ -195,6 +195,8 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = owner(self)
         nested = found._ip_view.depth > 0
+        if nested and (found._ip_view.shown or not magnitudes):  # most calls, which are many
+            return method(self, *args, **kwargs)
         with lent(found, magnitudes):
             result = method(self, *args, **kwargs)
         return _advanced(found, magnitudes, result) if isinstance(result, GeneratorType) and not nested else result

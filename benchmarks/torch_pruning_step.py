@@ -68,8 +68,8 @@ def main() -> None:
             "interspace, with optimizer": step(inter, True),
             "host": step(plain, False, adapted=False),
         },
-        rounds=8,
-        warmup=1,
+        rounds=20,
+        warmup=3,
         prepared=True,
     )
     print(f"torch {torch.__version__}, torch-pruning, ResNet-50, half of the channels, 2 threads; to plain:")

@@ -70,6 +70,13 @@ PIPELINES = {
             "from ip_plugin.adapters.torch_pruning import count_ops_and_params, pruner",
         ],
     ),
+    "nni_pipeline.py": (
+        r"pruned: .* 534(09|1[0-2]) entries",  # the host keeps what ties at its threshold
+        [
+            "from ip_plugin import bake, interspace",
+            "from ip_plugin.adapters.nni import AGPPruner, LevelPruner, TorchEvaluator, finish",
+        ],
+    ),
 }
 
 
@@ -77,6 +84,7 @@ PIPELINES = {
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_example_pipelines_run_in_either_space(name: str, arguments: list[str]) -> None:
     command = [sys.executable, ROOT / "examples" / name, "--epochs", "1", "--finetune-epochs", "1"]
+    command += ["--pruning-steps", "5"] if name.startswith("nni") else []
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert re.search(PIPELINES[name][0], run.stdout)
@@ -87,7 +95,7 @@ def test_the_example_pipelines_run_in_either_space(name: str, arguments: list[st
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_example_is_switched_by_one_flag(name: str) -> None:
-    lines = (ROOT / "examples" / name).read_text().split('"""')[2].splitlines()
+    lines = (ROOT / "examples" / name).read_text().split('"""', 2)[2].splitlines()
     ours = [line.strip() for line in lines if re.search(r"ip_plugin|interspace\(|args\.interspace|bake\(", line)]
     *imports, flag, convert, bake = ours
     assert imports == PIPELINES[name][1]

@@ -135,6 +135,7 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
     found = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         title=f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
         caption="parameters left: trained bases included, equally many in both spaces",
     )

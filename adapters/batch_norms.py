@@ -1,0 +1,103 @@
+"""The BatchNorm behind a layer: the one that normalises the layer's output channels, and that nothing else feeds.
+
+Found by tracing the model with `torch.fx`, in training and in evaluation mode; what differs between the two, or is not
+sure, is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules import activation, dropout, pooling
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+_CHANNELWISE = (
+    nn.Identity,
+    activation.ReLU,
+    activation.Hardtanh,  # ReLU6 too
+    activation.LeakyReLU,
+    activation.PReLU,
+    activation.ELU,
+    activation.GELU,
+    activation.SiLU,
+    activation.Mish,
+    activation.Hardswish,
+    activation.Tanh,
+    dropout._DropoutNd,
+    pooling._MaxPoolNd,
+    pooling._AvgPoolNd,
+    pooling._AdaptiveMaxPoolNd,
+    pooling._AdaptiveAvgPoolNd,
+)
+_FUNCTIONS = (torch.relu, F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.dropout, F.max_pool2d, F.avg_pool2d)
+_METHODS = ("relu", "relu_", "contiguous")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def following(model: nn.Module, layers: Collection[str]) -> dict[str, str] | None:
+    """The BatchNorms behind some layers of a model.
+
+    Args:
+        model: not changed; its forward runs on a copy that shares its tensors.
+        layers: names of convolutions and linear layers.
+
+    Returns:
+        {layer name: name of its BatchNorm}. A layer has none if its output goes anywhere else too, if the layer or the
+        BatchNorm is used more than once, or if something other than activations, dropout and pooling stands between
+        them. None if the model's forward cannot be traced (it branches on values, for example).
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU())
+    >>> following(model, ["0", "2"])
+    {'0': '1'}
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    found: dict[str, set[str | None]] = {}
+    try:
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        for training in (True, False):
+            graph = _Tracer().trace(copied.train(training))
+            for layer, norm in _in_graph(graph, dict(copied.named_modules()), layers).items():
+                found.setdefault(layer, set()).add(norm)
+    except Exception:  # whatever a forward does that proxies cannot
+        return None
+    return {layer: norm for layer, (norm, *others) in found.items() if norm is not None and not others}
+
+
+def _in_graph(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Collection[str]) -> dict[str, str | None]:
+    """For every layer that is called: the one BatchNorm behind it, or None."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in layers:
+            norm = _behind(node, modules)
+            found[node.target] = norm if calls[node.target] == 1 and calls[norm] == 1 else None
+    return found
+
+
+def _behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    while len(node.users) == 1:
+        (node,) = node.users
+        target: Any = node.target
+        if node.op == "call_module" and isinstance(modules[target], _BatchNorm):
+            return str(target)
+        passes = (
+            (node.op == "call_module" and isinstance(modules[target], _CHANNELWISE))
+            or (node.op == "call_function" and target in _FUNCTIONS)
+            or (node.op == "call_method" and target in _METHODS)
+        )
+        if not passes:
+            return None
+    return None

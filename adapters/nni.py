@@ -35,12 +35,10 @@ from nni.compression.base.config import default_config_schema, select_modules_by
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin import host_masks, prunable
-from ip_plugin.adapters import Criterion, torch_prune
+from ip_plugin import host_masks
 from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, ours_at, plain_name, put_back, remember, speedup
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
 from ip_plugin.gauge import unit_gauge
-from ip_plugin.layer import Layer, layers
 from ip_plugin.reparametrization import Interspace, held, ours, parametrizations
 
 __all__ = [
@@ -122,10 +120,11 @@ class _AsPlain:
             alone = len(of_ours) == len(chains) > 0
             hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in of_ours]
             # NNI asks for the name of the class only.
-            yield name, object.__new__(_plain_class(module)) if alone else module
+            yield name, object.__new__(plain_class(module)) if alone else module
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has on the plain model."""
     return type(module).__bases__[0] if _has_ours(module) else type(module)
 
 
@@ -169,7 +168,7 @@ def _reaching(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]
     """
     module = modules[name]
     targets: dict[str, dict[str, dict[str, Any]]] = {}
-    for tensor_name, setting in PruningSetting.get(_plain_class(module).__name__, settings).items():
+    for tensor_name, setting in PruningSetting.get(plain_class(module).__name__, settings).items():
         given = {key: value for key, value in setting.items() if value is not None}
         if given.get("align") is not None:
             source = given["align"].get("module_name")
@@ -378,64 +377,3 @@ class LightningEvaluator(HostLightningEvaluator):  # type: ignore[misc]
             super().train(None, max_epochs)
         finally:
             self.trainer.trace_kwargs = arguments
-
-
-def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:
-    """Prune the weights of some layers by NNI's level pruner."""
-    for layer in layers(model):
-        _register(layer.module)
-    entries = [
-        {"op_names": [name], "target_names": ["weight"], "sparse_ratio": ratio, **setting}
-        for name, ratio in ratios.items()
-    ]
-    pruner = LevelPruner(model, entries)
-    pruner.compress()
-    finish(pruner)
-
-
-def _register(module: nn.Module) -> None:
-    """Let NNI treat a subclass that it does not know, such as the linear layer of an attention, as its base class."""
-    cls = _plain_class(module)
-    if cls.__name__ not in PruningSetting.registry:
-        known = next(base.__name__ for base in cls.__mro__ if base.__name__ in PruningSetting.registry)
-        PruningSetting.register(cls.__name__, PruningSetting.registry[known])
-
-
-def _left(layer: Layer) -> int:
-    return layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum())
-
-
-def _globally(model: nn.Module, count: int) -> None:
-    """The level pruner with one threshold for all layers.
-
-    NNI prunes what is below the threshold, so that of equal magnitudes it prunes none, and nothing at all where it is
-    asked for everything: what is missing then is pruned by `torch.nn.utils.prune`, whose ranking is the same.
-    """
-    found = {layer.name: layer.coefficients.numel() for layer in layers(model)}
-    total, before = sum(found.values()), sum(map(_left, layers(model)))
-    ratio = (total - before + count + 0.5) / total  # NNI rounds down
-    if count and ratio < 1:
-        _level(model, dict.fromkeys(found, ratio), global_group_id="all")
-    missing = count - before + sum(map(_left, layers(model)))
-    if missing:
-        torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=missing)
-
-
-def _uniformly(model: nn.Module, count: int) -> None:
-    """The level pruner as it is without a group: every layer loses the same part, to rounding, `count` in all."""
-    if not count:
-        return
-    left = {layer.name: _left(layer) for layer in layers(model)}
-    sizes = {layer.name: layer.coefficients.numel() for layer in layers(model)}
-    shares = {name: divmod(count * number, sum(left.values())) for name, number in left.items()}
-    lost = {name: share for name, (share, _) in shares.items()}
-    for name in sorted(shares, key=lambda each: -shares[each][1])[: count - sum(lost.values())]:
-        lost[name] += 1
-    gone = {name: sizes[name] - left[name] + lost[name] for name in sizes}
-    _level(model, {name: min(1.0, (gone[name] + 0.5) / sizes[name]) for name in sizes if lost[name]})
-
-
-CRITERIA = {
-    "level": Criterion("NNI level pruner, one threshold, after training", "after training", _globally),
-    "level_uniform": Criterion("NNI level pruner, every layer alike, after training", "after training", _uniformly),
-}

@@ -26,7 +26,8 @@ import nni as nni_host
 import nni.compression.pruning as host
 from nni.compression.base.setting import PruningSetting
 
-from ip_plugin.adapters import nni
+from ip_plugin.adapters import ChannelCriterion, Criterion, nni
+from ip_plugin.adapters.nni_criteria import CRITERIA
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -964,10 +965,27 @@ def test_a_norm_of_something_else_than_the_channels_stays() -> None:
 # --- Criteria and Lightning -----------------------------------------------------------------------------------------
 
 
+EXACT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, Criterion)]
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name not in EXACT])
+def test_channels_are_cut_as_on_the_plain_twin(name: str) -> None:
+    plain = network()
+    plain(X)
+    model = interspace(copy.deepcopy(plain), sharing="model")
+    criterion = CRITERIA[name]
+    assert isinstance(criterion, ChannelCriterion)
+    for each in (plain, model):
+        criterion.cut(each, 0.5, X, Y)
+        assert [module.out_channels for module in each if isinstance(module, nn.Conv2d)] == [4, 4, 4]
+        assert all(parameter.grad is None for parameter in each.parameters())
+    torch.testing.assert_close(bake(model).eval()(X), plain.eval()(X))
+
+
 @pytest.mark.parametrize("space", ["spatial", "interspace", "interspace moved"])
-@pytest.mark.parametrize("name", nni.CRITERIA)
+@pytest.mark.parametrize("name", EXACT)
 def test_criteria_prune_exactly_as_many_as_asked(name: str, space: str) -> None:
-    criterion = nni.CRITERIA[name]
+    criterion = CRITERIA[name]
     total = report(network()).prunable.parameters
     assert criterion.when == "after training"
     for count in (0, 1, 2, 7, 100, total // 2, total - 1, total):
@@ -981,20 +999,20 @@ def test_criteria_prune_exactly_as_many_as_asked(name: str, space: str) -> None:
         assert sum(int((~mask).sum()) for mask in masks(model).values()) == count + more
 
 
-@pytest.mark.parametrize("name", nni.CRITERIA)
+@pytest.mark.parametrize("name", EXACT)
 def test_criteria_are_exact_among_equals(name: str) -> None:
     model = interspace(network())
     for module, tensor_name in prunable(model):
         getattr(module, tensor_name).data.sign_()
     for count in (100, 57, 1):
         before = sum(int((~mask).sum()) for mask in masks(model).values())
-        nni.CRITERIA[name].prune(model, count)
+        CRITERIA[name].prune(model, count)
         assert sum(int((~mask).sum()) for mask in masks(model).values()) == before + count
 
 
 def test_the_level_criterion_ranks_all_layers_together() -> None:
     model, twin = interspace(network()), network()
-    nni.CRITERIA["level"].prune(model, 300)
+    CRITERIA["level"].prune(model, 300)
     magnitudes = torch.cat([getattr(*where).detach().abs().flatten() for where in prunable(twin)])
     threshold = magnitudes.sort().values[300]
     for layer, (module, tensor_name) in zip(LAYERS, prunable(twin)):
@@ -1003,7 +1021,7 @@ def test_the_level_criterion_ranks_all_layers_together() -> None:
 
 def test_the_uniform_criterion_takes_the_same_part_of_every_layer() -> None:
     model = interspace(network())
-    nni.CRITERIA["level_uniform"].prune(model, 100)
+    CRITERIA["level_uniform"].prune(model, 100)
     assert report(model).prunable.parameters == 584
     # 72, 192, 64 and 256 entries; 100 / 584 of them are 12.3, 32.9, 11.0 and 43.8.
     assert [int((~mask).sum()) for mask in masks(model).values()] == [12, 33, 11, 44]
@@ -1011,7 +1029,7 @@ def test_the_uniform_criterion_takes_the_same_part_of_every_layer() -> None:
 
 def test_a_subclass_that_nni_does_not_know_is_pruned_by_a_criterion() -> None:
     model = nn.MultiheadAttention(8, 2)
-    nni.CRITERIA["level"].prune(model, 10)
+    CRITERIA["level"].prune(model, 10)
     assert int((~masks(model)["out_proj"]).sum()) == 10
 
 

@@ -1,0 +1,128 @@
+"""NNI's pruners as criteria of ``ip-plugin compare``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import nni
+import torch
+import torch.nn.functional as F
+from nni.compression import TorchEvaluator
+from nni.compression.base.setting import PruningSetting
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ip_plugin import prunable
+from ip_plugin.adapters import ChannelCriterion, Criterion, torch_prune
+from ip_plugin.adapters.nni import (
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    LevelPruner,
+    TaylorPruner,
+    finish,
+    plain_class,
+    speedup,
+)
+from ip_plugin.layer import Layer, layers
+
+
+def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:
+    """Prune the weights of some layers by NNI's level pruner."""
+    for layer in layers(model):
+        _register(layer.module)
+    entries = [
+        {"op_names": [name], "target_names": ["weight"], "sparse_ratio": ratio, **setting}
+        for name, ratio in ratios.items()
+    ]
+    pruner = LevelPruner(model, entries)
+    pruner.compress()
+    finish(pruner)
+
+
+def _register(module: nn.Module) -> None:
+    """Let NNI treat a subclass that it does not know, such as the linear layer of an attention, as its base class."""
+    cls = plain_class(module)
+    if cls.__name__ not in PruningSetting.registry:
+        known = next(base.__name__ for base in cls.__mro__ if base.__name__ in PruningSetting.registry)
+        PruningSetting.register(cls.__name__, PruningSetting.registry[known])
+
+
+def _left(layer: Layer) -> int:
+    return layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum())
+
+
+def _globally(model: nn.Module, count: int) -> None:
+    """The level pruner with one threshold for all layers.
+
+    NNI prunes what is below the threshold, so that of equal magnitudes it prunes none, and nothing at all where it is
+    asked for everything: what is missing then is pruned by `torch.nn.utils.prune`, whose ranking is the same.
+    """
+    found = {layer.name: layer.coefficients.numel() for layer in layers(model)}
+    total, before = sum(found.values()), sum(map(_left, layers(model)))
+    ratio = (total - before + count + 0.5) / total  # NNI rounds down
+    if count and ratio < 1:
+        _level(model, dict.fromkeys(found, ratio), global_group_id="all")
+    missing = count - before + sum(map(_left, layers(model)))
+    if missing:
+        torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=missing)
+
+
+def _uniformly(model: nn.Module, count: int) -> None:
+    """The level pruner as it is without a group: every layer loses the same part, to rounding, `count` in all."""
+    if not count:
+        return
+    left = {layer.name: _left(layer) for layer in layers(model)}
+    sizes = {layer.name: layer.coefficients.numel() for layer in layers(model)}
+    shares = {name: divmod(count * number, sum(left.values())) for name, number in left.items()}
+    lost = {name: share for name, (share, _) in shares.items()}
+    for name in sorted(shares, key=lambda each: -shares[each][1])[: count - sum(lost.values())]:
+        lost[name] += 1
+    gone = {name: sizes[name] - left[name] + lost[name] for name in sizes}
+    _level(model, {name: min(1.0, (gone[name] + 0.5) / sizes[name]) for name in sizes if lost[name]})
+
+
+def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Tensor) -> None:
+    """Mask a share of the output channels of every convolution, and cut them."""
+    convolutions = [layer for layer in layers(model) if isinstance(layer.module, _ConvNd)]
+    for layer in convolutions:
+        _register(layer.module)
+    entries = [{"op_names": [layer.name for layer in convolutions], "sparse_ratio": ratio}]
+    if pruner is TaylorPruner:
+        found = pruner(model, entries, _gradients(model, images, labels), training_steps=1)
+    else:
+        found = pruner(model, entries)
+    _, masks = found.compress()
+    speedup(finish(found), masks, images[:1])
+    model.zero_grad()
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluator:
+    """What NNI calls an evaluator: it computes gradients on a batch, and trains nothing."""
+
+    def run(model: nn.Module, optimizer: Any, step: Any, *_: Any, max_steps: int | None = None, **__: Any) -> None:
+        model.eval()
+        for _ in range(max_steps or 1):
+            optimizer.zero_grad()
+            step((images, labels), model).backward()
+            optimizer.step()
+
+    def loss(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return TorchEvaluator(run, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0), loss)
+
+
+def _channels(pruner: type, title: str) -> ChannelCriterion:
+    return ChannelCriterion(f"NNI: channels by {title}, after training", "after training", partial(_cut, pruner))
+
+
+CRITERIA = {
+    "level": Criterion("NNI level pruner, one threshold, after training", "after training", _globally),
+    "level_uniform": Criterion("NNI level pruner, every layer alike, after training", "after training", _uniformly),
+    "l1_norm": _channels(L1NormPruner, "their L1 norm"),
+    "l2_norm": _channels(L2NormPruner, "their L2 norm"),
+    "fpgm": _channels(FPGMPruner, "distance to the geometric median"),
+    "taylor": _channels(TaylorPruner, "first-order effect on the loss"),
+}

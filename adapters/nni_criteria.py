@@ -101,7 +101,15 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluator:
     """What NNI calls an evaluator: it computes gradients on a batch, and trains nothing."""
 
-    def run(model: nn.Module, optimizer: Any, step: Any, *_: Any, max_steps: int | None = None, **__: Any) -> None:
+    def run(
+        model: nn.Module,
+        optimizer: Any,
+        step: Any,
+        scheduler: object = None,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+    ) -> None:
+        del scheduler, max_epochs  # NNI hands them over by name
         model.eval()
         for _ in range(max_steps or 1):
             optimizer.zero_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ class Loan:
         self.layer, self.module, self.tensor_name = each.layer, each.module, each.tensor_name
         self.chain, self.parametrization = each.chain, each.parametrization
         self.cls, self.children = type(each.module), each.module._modules["parametrizations"]
-        self.lent: nn.Parameter = each.chain.original
+        held_there: Any = each.chain.original
+        self.lent: nn.Parameter = held_there
         self.unit = unit
         self._exact: Tensor | None = None
         self._exact_grad: Tensor | None = None
@@ -132,8 +133,8 @@ class Loan:
             self._exact = self.lent.data
             self.lent.data = self._shown(self._exact)
         if self._scale is not None and self.lent.grad is not None:
-            self._exact_grad = self.lent.grad
-            self.lent.grad = self._exact_grad / self._scale
+            exact: Tensor = self.lent.grad
+            self._exact_grad, self.lent.grad = exact, exact / self._scale
 
     @torch.no_grad()
     def conceal(self) -> None:

@@ -109,15 +109,16 @@ def pruner(
         raise InvalidPrunerError(cls)
     _check_model(model, optimizer)
     arguments = _arguments(cls, model, host_arguments)
-    subclass = _subclass(cls)
-    found = subclass.__new__(subclass)
+    asked: Any = cls
+    subclass = _subclass(asked)
+    found: Pruner = subclass.__new__(subclass)
     view = PlainView(model, lambda: not _keeps_its_own_gradients(vars(found).get("importance")))
     vars(found).update(_ip_view=view, _ip_optimizer=optimizer)
     try:
         with lent(found, _reads_magnitudes(cls)):
             modes = [(module, module.training) for module in model.modules()]
             try:
-                found.__init__(model, example_inputs, **arguments)
+                subclass.__init__(found, model, example_inputs, **arguments)
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -228,7 +229,7 @@ def _subclass(cls: Any) -> Any:
 
     def join(self: Any, found: Any) -> None:
         found._ip_pruner = self
-        found.__class__ = _graph_class(type(found))
+        found.__class__ = _graph_class(found.__class__)
         vars(self)["DG"] = found
 
     methods = {name: _wrapped(method, lambda self: self, True) for name, method in _public_methods(cls).items()}
@@ -247,7 +248,7 @@ def _graph_class(cls: Any) -> Any:
 
     def get_pruning_group(self: Any, *args: Any, **kwargs: Any) -> Any:
         group = make(self, *args, **kwargs)
-        group.__class__ = _group_class(type(group))
+        group.__class__ = _group_class(group.__class__)
         return group
 
     return type(cls.__name__, (cls,), {**methods, "get_pruning_group": get_pruning_group, "__module__": cls.__module__})

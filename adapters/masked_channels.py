@@ -6,7 +6,6 @@ norms behind them), or if nothing is left that uses it. Torch-Pruning finds what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ip_plugin.errors import ChangedOutputError, ExampleInputError
+from ip_plugin.errors import ChangedOutputError
+from ip_plugin.example_input import run
 from ip_plugin.model import Model
 from ip_plugin.reparametrization import Interspace, held, leave
 
@@ -81,21 +81,9 @@ _ROOTS = (_ConvNd, nn.Linear)
 _MIXING = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        if isinstance(inputs, Mapping):
-            found = model(**inputs)
-        else:
-            found = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    except Exception as error:
-        raise ExampleInputError(f"{type(error).__name__}: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
+    return [each for each in tree_leaves(run(model, inputs)) if isinstance(each, Tensor)]
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> None:

@@ -44,6 +44,7 @@ from ip_plugin.errors import (
     InvalidRatioError,
     OptimizerMismatchError,
 )
+from ip_plugin.example_input import run
 from ip_plugin.layer import is_prunable
 
 from .cut import follow
@@ -125,7 +126,11 @@ def pruner(
     except InterspaceError:
         raise
     except Exception as error:
-        _check_runs(model, example_inputs, arguments.get("forward_fn"), error)
+        if arguments.get("forward_fn") is None:  # if the model does not run on the example inputs, say that instead
+            try:
+                run(model, tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
+            except ExampleInputError as reason:
+                raise reason from error
         raise
     return found
 
@@ -401,26 +406,3 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 def _check_ratio(name: str, ratio: object) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 <= float(ratio) <= 1:
         raise InvalidRatioError(name, ratio)
-
-
-def _check_runs(model: nn.Module, example_inputs: Any, forward: Callable[..., Any] | None, error: Exception) -> None:
-    """After a failure of the host: if the model does not run on the example inputs, say that instead."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            if forward is not None:
-                forward(model, example_inputs)
-            elif isinstance(example_inputs, dict):
-                model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
-    except Exception as reason:
-        shape = getattr(example_inputs, "shape", None)
-        what = type(example_inputs).__name__ if shape is None else str(tuple(shape))
-        raise ExampleInputError(f"{type(reason).__name__} on {what}: {reason}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
-from .errors import ExampleInputError
+from .example_input import run
 from .layer import Layer, Target, combined, is_prunable, layers
 from .reparametrization import Mask, held
 
@@ -307,26 +307,14 @@ def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) ->
 
         return count
 
-    modes = [(module, module.training) for module in model.modules()]
     hooks = []
     for module in model.modules():
         if is_prunable(module):
             owner = owners[id(Layer("", module).coefficients)]  # of a tied weight, the layer that lists it
             hooks.append(module.register_forward_hook(counter(owner), with_kwargs=True))
     try:
-        model.eval()
-        if isinstance(example_input, Mapping):
-            model(**example_input)
-        elif isinstance(example_input, tuple):
-            model(*example_input)
-        else:
-            model(example_input)
-    except Exception as error:
-        shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error
+        run(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return counts

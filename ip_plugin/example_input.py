@@ -1,0 +1,39 @@
+"""Running a model once on an example input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExampleInputError
+
+
+@torch.no_grad()
+def run(model: nn.Module, example_input: Any) -> Any:
+    """The outputs of a model, in evaluation mode and without gradients; training modes stay as they are.
+
+    Args:
+        model: not changed.
+        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ExampleInputError: the model does not run on it.
+
+    >>> run(nn.Linear(2, 3), torch.zeros(1, 2)).shape
+    torch.Size([1, 3])
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        if isinstance(example_input, Mapping):
+            return model(**example_input)
+        return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    except Exception as error:
+        shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode

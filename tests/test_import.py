@@ -23,7 +23,16 @@ print(*sorted(set(sys.modules) - before))
     return run.stdout.split()
 
 
-@pytest.mark.parametrize("statement", ["import ip_plugin", "import ip_plugin.adapters", "import ip_plugin.compare"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ip_plugin",
+        "import ip_plugin.adapters",
+        "import ip_plugin.compare",
+        "import ip_plugin.compare.nni_engine",
+        "from ip_plugin.adapters import batch_norms, channels, cut, plain_view, transaction",
+    ],
+)
 def test_importing_imports_nothing_optional(statement: str) -> None:
     imported = newly_imported(statement)
     assert "ip_plugin" in imported

@@ -156,9 +156,15 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     parametrization.train(module.training)
     if parametrize.is_parametrized(module):
         _own_class(module)
-    # A module without `right_inverse` makes torch take the Parameter as it is.
+    parameter = module._parameters[tensor_name]
+    assert parameter is not None
+    # Torch calls `set_` on what it registers, which would cut the Parameter off from its hooks, those of
+    # DistributedDataParallel among them: so it gets another one, and a module without `right_inverse`.
+    module._parameters[tensor_name] = nn.Parameter(parameter.detach().new_empty(0), parameter.requires_grad)
     parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
-    parametrizations(module)[tensor_name][0] = parametrization
+    chain = parametrizations(module)[tensor_name]
+    chain.original = parameter
+    chain[0] = parametrization
     parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
 
 

@@ -246,3 +246,18 @@ def test_networks_of_torchvision_go_there_and_back(name: str) -> None:
     assert torch.equal(bake(model)(x), expected)
     assert list(parameters) == [name for name, _ in model.named_parameters()]
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("basis", ["standard", "dct"])
+def test_hooks_of_parameters_stay(basis: str) -> None:
+    """DistributedDataParallel hangs on them."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    called: list[int] = []
+    for index, parameter in enumerate(model.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda _, index=index: called.append(index))
+    x = torch.randn(1, 3, 5, 5)
+    interspace(model, basis=basis)
+    set_masks(model, {"0": torch.rand(4, 3, 3, 3) > 0.5, "2": torch.rand(2, 36) > 0.5})
+    model(x).sum().backward()
+    bake(model)(x).sum().backward()
+    assert sorted(called) == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -454,3 +454,153 @@ class ForeignOptimizerError(InterspaceError):
             f"a {optimizer} with other parameters only",
             "pass the optimizer that was built from this model's parameters, or none",
         )
+
+
+class NoBatchesError(InterspaceError):
+    """A score that needs data, and no data."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "At least one batch must be given, a pair (inputs, targets).",
+            "an empty iterable (a generator that was used up before?)",
+            "pass a list of batches, or a DataLoader",
+        )
+
+
+class InvalidBatchError(InterspaceError):
+    """A batch that is no pair."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "Every batch must be a pair (inputs, targets).",
+            found,
+            "pass for example [(images, labels)]; several inputs go into a tuple, named ones into a dict",
+        )
+
+
+class InvalidLossError(InterspaceError):
+    """What a loss function returned cannot be differentiated to one gradient."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "`loss(outputs, targets)` must return a finite tensor of one element, computed from the outputs.",
+            found,
+            "pass for example torch.nn.functional.cross_entropy, and outputs that are not detached",
+        )
+
+
+class InvalidOutputsError(InterspaceError):
+    """Outputs of a model that a score cannot be computed from."""
+
+    def __init__(self, score: str, rule: str, found: str) -> None:
+        super().__init__(
+            f"{score} needs {rule}.", found, "wrap the model so that it returns the logits, or use another score"
+        )
+
+
+class InvalidTemperatureError(InterspaceError):
+    """A temperature that outputs cannot be divided by."""
+
+    def __init__(self, temperature: object) -> None:
+        super().__init__(
+            "`temperature` must be a finite number above zero.", f"{temperature!r}", "leave it out, the default is 200"
+        )
+
+
+class NonFiniteScoresError(InterspaceError):
+    """NaN or infinity among scores."""
+
+    def __init__(self, where: str, count: int) -> None:
+        super().__init__(
+            "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
+            f"{where}: {count} NaN or infinite scores",
+            "score a model that has not diverged, on data and with a loss whose gradients are finite",
+        )
+
+
+class MovementMismatchError(InterspaceError):
+    """A saved state of `Movement` that belongs to another model."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "A state of Movement must have one tensor for each prunable layer, of the shape of its coefficients.",
+            found,
+            "load the state that was saved for this model",
+        )
+
+
+class InvalidScopeError(InterspaceError):
+    """A scope that is not known."""
+
+    def __init__(self, scope: object) -> None:
+        super().__init__(
+            '`scope` must be "global", "layer" or "erk".',
+            f"{scope!r}",
+            '"global" puts all layers under one threshold, "layer" gives each the same sparsity',
+        )
+
+
+class InvalidFloorError(InterspaceError):
+    """A floor that is no count, or that cannot be held."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "`floor` must be a count of entries that every layer can keep within what is kept in all.",
+            found,
+            "lower the floor or the sparsity",
+        )
+
+
+class AlreadySparserError(InterspaceError):
+    """More entries were to be kept than have not been pruned yet."""
+
+    def __init__(self, keep: int, available: int) -> None:
+        super().__init__(
+            "Entries that are pruned already (score -inf) stay pruned, so no more than the rest can be kept.",
+            f"{keep} entries to keep, {available} that are not pruned",
+            "ask for a higher sparsity, or score the model without masks",
+        )
+
+
+class InvalidPatternError(InterspaceError):
+    """A pattern that is not understood, or is put together with a sparsity."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "An N:M pattern keeps 1 <= n <= m of every m entries in all layers alike: no other amount or scope.",
+            found,
+            'pass pattern=NofM(2, 4, along="input") without sparsity, count, scope and floor',
+        )
+
+
+class PatternMismatchError(InterspaceError):
+    """Layers that cannot be divided into groups of m entries."""
+
+    def __init__(self, pattern: str, tensors: Iterable[str]) -> None:
+        super().__init__(
+            f"The dimension along which {pattern} is to hold must be divisible by m.",
+            f"not so in {_listed(tensors)}",
+            "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
+        )
+
+
+class UnknownTargetError(InterspaceError):
+    """A target that the model does not have."""
+
+    def __init__(self, tensor_name: str, module: str) -> None:
+        super().__init__(
+            "Everything in `masks` must be a target of the model, one of `ip_plugin.prunable(model)`.",
+            f"{tensor_name!r} of a {module} that is no target of this model",
+            "compute the scores for this model, after it was copied, converted or baked",
+        )
+
+
+class LayerCollapseWarning(UserWarning):
+    """A layer would lose its last entries, and the network with it what passes through that layer."""
+
+
+class InvalidScheduleError(InterspaceError):
+    """A schedule that makes no sense."""
+
+    def __init__(self, name: str, expected: str, found: object) -> None:
+        super().__init__(f"`{name}` of a schedule must be {expected}.", f"{found!r}", f"change {name}")

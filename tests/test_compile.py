@@ -57,3 +57,35 @@ def test_a_plain_model_compiled_before_runs_after_conversion() -> None:
     assert torch.equal(compiled(x), expected)
     set_masks(model, {"0": torch.zeros(4, 3, 3, 3)})
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["set", "rigl", "gradual"])
+def test_a_mask_change_needs_no_recompilation(kind: str) -> None:
+    from ip_plugin.methods import SET, Gradual, RigL
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model, x = Case("conv2d", "orthonormal", "model").interspace()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = {
+        "set": lambda: SET(model, optimizer, sparsity=0.5, end=100, every=1),
+        "rigl": lambda: RigL(model, optimizer, sparsity=0.5, end=100, every=1),
+        "gradual": lambda: Gradual(model, sparsity=0.6, end=50, initial=0.3),
+    }[kind]()
+    everything = {"0": torch.Size([4, 3, 3, 3]), "2": torch.Size([5, 4, 3, 3]), "4": model[4].weight.shape}
+    if kind == "gradual":
+        set_masks(model, {name: torch.ones(shape) for name, shape in everything.items()})
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    counts, outputs = [], []
+    for _ in range(4):
+        outputs.append(compiled(x).detach())
+        counts.append(len(graphs))
+        schedule.step(*([lambda: model(x).square().sum()] if kind == "rigl" else []))
+    assert counts == [1, 1, 1, 1]
+    assert all(not torch.equal(outputs[0], later) for later in outputs[1:])
+    torch.testing.assert_close(compiled(x), model(x))

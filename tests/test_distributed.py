@@ -11,17 +11,33 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from workers import KINDS_TRAINED, case_of, steps, worker
+from workers import KINDS_TRAINED, SCHEDULES, case_of, sparse_worker, steps, worker
 
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.errors import WrappedModelError
 
 
-def test_two_processes_train_the_model_that_one_process_trains(tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+        port: int = s.getsockname()[1]
+    return port
+
+
+def test_two_processes_have_the_same_masks_after_every_update(tmp_path: Path) -> None:
+    mp.spawn(sparse_worker, args=(free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert list(first) == list(SCHEDULES)
+    for kind, updates in first.items():
+        assert len(updates) == 6
+        for mine, theirs in zip(updates, second[kind], strict=True):
+            assert mine.keys() == theirs.keys() == {"0", "2", "4"}
+            assert all(torch.equal(mask, theirs[name]) for name, mask in mine.items()), kind
+        assert any(not torch.equal(updates[0][name], updates[-1][name]) for name in updates[0]), kind
+
+
+def test_two_processes_train_the_model_that_one_process_trains(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(first) == len(KINDS_TRAINED) * 3 * 2
     for name, (state, bases) in first.items():

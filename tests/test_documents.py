@@ -101,3 +101,13 @@ def test_the_example_is_switched_by_one_flag(name: str) -> None:
     assert imports == PIPELINES[name][1]
     assert (flag, convert) == ("if args.interspace:", "interspace(model)")
     assert bake.startswith("bake(model)  # an ordinary")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("rigl", []), ("rigl", ["--interspace"]), ("grasp", ["--interspace"])]
+)
+def test_the_example_of_sparse_training_keeps_equally_many_numbers(method: str, arguments: list[str]) -> None:
+    command = [sys.executable, ROOT / "examples" / "sparse_training.py", "--method", method, "--epochs", "1"]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(rf"{method}: [\d.]+ %, 281[0-2] of 56224 numbers left\n", run.stdout)

@@ -29,6 +29,7 @@ print(*sorted(set(sys.modules) - before))
         "import ip_plugin",
         "import ip_plugin.adapters",
         "import ip_plugin.compare",
+        "import ip_plugin.methods",
         "import ip_plugin.compare.nni_engine",
         "from ip_plugin.adapters import batch_norms, channels, cut, plain_view, transaction",
     ],

@@ -1,4 +1,4 @@
-"""What each process of the distributed test runs: a module of its own, so that a spawned process can import it."""
+"""What each process of the distributed tests runs: a module of its own, so that a spawned process can import it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kinds import SHARINGS, Case
 from torch import nn
 
-from ip_plugin import prunable
+from ip_plugin import masks, prunable
 from ip_plugin.adapters import torch_prune
 
 KINDS_TRAINED = ("conv1d", "conv2d", "conv3d", "transposed2d", "depthwise")
@@ -49,4 +49,54 @@ def worker(rank: int, port: int, folder: str) -> None:
                 shared = len([n for n, _ in model.named_parameters() if n.endswith("basis")])
                 results[f"{kind}-{sharing}-{masked}"] = (model.state_dict(), shared)
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+SCHEDULES = ("set", "rigl", "gradual", "snip")
+
+
+def sparse_worker(rank: int, port: int, folder: str) -> None:
+    """Sparse training, where every process has data of its own; keeps the masks after every update."""
+    from ip_plugin.methods import SET, Gradual, RigL, snip
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    seen: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for kind in SCHEDULES:
+        torch.manual_seed(0)
+        model, x = Case("conv2d", "orthonormal", "model").interspace()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(rank)
+        torch.manual_seed(rank)  # nothing may depend on the state that the processes do not share
+
+        def loss(x: torch.Tensor, model: nn.Module = wrapped) -> torch.Tensor:
+            return F.cross_entropy(model(x), torch.arange(len(x)) % 3)
+
+        schedule: Any = None
+        if kind == "gradual":
+            schedule = Gradual(
+                wrapped,
+                sparsity=0.8,
+                end=6,
+                floor=1,
+                score=lambda m: snip(
+                    m, [(torch.randn(x.shape, generator=generator), torch.tensor([0, 1]))], F.cross_entropy
+                ),
+            )
+        elif kind == "snip":
+            schedule = Gradual(wrapped, sparsity=0.7, end=6, floor=1)
+        else:
+            schedule = {"set": SET, "rigl": RigL}[kind](wrapped, optimizer, sparsity=0.6, end=20, every=1, fraction=0.5)
+        seen[kind] = []
+        for _ in range(6):
+            batch = torch.randn(x.shape, generator=generator)
+            optimizer.zero_grad()
+            loss(batch).backward()
+            optimizer.step()
+            schedule.step(*([lambda batch=batch, loss=loss: loss(batch)] if kind == "rigl" else []))
+            seen[kind].append(masks(model))  # before the next forward pass, which sends buffers round
+    torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

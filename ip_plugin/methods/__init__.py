@@ -1,0 +1,38 @@
+"""Sparse training in either space.
+
+What an entry is worth (`scores`), which entries go (`selection`), and when: once, in rounds or while training
+(`schedules`), again and again from an early state (`ticket`), or moving (`dynamic`).
+"""
+
+from .dynamic import SET, RigL
+from .schedules import Gradual, Score, prune
+from .scores import Batches, Loss, Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
+from .selection import Masks, NofM, Scope, apply_masks, erk, select
+from .ticket import LotteryTicket
+
+__all__ = [
+    "SET",
+    "Batches",
+    "Gradual",
+    "Loss",
+    "LotteryTicket",
+    "Masks",
+    "Movement",
+    "NofM",
+    "RigL",
+    "Scope",
+    "Score",
+    "Scores",
+    "apply_masks",
+    "erk",
+    "grasp",
+    "lamp",
+    "magnitude",
+    "movement",
+    "prune",
+    "random",
+    "ranks",
+    "select",
+    "snip",
+    "synflow",
+]

@@ -1,0 +1,265 @@
+"""Dynamic sparse training: a network that is sparse from the start, and moves its non-zeros while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
+from ..gauge import unit_gauge
+from ..layer import Layer, layers
+from ..masks import adopt_masks
+from ..reparametrization import Interspace
+from .schedules import due, whole
+from .scores import random, unwrapped
+from .selection import Scope, apply_masks, select
+
+
+class _DynamicSparse:
+    """What SET and RigL have in common: every so many steps the weakest entries go, and as many others come.
+
+    Entries that are pruned are zero, and so is the optimizer's state of them; entries that come start at zero, and
+    count as much as those that go, so that the number of non-zeros never changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        sparsity: float | None = None,
+        end: int,
+        every: int = 100,
+        fraction: float = 0.3,
+        scope: Scope = "erk",
+        seed: int = 0,
+    ) -> None:
+        whole(every, "every", 1)
+        whole(end, "end", 1)
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
+        self.model, self.optimizer = model, optimizer
+        self.every, self.end, self.fraction = every, end, fraction
+        self.steps = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self._inner = adopt_masks(unwrapped(model)[0])
+        if sparsity is not None:
+            apply_masks(
+                self._inner, select(random(self._inner, generator=self.generator), sparsity=sparsity, scope=scope)
+            )
+        elif all(layer.mask is None for layer in layers(self._inner)):
+            raise InvalidAmountError(sparsity)
+        for layer in self._sparse():
+            assert layer.mask is not None
+            self._clear(layer, ~layer.mask)
+
+    @property
+    def fraction_now(self) -> float:
+        """The share of what is kept that an update moves: it falls to zero by a cosine until `end`."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / self.end)))
+
+    def _count_step(self) -> bool:
+        """Count a step; whether an update is due."""
+        self.steps += 1
+        return self.steps < self.end and due(self.steps, 0, self.end, self.every)
+
+    def _sparse(self) -> list[Layer]:
+        """The layers of which something is pruned."""
+        return [layer for layer in layers(self._inner) if layer.mask is not None and not bool(layer.mask.all())]
+
+    @torch.no_grad()
+    def _move(self, layer: Layer, growth: Tensor) -> None:
+        """Drop the weakest entries of a layer, and let those of the largest growth come.
+
+        Args:
+            layer: it has a mask of ours.
+            growth: scores of all entries; only those of entries that are pruned after the drop are read.
+        """
+        assert layer.parametrization is not None
+        mask = layer.parametrization.mask
+        assert mask is not None
+        count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
+        if not count:
+            return
+        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).abs()
+        dropped = _best(strength.masked_fill(~mask, math.inf).neg(), count)
+        stays = mask & ~dropped
+        grown = _best(growth.to(strength).masked_fill(stays, -math.inf), count)
+        mask.copy_(stays | grown)
+        self._clear(layer, ~stays)
+
+    @torch.no_grad()
+    def _clear(self, layer: Layer, where: Tensor) -> None:
+        """Zero entries, and the optimizer's state of them."""
+        coefficients = layer.coefficients
+        coefficients.masked_fill_(where, 0)
+        if coefficients.grad is not None:
+            coefficients.grad.masked_fill_(where, 0)
+        for value in self.optimizer.state.get(coefficients, {}).values():
+            if isinstance(value, Tensor) and value.shape == coefficients.shape:
+                value.masked_fill_(where, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed needs besides the states of model (masks included) and optimizer."""
+        return {"steps": self.steps, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.steps = int(state_dict["steps"])
+        self.generator.set_state(state_dict["generator"])
+
+
+class SET(_DynamicSparse):
+    """Sparse evolutionary training: what comes is chosen at random (Mocanu et al. 2018, arXiv 1707.04780).
+
+    Call `step` after each ``optimizer.step()``.
+
+    Args:
+        model: pruned at random to begin with; or sparse already. May be wrapped in DistributedDataParallel.
+        optimizer: one that trains the model.
+        sparsity: of the prunable tensors; None keeps the masks that there are.
+        end: the step from which nothing moves any more.
+        every: how many steps lie between two updates.
+        fraction: share of what a layer keeps that the first update moves; falls to zero by a cosine.
+        scope: how the sparsity is distributed over layers, see `select`.
+        seed: of the first masks and of what comes.
+
+    Raises:
+        InvalidAmountError, InvalidScheduleError
+
+    >>> model = nn.Linear(20, 20)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> schedule = SET(model, optimizer, sparsity=0.9, end=1000, every=10)
+    >>> for _ in range(10):
+    ...     _ = schedule.step()
+    >>> int(model.parametrizations.weight[0].mask.sum())
+    40
+    """
+
+    def step(self) -> bool:
+        """Count a step of training, and move entries if it is time; returns whether masks have changed."""
+        if not self._count_step():
+            return False
+        for layer in self._sparse():
+            noise = torch.rand(layer.coefficients.shape, generator=self.generator)
+            self._move(layer, noise.to(layer.coefficients.device))
+        return True
+
+
+class RigL(_DynamicSparse):
+    """Rigging the lottery: what comes has the largest gradients (Evci et al. 2020, arXiv 1911.11134).
+
+    Call `step` after each ``optimizer.step()``, with a function that computes the loss of the batch::
+
+        rigl.step(lambda: loss(model(x), y))
+
+    It is called at updates only, with the masks lifted: one forward and backward pass more. Buffers (BatchNorm
+    statistics), gradients and the random state are then as they were.
+
+    Args: as `SET`; `end` is commonly three quarters of the training.
+
+    >>> model = nn.Linear(20, 20)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> schedule = RigL(model, optimizer, sparsity=0.9, end=1000, every=10)
+    >>> x = torch.randn(8, 20)
+    >>> for _ in range(10):
+    ...     _ = schedule.step(lambda: model(x).square().sum())
+    >>> int(model.parametrizations.weight[0].mask.sum())
+    40
+    """
+
+    def step(self, loss: Callable[[], Tensor]) -> bool:
+        """Count a step of training, and move entries if it is time; returns whether masks have changed.
+
+        Args:
+            loss: computes the loss of the present batch, without ``backward``.
+
+        Raises:
+            InvalidLossError: not one finite number; nothing has moved.
+        """
+        if not self._count_step():
+            return False
+        try:
+            gradients = self._dense_gradients(loss)
+        except BaseException:
+            self.steps -= 1
+            raise
+        for layer, gradient in gradients:
+            self._move(layer, gradient)
+        return True
+
+    def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[Layer, Tensor]]:
+        """For every sparse layer the size of the gradient of every coefficient in unit gauge, pruned ones included."""
+        found = self._sparse()
+        with _untouched(self._inner), _lifted(found), torch.enable_grad():
+            value = loss()
+            if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
+                raise InvalidLossError(f"{value!r}")
+            value.backward()
+            gradients = [
+                torch.zeros_like(x) if x.grad is None else x.grad for x in (each.coefficients for each in found)
+            ]
+        if isinstance(self.model, DistributedDataParallel):
+            for gradient in gradients:  # equal to the last bit, or the masks would drift apart
+                dist.broadcast(gradient, 0, group=self.model.process_group)
+        return [
+            (layer, _per_unit_norm(layer, gradient).abs()) for layer, gradient in zip(found, gradients, strict=True)
+        ]
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """A mask of the `count` largest."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[scores.flatten().topk(count, sorted=False).indices] = True
+    return chosen.reshape(scores.shape)
+
+
+def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:
+    """The gradient of coefficients as they are in unit gauge."""
+    if not isinstance(layer.parametrization, Interspace):
+        return gradient
+    ones = torch.ones((1, 1, *gradient.shape[2:]), dtype=gradient.dtype, device=gradient.device)
+    return gradient / unit_gauge(ones, layer.parametrization)
+
+
+@contextmanager
+def _lifted(found: list[Layer]) -> Iterator[None]:
+    """Without masks for a while: what is pruned is zero, so that the network computes the same."""
+    parametrizations = [layer.parametrization for layer in found]
+    masks = [None if each is None else each.mask for each in parametrizations]
+    try:
+        for each in parametrizations:
+            if each is not None:
+                each.mask = None
+        yield
+    finally:
+        for each, mask in zip(parametrizations, masks, strict=True):
+            if each is not None:
+                each.mask = mask
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Gradients begin at None; afterwards they, the buffers and the random state are as they were."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.dtype is not torch.bool]
+    devices = {p.device.index for p, _ in gradients if p.device.type == "cuda"}
+    for parameter, _ in gradients:
+        parameter.grad = None
+    with torch.random.fork_rng(devices=[each for each in devices if each is not None]):
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

@@ -1,0 +1,381 @@
+"""Schedules: exact counts at every step, in both spaces; a run that is resumed is the run that was not stopped."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune as host
+
+from ip_plugin import bake, interspace, masks, prunable, report, set_masks
+from ip_plugin.errors import AlreadySparserError, InvalidAmountError, InvalidLossError, InvalidScheduleError
+from ip_plugin.layer import layers
+from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
+
+SPACES = ["spatial", "interspace", "moved"]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout(0.2),
+        nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+SIZES = [72, 576, 48, 18]
+TOTAL = sum(SIZES)
+X = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24) % 3
+
+
+def model_in(space: str) -> nn.Sequential:
+    model = network()
+    if space != "spatial":
+        interspace(model, basis="dct", sharing="model")
+    if space == "moved":
+        with torch.no_grad():
+            basis = next(p for name, p in model.named_parameters() if name.endswith("basis"))
+            basis.mul_(torch.linspace(0.3, 3, 9)[:, None])
+    return model
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def loss_of(model: nn.Module, index: int = 0) -> Tensor:
+    part = slice(8 * (index % 3), 8 * (index % 3) + 8)
+    return F.cross_entropy(model(X[part]), Y[part])
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, schedule: Any = None) -> None:
+    for index in steps:
+        optimizer.zero_grad()
+        loss_of(model, index).backward()
+        optimizer.step()
+        if isinstance(schedule, RigL):
+            schedule.step(lambda i=index: loss_of(model, i))
+        elif schedule is not None:
+            schedule.step()
+
+
+def left(model: nn.Module) -> int:
+    return sum(int(mask.sum()) for mask in masks(model).values())
+
+
+# Once and in rounds
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("rounds", [1, 7])
+def test_pruning_reaches_the_exact_count(space: str, rounds: int) -> None:
+    scores = {
+        "magnitude": magnitude,
+        "snip": partial(snip, batches=[(X, Y)], loss=F.cross_entropy),
+        "synflow": partial(synflow, example_input=X[:1]),
+    }
+    for score in scores.values():
+        model = prune(model_in(space), score, sparsity=0.9, rounds=rounds, floor=1)
+        assert left(model) == TOTAL - round(0.9 * TOTAL)
+
+
+def test_rounds_score_anew_what_is_left() -> None:
+    """Densities fall by a geometric law, and each round sees the masks of those before."""
+    model, seen = network(), []
+
+    def score(model: nn.Module) -> Any:
+        found = magnitude(model)
+        seen.append(sum(int((s > -math.inf).sum()) for s in found.values()))
+        return found
+
+    prune(model, score, sparsity=0.75, rounds=2)
+    assert seen == [TOTAL, TOTAL - round(0.5 * TOTAL)]
+    prune(model, score, sparsity=0.9, rounds=3, floor=1)  # the first round would leave more than there is
+    assert seen[2:4] == [TOTAL - round(0.75 * TOTAL)] * 2
+    assert left(model) == TOTAL - round(0.9 * TOTAL)
+    with pytest.raises(AlreadySparserError):
+        prune(model, sparsity=0.5)
+
+
+# Gradual
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_gradual_pruning_follows_the_cubic_law_exactly(space: str) -> None:
+    model = model_in(space)
+    optimizer = sgd(model)
+    schedule = Gradual(model, sparsity=0.9, begin=2, end=10, every=3, initial=0.1, floor=1)
+    counts, changed = [], []
+    for index in range(12):
+        train(model, optimizer, range(index, index + 1))
+        changed.append(schedule.step())
+        counts.append(left(model) or TOTAL)
+    # Steps 2, 5, 8 and the last, 10: 0, 3/8, 6/8 and all of the way.
+    assert changed == [step in (2, 5, 8, 10) for step in range(1, 13)]
+    law = [0.9 + (0.1 - 0.9) * (1 - t) ** 3 for t in (0, 3 / 8, 6 / 8, 1)]
+    expected = [TOTAL - round(s * TOTAL) for s in law]
+    assert [counts[step - 1] for step in (2, 5, 8, 10)] == expected
+    assert counts[0] == TOTAL
+    assert counts[-1] == expected[-1]
+
+
+def test_gradual_pruning_leaves_what_is_sparser_already() -> None:
+    model = set_masks(network(), {"3": torch.rand(8, 8, 3, 3) < 0.1})
+    before = {name: mask.clone() for name, mask in masks(model).items()}
+    schedule = Gradual(model, sparsity=0.9, end=10)
+    assert not schedule.step()
+    assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
+
+
+# Lottery tickets
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_ticket_rewinds_everything_but_the_masks(space: str) -> None:
+    model = model_in(space)
+    optimizer = sgd(model)
+    train(model, optimizer, range(3))
+    early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    parameters = {id(p) for p in model.parameters()}
+    ticket = LotteryTicket(model, optimizer)
+    size = TOTAL
+    for _ in range(3):
+        train(model, optimizer, range(3, 9))
+        trained = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
+        ticket.next_round(fraction=0.2)
+        size -= round(0.2 * size)
+        assert left(model) == size
+        assert {id(p) for p in model.parameters()} == parameters
+        plain = {name.replace(".parametrizations.weight.original", ".weight"): value
+                 for name, value in early[0].items()}  # fmt: skip
+        for name, value in model.state_dict().items():
+            if not name.endswith("mask"):
+                assert torch.equal(value, plain[name.replace(".parametrizations.weight.original", ".weight")]), name
+        for now, then in zip(optimizer.state_dict()["state"].values(), early[1]["state"].values(), strict=True):
+            assert torch.equal(now["momentum_buffer"], then["momentum_buffer"])
+    assert any(not torch.equal(value, layer.coefficients) for value, layer in zip(trained.values(), layers(model)))
+
+
+def test_a_ticket_prunes_by_the_trained_values_and_not_by_those_it_rewinds_to() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    ticket = LotteryTicket(model)
+    model.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    ticket.next_round(fraction=0.5)
+    assert masks(model)[""].tolist() == [[False, False, True, True]]
+    assert model.weight.tolist() == [[0, 0, 2.0, 1.0]]
+
+
+# Dynamic sparse training
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("cls", [SET, RigL])
+def test_dynamic_training_keeps_counts_and_zeros(cls: Any, space: str) -> None:
+    model = model_in(space)
+    optimizer = sgd(model)
+    schedule = cls(model, optimizer, sparsity=0.8, end=40, every=4, fraction=0.5)
+    sizes = {layer.name: int(layer.mask.sum()) for layer in layers(model)}
+    assert sum(sizes.values()) == TOTAL - round(0.8 * TOTAL)
+    shapes = [tuple(layer.coefficients.shape) for layer in layers(model)]
+    assert list(sizes.values()) == pytest.approx(
+        [d * n for d, n in zip(erk(shapes, 1 - round(0.8 * TOTAL) / TOTAL), SIZES, strict=True)], abs=1
+    )
+    seen = {name: mask.clone() for name, mask in masks(model).items()}
+    moved = 0
+    for index in range(44):
+        train(model, optimizer, range(index, index + 1), schedule)
+        now = masks(model)
+        changed = any(not torch.equal(now[name], seen[name]) for name in now)
+        assert not changed or (index + 1 < 40 and (index + 1) % 4 == 0)
+        moved += changed
+        seen = now
+        for layer in layers(model):
+            assert int(layer.mask.sum()) == sizes[layer.name]
+            for tensor in (layer.coefficients, optimizer.state[layer.coefficients]["momentum_buffer"]):
+                assert not tensor[~layer.mask].any()
+    assert moved >= 5
+    assert bake(model)(X).shape == (24, 3)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_rigl_grows_the_largest_dense_gradients_in_unit_gauge(space: str) -> None:
+    """Against the gradient of an explicit formula: the kernel as coefficients times basis, without any mask."""
+    model = model_in(space).eval().double()
+    x = X.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = RigL(model, optimizer, sparsity=0.5, end=10**6, every=1, fraction=0.4, scope="layer")
+    before = masks(model)
+    conv = model[3]
+    parametrization = conv.parametrizations.weight[0]
+    coefficients = conv.parametrizations.weight.original.detach().clone()
+    basis = torch.eye(9, dtype=torch.float64) if space == "spatial" else parametrization.basis.detach()
+    dense = coefficients.clone().requires_grad_()
+    kernel = (dense.reshape(64, 9) @ basis).reshape(8, 8, 3, 3)
+    hidden = F.relu(F.conv2d(model[:3](x), kernel, conv.bias))
+    F.cross_entropy(model[5:](hidden), Y).backward()
+    norms = basis.norm(dim=1).reshape(3, 3)
+    growth = (dense.grad / norms).abs()
+    assert schedule.step(lambda: F.cross_entropy(model(x), Y))
+    after = masks(model)["3"]
+    count = int(schedule.fraction_now * int(before["3"].sum()))
+    strength = (coefficients * norms).abs().masked_fill(~before["3"], math.inf).flatten()
+    stays = before["3"].flatten().clone()
+    stays[strength.argsort()[:count]] = False
+    expected = stays.clone()
+    expected[growth.flatten().masked_fill(stays, -1).argsort(descending=True)[:count]] = True
+    assert torch.equal(after.flatten(), expected)
+    assert count > 50
+    grown = after & ~stays.reshape(after.shape)
+    assert not conv.parametrizations.weight.original[grown].any()
+
+
+def test_an_update_leaves_gradients_statistics_and_random_state() -> None:
+    model = model_in("interspace")
+    optimizer = sgd(model)
+    schedule = RigL(model, optimizer, sparsity=0.5, end=100, every=1)
+    loss_of(model).backward()
+    for layer in layers(model):
+        layer.coefficients.grad.masked_fill_(~layer.mask, 0)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers() if not name.endswith("mask")}
+    state = torch.get_rng_state()
+    assert schedule.step(lambda: loss_of(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers() if name in buffers)
+    kept = {layer.name: layer for layer in layers(model)}
+    for name, p in model.named_parameters():
+        mine = [layer.mask for layer in kept.values() if layer.coefficients is p]
+        assert torch.equal(p.grad, gradients[name] if not mine else torch.where(p == 0, 0, gradients[name]))
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(math.nan), torch.ones(2), 1.0])
+def test_a_loss_that_is_none_moves_nothing(bad: Any) -> None:
+    model = model_in("interspace")
+    schedule = RigL(model, sgd(model), sparsity=0.5, end=100, every=1)
+    before, steps = masks(model), schedule.steps
+    with pytest.raises(InvalidLossError):
+        schedule.step(lambda: bad)
+    assert schedule.steps == steps
+    assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
+
+
+def test_masks_that_are_there_are_taken() -> None:
+    model = model_in("interspace")
+    host.random_unstructured(*prunable(model)[1], amount=0.5)
+    expected = masks(model)["3"].clone()
+    schedule = SET(model, sgd(model), end=100, every=1)
+    assert torch.equal(masks(model)["3"], expected)
+    assert not prunable(model)[1].module.original[~expected].any()
+    assert schedule.step()
+    assert left(model) == 288
+    assert not torch.equal(masks(model)["3"], expected)
+
+
+def test_the_share_that_moves_falls_by_a_cosine() -> None:
+    model = nn.Linear(100, 10)
+    schedule = SET(model, sgd(model), sparsity=0.5, end=8, every=1, fraction=0.4)
+    shares = []
+    for _ in range(8):
+        before = masks(model)[""]
+        schedule.step()
+        shares.append((int((before & ~masks(model)[""]).sum()), schedule.fraction_now))
+    law = [0.2 * (1 + math.cos(math.pi * t / 8)) for t in range(1, 9)]
+    assert [share for _, share in shares] == pytest.approx(law)
+    assert shares[7][0] == 0
+    assert all(moved <= int(500 * share) for moved, share in shares)  # what was dropped may come again
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", ["gradual", "set", "rigl"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: str, space: str) -> None:
+    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        if kind == "gradual":
+            return Gradual(model, sparsity=0.9, end=20, every=2, floor=1)
+        return {"set": SET, "rigl": RigL}[kind](model, optimizer, sparsity=0.8, end=30, every=3)
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = model_in(space)
+        optimizer = sgd(model)
+        return model, optimizer, make(model, optimizer)
+
+    model, optimizer, schedule = start()
+    train(model, optimizer, range(11), schedule)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), schedule.state_dict(), torch.get_rng_state()))
+    train(model, optimizer, range(11, 24), schedule)
+
+    other, other_optimizer, other_schedule = start()
+    if kind == "gradual":  # masks that the state has are made
+        set_masks(other, {layer.name: torch.ones_like(layer.coefficients) for layer in layers(other)})
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    other_schedule.load_state_dict(saved[2])
+    torch.set_rng_state(saved[3])
+    train(other, other_optimizer, range(11, 24), other_schedule)
+    for (name, value), other_value in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, other_value), name
+
+
+def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
+    model = model_in("interspace")
+    optimizer = sgd(model)
+    ticket = LotteryTicket(model, optimizer)
+    train(model, optimizer, range(4))
+    ticket.next_round()
+    saved = copy.deepcopy((model.state_dict(), ticket.state_dict()))
+    train(model, optimizer, range(4))
+    ticket.next_round()
+
+    other = model_in("interspace")
+    other_optimizer = sgd(other)
+    set_masks(other, {layer.name: torch.ones_like(layer.coefficients) for layer in layers(other)})
+    other.load_state_dict(saved[0])
+    other_ticket = LotteryTicket(other, other_optimizer)
+    other_ticket.load_state_dict(saved[1])
+    other_ticket.rewind()
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(list(other.parameters()), list(model.parameters()), strict=True))
+    with pytest.raises(InvalidScheduleError, match="state_dict"):
+        LotteryTicket(nn.Linear(2, 2)).load_state_dict(saved[1])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m: prune(m, sparsity=1.5), InvalidAmountError, "1.5"),
+        (lambda m: prune(m, sparsity=math.nan), InvalidAmountError, "nan"),
+        (lambda m: prune(m, sparsity=0.5, rounds=0), InvalidScheduleError, "rounds"),
+        (lambda m: Gradual(m, sparsity=2, end=3), InvalidAmountError, "2"),
+        (lambda m: Gradual(m, sparsity=0.5, end=3, begin=3), InvalidScheduleError, "`end`.*4"),
+        (lambda m: Gradual(m, sparsity=0.5, end=3, every=0), InvalidScheduleError, "every"),
+        (lambda m: Gradual(m, sparsity=0.5, end=3, initial=0.6), InvalidScheduleError, "initial"),
+        (lambda m: LotteryTicket(m).next_round(1.2), InvalidScheduleError, "fraction"),
+        (lambda m: SET(m, sgd(m), end=3), InvalidAmountError, "None"),
+        (lambda m: SET(m, sgd(m), sparsity=0.5, end=0), InvalidScheduleError, "end"),
+        (lambda m: RigL(m, sgd(m), sparsity=0.5, end=5, fraction=True), InvalidScheduleError, "fraction"),
+        (lambda m: RigL(m, sgd(m), sparsity=-1, end=5), InvalidAmountError, "-1"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(make: Callable[[Any], Any], error: Any, message: str) -> None:
+    model = model_in("interspace")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        make(model)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
+    assert report(model).prunable.nonzeros == TOTAL

@@ -36,10 +36,10 @@ from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSet
 from torch import Tensor, nn
 
 from ip_plugin import host_masks
-from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, ours_at, plain_name, put_back, remember, speedup
+from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
 from ip_plugin.gauge import unit_gauge
-from ip_plugin.reparametrization import Interspace, held, ours, parametrizations
+from ip_plugin.reparametrization import Interspace, held, ours, ours_in, parametrizations
 
 __all__ = [
     "AGPPruner",
@@ -295,7 +295,7 @@ class _ByMagnitude(_Configured):
         }
 
     def _magnitudes(self, module_name: str, values: Tensor) -> Tensor:
-        parametrization = ours_at(self._module_wrappers[module_name].module)
+        parametrization = ours_in(self._module_wrappers[module_name].module)
         if parametrization is None:
             return values
         if parametrization.mask is not None:

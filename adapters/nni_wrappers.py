@@ -28,23 +28,17 @@ from ip_plugin.adapters.transaction import transaction
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     AlreadyWrappedError,
-    ForeignOptimizerError,
     InvalidMaskError,
     NotAPrunerError,
+    OptimizerMismatchError,
     UnknownLayerError,
 )
-from ip_plugin.layer import Target, combined, mask_target, target
+from ip_plugin.layer import Target, add_mask, target
 from ip_plugin.model import Model
-from ip_plugin.reparametrization import Mask, restore_order
+from ip_plugin.reparametrization import ours_in, restore_order
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
-
-
-def ours_at(module: nn.Module) -> Mask | None:
-    """Our parametrization if `module` is torch's list that starts with one, or None."""
-    first = next(module.children(), None) if isinstance(module, ParametrizationList) else None
-    return first if isinstance(first, Mask) else None
 
 
 def remember(wrapper: Any) -> None:
@@ -103,7 +97,7 @@ class _Found(NamedTuple):
 
 def plain_name(module_name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
     """Where a tensor is on the plain model: ``("0.parametrizations.weight", "original")`` is ``("0", "weight")``."""
-    if ours_at(module) is None or tensor_name != "original":
+    if ours_in(module) is None or tensor_name != "original":
         return module_name, tensor_name
     layer, _, name = module_name.rpartition("parametrizations.")
     return layer.removesuffix("."), name
@@ -132,7 +126,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
 
     Raises:
         NotAPrunerError: not a pruner, or one that was finished before.
-        ForeignOptimizerError: the optimizer trains none of the pruner's tensors.
+        OptimizerMismatchError: the optimizer trains none of the pruner's tensors.
         AlreadyParametrizedError: NNI has pruned below someone else's parametrization.
             In all cases nothing has changed.
 
@@ -154,7 +148,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     wrappers = list(pruner._module_wrappers.values())
     found = [each for wrapper in wrappers for each in _found(wrapper)]
     for each in found:
-        if isinstance(each.wrapper.module, ParametrizationList) and ours_at(each.wrapper.module) is None:
+        if isinstance(each.wrapper.module, ParametrizationList) and ours_in(each.wrapper.module) is None:
             raise AlreadyParametrizedError(each.wrapper.name, "another package")
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
@@ -172,7 +166,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
         if each.factor is not None:
             getattr(each.wrapper.module, each.tensor_name).data.mul_(each.factor)
     for each in found:
-        _add_mask(Target(each.wrapper.module, each.tensor_name), each.kept)
+        add_mask(Target(each.wrapper.module, each.tensor_name), each.kept)
     _remove_channels(model, {each.layer[0] for each in found if each.in_blocks and each.layer[1] == "weight"})
     pruner.finished = True
     return model
@@ -234,7 +228,7 @@ def speedup(
             found.append((where, mask.detach() != 0))
     with transaction(list(model.modules()), optimizer):
         for where, kept in found:
-            _add_mask(where, kept.to(getattr(*where).device))
+            add_mask(where, kept.to(getattr(*where).device))
         whole = {name for name in masks if _is_of_channels(modules[name], masks[name].get("weight"))}
         _remove_channels(model, whole)
         return cut_masked_channels(model, example_input, optimizer=optimizer)
@@ -266,7 +260,7 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: li
     for wrapper in wrappers:
         known |= {id(p) for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())}
     if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-        raise ForeignOptimizerError(type(optimizer).__name__)
+        raise OptimizerMismatchError(f"a {type(optimizer).__name__} with other parameters only")
 
 
 def _unwrap(pruner: Any, wrappers: list[Any]) -> None:
@@ -300,22 +294,12 @@ def _hand_over(optimizer: Optimizer, heirs: dict[nn.Parameter, nn.Parameter | No
             group["param_names"] = [name for _, name in left]
 
 
-def _add_mask(where: Target, kept: Tensor) -> None:
-    """Mask a tensor on top of what is masked already; a mask that keeps everything is none."""
-    parametrization = ours_at(where.module)
-    before = None if parametrization is None else parametrization.mask
-    if before is not None or not bool(kept.all()):
-        both = combined(before, kept)
-        assert both is not None
-        mask_target(where, both)
-
-
 def _remove_channels(model: nn.Module, layers: set[str]) -> None:
     """Mask what else makes an output channel of which no weight is left: its bias, and its place in a BatchNorm."""
     left: dict[str, Tensor] = {}
     for name in layers:
         module = model.get_submodule(name)
-        parametrization = ours_at(target(module).module) if isinstance(module, (_ConvNd, nn.Linear)) else None
+        parametrization = ours_in(target(module).module) if isinstance(module, (_ConvNd, nn.Linear)) else None
         if parametrization is not None and parametrization.mask is not None:
             channels = outputs_left(module, parametrization.mask)
             if not bool(channels.all()):
@@ -323,7 +307,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
     for name, channels in left.items():
         module = model.get_submodule(name)
         if module.bias is not None:
-            _add_mask(target(module, "bias"), channels)
+            add_mask(target(module, "bias"), channels)
     if not left or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     norms = following(model, left)
@@ -340,7 +324,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
         if module.num_features != len(left[layer]):
             continue
         if module.affine:
-            _add_mask(target(module, "weight"), left[layer])
-            _add_mask(target(module, "bias"), left[layer])
+            add_mask(target(module, "weight"), left[layer])
+            add_mask(target(module, "bias"), left[layer])
         elif module.running_mean is not None:
             module.running_mean.mul_(left[layer])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ip_plugin import adopt_masks, host_masks
 from ip_plugin import basis as bases
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
-from ip_plugin.layer import Target, mask_target
+from ip_plugin.layer import Target, add_mask
 from ip_plugin.reparametrization import Held, Interspace, Mask, held, parametrizations, restore_order
 
 Rows: TypeAlias = "slice | types.EllipsisType"
@@ -189,7 +189,7 @@ def take_over_masks(model: nn.Module) -> None:
             for name in host_masks.pruned_names(module):
                 kept = host_masks.take_off(module, name)
                 assert kept is not None
-                mask_target(Target(module, name), kept)
+                add_mask(Target(module, name), kept)
 
 
 def _refuse_foreign(each: Held) -> None:

@@ -45,7 +45,7 @@ from ip_plugin.errors import (
 )
 from ip_plugin.gauge import unit_gauge
 from ip_plugin.layer import Target, combined, mask_target, target
-from ip_plugin.reparametrization import Interspace, Mask, held, leave, ours, restore_order
+from ip_plugin.reparametrization import Interspace, held, leave, ours, ours_in, restore_order
 
 __all__ = [
     "BasePruningMethod",
@@ -72,14 +72,9 @@ Amount: TypeAlias = int | float
 _List = nn.utils.parametrize.ParametrizationList
 
 
-def _ours_at(where: Target) -> Mask | None:
-    first = where.module[0] if isinstance(where.module, _List) else None
-    return first if isinstance(first, Mask) else None
-
-
 def _is_ours_to_mask(where: Target) -> bool:
     """Whether a mask can live in a parametrization of ours; under someone else's the host keeps it."""
-    return not isinstance(where.module, _List) or _ours_at(where) is not None
+    return not isinstance(where.module, _List) or ours_in(where.module) is not None
 
 
 @contextmanager
@@ -93,7 +88,7 @@ def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
     if not _is_ours_to_mask(where):
         yield
         return
-    parametrization = _ours_at(where)
+    parametrization = ours_in(where.module)
     theirs = host_masks.take_off(*where)
     order = tuple(where.module._parameters)
     before = combined(None if parametrization is None else parametrization.mask, theirs)
@@ -129,7 +124,7 @@ def _scores(where: Target, given: Tensor | None) -> Tensor:
         if given.shape != tensor.shape:
             raise InvalidScoresError(where.tensor_name, tensor.shape, given.shape)
         return given.contiguous()
-    return unit_gauge(tensor, _ours_at(where)).contiguous()
+    return unit_gauge(tensor, ours_in(where.module)).contiguous()
 
 
 def _check_amount(amount: object, available: int) -> None:
@@ -338,7 +333,7 @@ def remove(module: M, name: str) -> M:
         NotPrunedError: the tensor has no mask.
     """
     where = target(module, name)
-    parametrization = _ours_at(where)
+    parametrization = ours_in(where.module)
     theirs = host_masks.take_off(*where)
     kept = combined(None if parametrization is None else parametrization.mask, theirs)
     if kept is None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -> Iterator[None]:
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
-    Attributes are remembered by reference, and the content of dicts, lists and sets that are attributes; so what a
+    Attributes are remembered by reference, and the content of dicts and lists that are attributes; so what a
     block replaces or registers is undone, what it writes into a tensor is not.
 
     Args:

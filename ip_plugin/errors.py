@@ -445,17 +445,6 @@ class NotAPrunerError(InterspaceError):
         )
 
 
-class ForeignOptimizerError(InterspaceError):
-    """An optimizer that has nothing to do with the model."""
-
-    def __init__(self, optimizer: str) -> None:
-        super().__init__(
-            "The optimizer must train parameters of the pruner's model.",
-            f"a {optimizer} with other parameters only",
-            "pass the optimizer that was built from this model's parameters, or none",
-        )
-
-
 class NoBatchesError(InterspaceError):
     """A score that needs data, and no data."""
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from . import host_masks
-from .reparametrization import Interspace, Mask, enter, ours, parametrizations
+from .reparametrization import Interspace, Mask, enter, ours, ours_in, parametrizations
 
 
 class Target(NamedTuple):
@@ -92,6 +92,16 @@ def mask_target(where: Target, mask: Tensor) -> None:
     original = held.original
     # In the original's memory format, so that masking needs no reordering.
     held[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
+
+
+def add_mask(where: Target, kept: Tensor) -> None:
+    """Mask a target on top of our mask that it has; where nothing is pruned it stays without a mask."""
+    parametrization = ours_in(where.module)
+    before = None if parametrization is None else parametrization.mask
+    both = combined(before, kept)
+    assert both is not None
+    if before is not None or not bool(kept.all()):
+        mask_target(where, both)
 
 
 def is_prunable(module: nn.Module) -> bool:

@@ -110,9 +110,12 @@ class Interspace(Mask):
 
 def ours(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
     """The parametrization of this package on a tensor of `module`, or None."""
-    if not parametrize.is_parametrized(module, tensor_name):
-        return None
-    first = parametrizations(module)[tensor_name][0]
+    return ours_in(parametrizations(module)[tensor_name]) if parametrize.is_parametrized(module, tensor_name) else None
+
+
+def ours_in(module: nn.Module) -> Mask | None:
+    """The parametrization of this package if `module` is torch's list of a tensor's that starts with one, or None."""
+    first = next(module.children(), None) if isinstance(module, parametrize.ParametrizationList) else None
     return first if isinstance(first, Mask) else None
 
 

@@ -850,7 +850,7 @@ def test_finish_refuses_and_changes_nothing(space: str) -> None:
     before = snapshot(model)
     with pytest.raises(errors.AlreadyWrappedError, match="wrapped already: '(0|0.parametrizations.weight)'"):
         nni.L1NormPruner(model, HALF)
-    with pytest.raises(errors.ForeignOptimizerError, match="a SGD with other"):
+    with pytest.raises(errors.OptimizerMismatchError, match="a SGD with other"):
         nni.finish(pruner, torch.optim.SGD(network().parameters(), lr=0.1))
     with pytest.raises(AssertionError):
         nni.AGPPruner(pruner, 1, 1)  # no evaluator

@@ -29,7 +29,7 @@ from ip_plugin.errors import (
     OptimizerMismatchError,
     UnfollowedCutError,
 )
-from ip_plugin.layer import layers
+from ip_plugin.layer import Target, layers, mask_target
 
 tp = pytest.importorskip("torch_pruning")
 torchvision = pytest.importorskip("torchvision")
@@ -708,6 +708,14 @@ def test_masks_of_the_host_on_biases_and_norms_are_cut_along() -> None:
     for name, module, tensor in (("branch", model.branch, "bias"), ("norm", model.norm, "weight")):
         kept = [i for i in range(len(expected[name])) if i not in gone[name]]
         assert torch.equal(module.parametrizations[tensor][0].mask, expected[name][kept])
+
+
+def test_masks_of_the_host_join_those_that_are_there() -> None:
+    model, _, _ = twins()
+    mask_target(Target(model.branch, "bias"), torch.tensor([1, 0, 1, 1, 1, 1]))
+    prune.custom_from_mask(model.branch.parametrizations["bias"], "original", torch.tensor([1, 1, 0, 1, 1, 1.0]))
+    with plain_layers(model):
+        assert (model.branch.bias != 0).tolist() == [True, False, False, True, True, True]
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

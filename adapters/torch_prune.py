@@ -23,7 +23,6 @@ last forward pass.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -35,6 +34,7 @@ from torch.nn.utils.prune import PruningContainer
 
 from ip_plugin import host_masks, prunable
 from ip_plugin.adapters import Criterion
+from ip_plugin.amounts import is_count, is_fraction
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -128,10 +128,8 @@ def _scores(where: Target, given: Tensor | None) -> Tensor:
 
 
 def _check_amount(amount: object, available: int) -> None:
-    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise InvalidAmountError(amount, available)
-    most = available if isinstance(amount, numbers.Integral) else 1
-    if not 0 <= float(amount) <= most:  # false for NaN too
+    fits = amount <= available if is_count(amount) else not isinstance(amount, int) and is_fraction(amount)
+    if not fits:  # 1 is one entry, 1.0 is all
         raise InvalidAmountError(amount, available)
 
 

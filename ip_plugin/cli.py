@@ -16,6 +16,7 @@ from . import __version__
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
 from .compare.nni_engine import NniEngine
+from .compare.runs import Engine, here
 from .compare.study import compare as run_study
 from .errors import InterspaceError
 
@@ -101,7 +102,7 @@ def compare(
         seeds=_values(seeds, int, "seeds"),
     )
     console = Console()
-    cells = None
+    cells: Engine = here
     if engine == "nni":
         cells = NniEngine(nni_config, nni_port, nni_concurrency, lambda url: console.print(f"NNI's web portal: {url}"))
     elif engine != "local":

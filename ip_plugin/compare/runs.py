@@ -1,4 +1,4 @@
-"""One run: train, prune and measure one network.
+"""One run: train, prune and measure one network; and the engine that does it run by run.
 
 The two spaces of a pair start from the same weights, see the same batches in the same order and keep the same number of
 parameters: where ordinary pruning keeps k values, interspace pruning keeps k minus the numbers of its trained bases.
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -181,3 +182,30 @@ def _accuracy(model: nn.Module, split: Split) -> float:
         for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True)
     )
     return 100 * hits / len(split.labels)
+
+
+Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]
+#: Runs cells, and yields each with its result or with what went wrong, as they finish. It is told the cells, their
+#: settings, what to call when it begins a cell, and what to call after each epoch.
+Engine: TypeAlias = Callable[[Sequence[Run], Settings, Callable[[Run], None], EpochDone], Outcomes]
+
+
+def one_by_one(execute: Callable[[Run, Settings, EpochDone], Result]) -> Engine:
+    """The engine that runs cells in this process, one after the other, by a function like `execute`."""
+
+    def engine(
+        runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone
+    ) -> Outcomes:
+        for run in runs:
+            began(run)
+            outcome: Result | Exception
+            try:
+                outcome = execute(run, settings, epoch_done)
+            except Exception as error:
+                outcome = error
+            yield run, outcome
+
+    return engine
+
+
+here = one_by_one(execute)

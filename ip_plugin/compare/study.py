@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,33 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ip_plugin.files import write_whole
 
 from . import report
-from .config import Run, Settings, Study
+from .config import Run, Study
 from .results import Results
-from .runs import Result, epochs_of, execute
-
-Execute: TypeAlias = Callable[[Run, Settings, Callable[[], None]], Result]
-Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]
-# Runs cells, and yields each with its result or with what went wrong, as they finish. It is told the cells, their
-# settings, what to call when it begins a cell, and what to call after each epoch.
-Engine: TypeAlias = Callable[[Sequence[Run], Settings, Callable[[Run], None], Callable[[], None]], Outcomes]
-
-
-def one_by_one(execute: Execute = execute) -> Engine:
-    """The engine that runs the cells here, one after the other."""
-
-    def engine(
-        runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: Callable[[], None]
-    ) -> Outcomes:
-        for run in runs:
-            began(run)
-            outcome: Result | Exception
-            try:
-                outcome = execute(run, settings, epoch_done)
-            except Exception as error:
-                outcome = error
-            yield run, outcome
-
-    return engine
+from .runs import Engine, epochs_of, here
 
 
 def compare(
@@ -48,8 +23,7 @@ def compare(
     console: Console,
     *,
     command: str = "",
-    execute: Execute = execute,
-    engine: Engine | None = None,
+    engine: Engine = here,
 ) -> Mapping[Run, Exception]:
     """Run a study in a folder and write ``results.csv``, ``accuracy.png``, ``accuracy.svg`` and ``report.html`` there.
 
@@ -60,8 +34,7 @@ def compare(
         folder: made if it is not there.
         console: where progress and the table go.
         command: how the study was started, for the report.
-        execute: runs one cell of the grid, where `engine` is None.
-        engine: runs the cells that are missing; None runs them here, one after the other.
+        engine: runs the cells that are missing.
 
     Returns:
         What failed.
@@ -85,7 +58,7 @@ def compare(
             def began(run: Run) -> None:
                 progress.update(bar, description=f"{runs.index(run) + 1}/{len(runs)} {run}")
 
-            cells = (engine or one_by_one(execute))(missing, study.settings, began, lambda: progress.advance(bar))
+            cells = engine(missing, study.settings, began, lambda: progress.advance(bar))
             with closing(cells):
                 for run, outcome in cells:
                     if isinstance(outcome, Exception):

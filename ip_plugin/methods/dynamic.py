@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..amounts import is_fraction
 from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
 from ..gauge import unit_gauge
 from ..layer import Layer, layers
@@ -44,7 +45,7 @@ class _DynamicSparse:
     ) -> None:
         whole(every, "every", 1)
         whole(end, "end", 1)
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        if not is_fraction(fraction):
             raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
         self.model, self.optimizer = model, optimizer
         self.every, self.end, self.fraction = every, end, fraction

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..amounts import is_count, is_fraction
 from ..errors import InvalidAmountError, InvalidScheduleError
 from ..model import Model
 from .scores import Scores, magnitude
@@ -52,7 +53,7 @@ def prune(
     65
     """
     whole(rounds, "rounds", 1)
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
+    if not is_fraction(sparsity):
         raise InvalidAmountError(sparsity)
     for done in range(1, rounds + 1):
         scores = score(model)
@@ -105,7 +106,7 @@ class Gradual:
         floor: int = 0,
     ) -> None:
         for amount in (sparsity, initial):
-            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
+            if not is_fraction(amount):
                 raise InvalidAmountError(amount)
         whole(begin, "begin", 0)
         whole(every, "every", 1)
@@ -156,5 +157,5 @@ def pruned_share(scores: Scores) -> float:
 
 def whole(value: object, name: str, least: int) -> None:
     """Refuse what is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise InvalidScheduleError(name, f"a whole number of at least {least}", value)

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..amounts import is_count, is_fraction
 from ..errors import (
     AlreadySparserError,
     InvalidAmountError,
@@ -60,8 +60,7 @@ class NofM:
     along: Literal["kernel", "input"] = "input"
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
-        if not whole or not 1 <= self.n <= self.m or self.along not in ("kernel", "input"):
+        if not is_count(self.n, 1) or not is_count(self.m, self.n) or self.along not in ("kernel", "input"):
             raise InvalidPatternError(f"{self!r}")
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -265,7 +264,7 @@ def _flat(score: Tensor) -> Tensor:
 
 
 def _fraction(value: object) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
+    if not is_fraction(value):
         raise InvalidAmountError(value)
     return float(value)
 
@@ -275,14 +274,14 @@ def _pruned(sparsity: object, count: object, size: int) -> int:
     if (sparsity is None) == (count is None):
         raise InvalidAmountError((sparsity, count) if count is not None else None, size)
     if sparsity is None:
-        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 0 <= int(count) <= size:
+        if not is_count(count) or count > size:
             raise InvalidAmountError(count, size)
         return int(count)
     return round(_fraction(sparsity) * size)
 
 
 def _least(floor: object, left: Sequence[int], keep: int) -> list[int]:
-    if not isinstance(floor, numbers.Integral) or isinstance(floor, bool) or floor < 0:
+    if not is_count(floor):
         raise InvalidFloorError(f"{floor!r}")
     least = [min(int(floor), n) for n in left]
     if sum(least) > keep:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..amounts import is_fraction
 from ..errors import InvalidScheduleError
 from ..reparametrization import Mask, held
 from .schedules import Score, pruned_share
@@ -70,7 +71,7 @@ class LotteryTicket:
         Raises:
             InvalidScheduleError: the fraction is not in [0, 1].
         """
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        if not is_fraction(fraction):
             raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
         scores = self.score(self.model)
         size = sum(score.numel() for score in scores.values())

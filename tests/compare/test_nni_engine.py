@@ -31,7 +31,7 @@ import nni
 import psutil
 
 from ip_plugin.cli import app
-from ip_plugin.compare import nni_engine, nni_trial
+from ip_plugin.compare import nni_engine, nni_experiment, nni_trial
 from ip_plugin.compare.config import Run, Settings, Study
 from ip_plugin.compare.nni_engine import NniEngine
 from ip_plugin.compare.results import Results, versions
@@ -121,11 +121,11 @@ def test_both_engines_give_the_same_rows_and_the_same_failures(tmp_path: Path) -
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))
         occupied.listen()
-        first, nni_engine.FIRST_PORT = nni_engine.FIRST_PORT, occupied.getsockname()[1]
+        first, nni_experiment.FIRST_PORT = nni_experiment.FIRST_PORT, occupied.getsockname()[1]
         try:
             there = compare(study, tmp_path / "nni", console, engine=NniEngine(concurrency=2, announce=look))
         finally:
-            nni_engine.FIRST_PORT = first
+            nni_experiment.FIRST_PORT = first
     assert len(addresses) == 1 and dict(os.environ) == environment
     assert rows_of(tmp_path / "nni") == rows_of(tmp_path / "here") and len(rows_of(tmp_path / "nni")) == 1
     assert set(there) == set(here) and {run.sparsity for run in there} == {IMPOSSIBLE}
@@ -382,7 +382,7 @@ def test_a_manager_that_does_not_answer_is_an_error(hasty: None) -> None:
 def test_while_nni_starts_ctrl_c_waits() -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt):
-        with nni_engine._interrupted_later():
+        with nni_experiment._interrupted_later():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             reached = True

@@ -28,7 +28,7 @@ from ip_plugin.compare import config, criteria
 from ip_plugin.compare import report as shown
 from ip_plugin.compare.config import Run, Settings, Study
 from ip_plugin.compare.results import COLUMNS, Results
-from ip_plugin.compare.runs import Result, epochs_of, execute
+from ip_plugin.compare.runs import Result, epochs_of, execute, one_by_one
 from ip_plugin.compare.study import compare
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import ForeignFolderError, InvalidStudyError
@@ -181,7 +181,7 @@ def test_multiply_adds_are_shown_where_channels_are_cut(tmp_path: Path) -> None:
         return replace(made_up(run, *rest), **({"macs": 200, "macs_left": 31} if run.criterion[:2] == "tp" else {}))
 
     out = io.StringIO()
-    compare(study, tmp_path, Console(file=out, width=150), execute=made)
+    compare(study, tmp_path, Console(file=out, width=150), engine=one_by_one(made))
     assert shown.headers(study)[-1] == "MACs left" and shown.headers(SMALL)[-1] == "parameters left"
     assert re.search(r"tp:magnitude .* 15.5%", out.getvalue())
     assert re.search(r"torch:l1 .* –", out.getvalue())
@@ -239,17 +239,17 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(name: str, tmp_pat
     make(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ForeignFolderError, match=text):
-        compare(SMALL, tmp_path, silent(), execute=made_up)
+        compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
 
 
 def test_a_file_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ForeignFolderError, match="a file"):
-        compare(SMALL, tmp_path / "file", silent(), execute=made_up)
+        compare(SMALL, tmp_path / "file", silent(), engine=one_by_one(made_up))
     open_and_close(tmp_path / "used", QUICK)
     with FileLock(tmp_path / "used" / ".lock"), pytest.raises(ForeignFolderError, match="another process"):
-        compare(SMALL, tmp_path / "used", silent(), execute=made_up)
+        compare(SMALL, tmp_path / "used", silent(), engine=one_by_one(made_up))
 
 
 # Studies
@@ -265,18 +265,19 @@ def test_a_study_goes_on_where_it_was_and_grows(tmp_path: Path) -> None:
         return made_up(run, settings, epoch_done)
 
     with pytest.raises(KeyboardInterrupt):
-        compare(SMALL, tmp_path, silent(), execute=counting)
+        compare(SMALL, tmp_path, silent(), engine=one_by_one(counting))
     assert len(read(tmp_path)) == 5
     finished = list(executed)
     executed.clear()
     console = silent()
-    assert compare(SMALL, tmp_path, console, execute=lambda r, s, d: (executed.append(r), made_up(r, s, d))[1]) == {}
+    noted = one_by_one(lambda r, s, d: (executed.append(r), made_up(r, s, d))[1])
+    assert compare(SMALL, tmp_path, console, engine=noted) == {}
     assert executed == SMALL.runs()[5:] and finished == SMALL.runs()[:5]
     assert "5 of 8 runs are in" in console.file.getvalue()  # type: ignore[attr-defined]
     # More seeds and another criterion: only what is new is run.
     executed.clear()
     more = replace(SMALL, seeds=(0, 1, 2), criteria=("torch:l1",))
-    compare(more, tmp_path, silent(), execute=lambda r, s, d: (executed.append(r), made_up(r, s, d))[1])
+    compare(more, tmp_path, silent(), engine=noted)
     assert {run.seed for run in executed} == {2} and len(executed) == 2
     assert len(read(tmp_path)) == 10
 
@@ -295,12 +296,12 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
         return made_up(run, settings, epoch_done)
 
     console = silent()
-    failures = compare(SMALL, tmp_path, console, execute=failing)
+    failures = compare(SMALL, tmp_path, console, engine=one_by_one(failing))
     assert list(failures) == [bad] and len(read(tmp_path)) == 7
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"failed: {bad}: RuntimeError: out of [memory]" in " ".join(text.split())
     assert (tmp_path / "report.html").exists()
-    assert compare(SMALL, tmp_path, silent(), execute=made_up) == {} and len(read(tmp_path)) == 8
+    assert compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up)) == {} and len(read(tmp_path)) == 8
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
@@ -340,7 +341,7 @@ def test_half_a_study_and_one_space_are_shown() -> None:
 
 def test_the_page_stands_alone_and_equal_results_give_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        compare(SMALL, tmp_path / name, silent(), command="ip-plugin compare <x>", execute=made_up)
+        compare(SMALL, tmp_path / name, silent(), command="ip-plugin compare <x>", engine=one_by_one(made_up))
     for file in ("results.csv", "accuracy.png", "accuracy.svg", "report.html", "study.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     html = (tmp_path / "a" / "report.html").read_text()

@@ -4,9 +4,10 @@ What an entry is worth (`scores`), which entries go (`selection`), and when: onc
 (`schedules`), again and again from an early state (`ticket`), or moving (`dynamic`).
 """
 
+from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
 from .schedules import Gradual, Score, prune
-from .scores import Batches, Loss, Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
+from .scores import Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
 from .selection import Masks, NofM, Scope, apply_masks, erk, select
 from .ticket import LotteryTicket
 

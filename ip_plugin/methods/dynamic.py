@@ -19,8 +19,9 @@ from ..gauge import unit_gauge
 from ..layer import Layer, layers
 from ..masks import adopt_masks
 from ..reparametrization import Interspace
+from .derivatives import unwrapped
 from .schedules import due, whole
-from .scores import random, unwrapped
+from .scores import random
 from .selection import Scope, apply_masks, select
 
 

@@ -25,37 +25,28 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import basis as bases
 from ..errors import (
-    InvalidBatchError,
-    InvalidLossError,
     InvalidOutputsError,
     InvalidTemperatureError,
     MovementMismatchError,
-    NoBatchesError,
     NonFiniteScoresError,
     NothingToPruneError,
 )
 from ..example_input import run
 from ..gauge import unit_gauge
 from ..layer import Layer, Target, layers
+from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 
 Scores: TypeAlias = dict[Target, Tensor]
-#: Called with (outputs, targets); returns a tensor of one element.
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-#: Pairs (inputs, targets). Inputs are a tensor, a tuple of arguments, or a mapping of keyword arguments.
-Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
 def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
@@ -150,7 +141,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     >>> score
     tensor([[6., 5.]])
     """
-    found, gradients = _gradients(model, batches, loss, _first_order)
+    found, gradients = derive(model, batches, loss, first_order)
     return _scores(found, [_times(each, g).abs_() for each, g in zip(found, gradients, strict=True)])
 
 
@@ -162,7 +153,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
     Args, raises: as `snip`.
     """
-    found, gradients = _gradients(model, batches, loss, _first_order)
+    found, gradients = derive(model, batches, loss, first_order)
     return _scores(found, [_times(each, g).neg_() for each, g in zip(found, gradients, strict=True)])
 
 
@@ -190,7 +181,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
         return loss(outputs / temperature, targets)
 
     kept = list(batches)
-    found, gradient = _gradients(model, kept, cooled, _first_order)
+    found, gradient = derive(model, kept, cooled, first_order)
     with torch.inference_mode(False):
         directions = [_over_squared_norms(each, g) for each, g in zip(found, gradient, strict=True)]
 
@@ -202,7 +193,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
             return [torch.zeros_like(t) for t in tensors]
         return torch.autograd.grad(along, tensors, materialize_grads=True)
 
-    found, products = _gradients(model, kept, cooled, product_with_hessian)
+    found, products = derive(model, kept, cooled, product_with_hessian)
     return _scores(found, [_times(each, p) for each, p in zip(found, products, strict=True)])
 
 
@@ -246,7 +237,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
     """
     inner, found = unwrapped(model)
     means = {id(module.running_mean) for module in inner.modules() if isinstance(module, _NormBase)}
-    with _pure(inner):
+    with pure(inner):
         tensors = {name: _wide(p.detach().abs()) for name, p in inner.named_parameters()}
         for name, buffer in inner.named_buffers():
             tensors[name] = _wide(torch.zeros_like(buffer) if id(buffer) in means else buffer.detach().clone())
@@ -321,7 +312,7 @@ class Movement:
     def __init__(self, model: nn.Module) -> None:
         self._model, found = unwrapped(model)
         tensors = {each.name: each.coefficients.detach() for each in found}
-        self._sums = {name: torch.zeros_like(t, dtype=_sum_dtype(t)) for name, t in tensors.items()}
+        self._sums = {name: torch.zeros_like(t, dtype=sum_dtype(t)) for name, t in tensors.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -382,25 +373,6 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
     }
 
 
-def unwrapped(model: nn.Module) -> tuple[nn.Module, list[Layer]]:
-    """The model inside of torch's wrappers, and its prunable layers."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = inside
-        else:
-            break
-    found = list(layers(model))
-    if not found:
-        raise NothingToPruneError
-    return model, found
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 @torch.no_grad()
 def _times(layer: Layer, gradient: Tensor) -> Tensor:
     return gradient * layer.coefficients.detach()
@@ -417,98 +389,3 @@ def _scores(found: list[Layer], values: list[Tensor]) -> Scores:
         layer.target: (value if layer.mask is None else value.masked_fill(~layer.mask, -math.inf)).contiguous()
         for layer, value in zip(found, values, strict=True)
     }
-
-
-def _first_order(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch.autograd.grad(value, tensors, materialize_grads=True)
-
-
-def _gradients(
-    model: nn.Module, batches: Batches, loss: Loss, derivative: Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
-) -> tuple[list[Layer], list[Tensor]]:
-    """The prunable layers, and for each the sum of a derivative over batches (and over processes)."""
-    inner, found = unwrapped(model)
-    sums: list[Tensor] = []
-    with _pure(inner):
-        leaves, tensors = _leaves(inner, found)
-        for number, batch in enumerate(batches):
-            inputs, targets = _pair(batch)
-            value = _checked_loss(loss(_call(inner, tensors, inputs), targets))
-            derived = derivative(value, leaves)
-            del value
-            derived = [d.detach().to(_sum_dtype(d)) for d in derived]
-            if number < 2:  # not in place: a derivative may share memory with something
-                sums = [total + d for total, d in zip(sums, derived, strict=True)] if number else derived
-            else:
-                for total, d in zip(sums, derived, strict=True):
-                    total.add_(d)
-    if not sums:
-        raise NoBatchesError
-    for wrapper in model.modules():
-        if isinstance(wrapper, DistributedDataParallel):
-            sums = [total.clone(memory_format=torch.contiguous_format) for total in sums]
-            for total in sums:
-                dist.all_reduce(total, group=wrapper.process_group)
-    return found, sums
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise InvalidBatchError(f"a {type(batch).__name__}{length}")
-    return batch[0], batch[1]
-
-
-def _call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return functional_call(model, tensors, (), dict(inputs))
-    return functional_call(model, tensors, inputs if isinstance(inputs, tuple) else (inputs,))
-
-
-def _checked_loss(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InvalidLossError(f"a {type(value).__name__}")
-    if value.numel() != 1:
-        raise InvalidLossError(f"a tensor of shape {tuple(value.shape)}")
-    if not bool(value.isfinite()):
-        raise InvalidLossError(f"a loss of {value.item()}")
-    if not value.requires_grad:
-        raise InvalidLossError("a loss that does not depend on any prunable tensor")
-    return value
-
-
-def _leaves(model: nn.Module, found: list[Layer]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The prunable tensors as leaves of a graph of their own, and all tensors of the model by name.
-
-    Leaves share the Parameters' memory, and nothing but they gets a gradient. Buffers are copies, to be written to.
-    """
-    leaf_of = {id(each.coefficients): each.coefficients.detach().requires_grad_() for each in found}
-    tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}
-    tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    return list(leaf_of.values()), tensors
-
-
-@contextmanager
-def _pure(model: nn.Module) -> Iterator[None]:
-    """With gradients on; afterwards the modules' attributes and the random state are as they were.
-
-    A forward pass sets attributes: the hook of `torch.nn.utils.prune` does.
-    """
-    places = [place for m in model.modules() for place in (vars(m), m._parameters, m._buffers)]
-    before = [dict(place) for place in places]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=[each.index for each in devices]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        try:
-            for module in model.modules():
-                if module._compiled_call_impl is not None:
-                    module._compiled_call_impl = None
-            yield
-        finally:
-            for place, old in zip(places, before, strict=True):
-                if place.keys() != old.keys() or any(place[key] is not value for key, value in old.items()):
-                    place.clear()
-                    place.update(old)

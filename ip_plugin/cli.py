@@ -16,8 +16,10 @@ from . import __version__
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
 from .compare.nni_engine import NniEngine
+from .compare.processes import Processes
 from .compare.runs import Engine, here
 from .compare.study import compare as run_study
+from .compare.tasks import TASKS
 from .errors import InterspaceError
 
 T = TypeVar("T")
@@ -63,6 +65,11 @@ def compare(
     sparsities: Annotated[str, typer.Option(help="Fractions, comma-separated.")] = _text(DEFAULT.sparsities),
     spaces: Annotated[str, typer.Option(help="spatial, interspace, or both.")] = _text(DEFAULT.spaces),
     seeds: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = _text(DEFAULT.seeds),
+    task: Annotated[str, typer.Option(help=f"What is learned: {', '.join(TASKS)}.")] = DEFAULT.settings.task,
+    data: Annotated[
+        str | None, typer.Option(help="cifar10: torchvision's folder of it, or an .npz file of its arrays.")
+    ] = None,
+    train_images: Annotated[int | None, typer.Option(help="Use only so many of the training images.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = DEFAULT.settings.epochs,
     finetune_epochs: Annotated[
         int, typer.Option(help="Epochs after pruning a trained network.")
@@ -71,7 +78,8 @@ def compare(
     sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
-    engine: Annotated[str, typer.Option(help="local (here, one by one) or nni (as an NNI experiment).")] = "local",
+    engine: Annotated[str, typer.Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
+    jobs: Annotated[int, typer.Option(help="Runs at once, of the local engine; they share the threads.", min=1)] = 1,
     nni_config: Annotated[
         Path | None, typer.Option(help="NNI's YAML file: training service, limits. Without it: this machine.")
     ] = None,
@@ -90,6 +98,9 @@ def compare(
     """
     study = Study(
         settings=Settings(
+            task=task,
+            data=data,
+            train_images=train_images,
             basis=basis,  # type: ignore[arg-type]  # checked there
             sharing=sharing,  # type: ignore[arg-type]
             epochs=epochs,
@@ -102,7 +113,9 @@ def compare(
         seeds=_values(seeds, int, "seeds"),
     )
     console = Console()
-    cells: Engine = here
+    cells: Engine = here if jobs == 1 else Processes(jobs)
+    if engine == "nni" and jobs > 1:
+        raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
     if engine == "nni":
         cells = NniEngine(nni_config, nni_port, nni_concurrency, lambda url: console.print(f"NNI's web portal: {url}"))
     elif engine != "local":

@@ -386,10 +386,10 @@ class ExperimentError(InterspaceError):
 
 
 class TrialFailedError(InterspaceError):
-    """A trial of an NNI experiment that ended without a result."""
+    """A trial of an NNI experiment, or a run in a process of its own, that ended without a result."""
 
     def __init__(self, found: str) -> None:
-        super().__init__("A trial must end with a result.", found, "run the same command again once this is mended")
+        super().__init__("A run must end with a result.", found, "run the same command again once this is mended")
 
 
 class PortInUseError(InterspaceError):

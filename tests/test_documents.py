@@ -46,7 +46,18 @@ def test_contributing_maps_every_file() -> None:
 
 def test_dependencies_point_one_way() -> None:
     """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
-    order = ["errors", "amounts", "files", "basis", "reparametrization", "host_masks", "layer", "model", "masks"]
+    order = [
+        "errors",
+        "amounts",
+        "files",
+        "seeds",
+        "basis",
+        "reparametrization",
+        "host_masks",
+        "layer",
+        "model",
+        "masks",
+    ]
     order += ["gauge", "optimizer", "example_input", "report"]
     modules = {p.stem for p in (ROOT / "ip_plugin").glob("*.py")} - {"__init__", "__main__", "cli"}
     assert modules == set(order)

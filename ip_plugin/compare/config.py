@@ -36,6 +36,8 @@ class Settings:
 
     Attributes:
         task: name of a task, see `ip_plugin.compare.tasks`.
+        data: where the task's data lies; None for a task that brings its own.
+        train_images: how many of the training images are used, the same ones in every run; None for all.
         basis, sharing: as `ip_plugin.interspace` takes them. On a network as small as the default one a basis for
             every layer costs a fifth of the budget at 98 % sparsity, so layers share one.
         epochs: of training.
@@ -45,6 +47,8 @@ class Settings:
     """
 
     task: str = "digits"
+    data: str | None = None
+    train_images: int | None = None
     basis: Literal["standard", "orthonormal", "dct"] = "orthonormal"
     sharing: Literal["layer", "model"] = "model"
     epochs: int = 16
@@ -59,6 +63,9 @@ class Settings:
         bases = ("standard", "orthonormal", "dct")
         _require("basis", self.basis in bases, self.basis, f"one of {', '.join(bases)}")
         _require("sharing", self.sharing in ("layer", "model"), self.sharing, "layer or model")
+        TASKS[self.task].check(self.data)
+        if self.train_images is not None:
+            _require("train_images", self.train_images >= 1, self.train_images, "a number of at least 1")
         for name in ("epochs", "batch_size"):
             _require(name, getattr(self, name) >= 1, getattr(self, name), "a number of at least 1")
         for name in ("finetune_epochs", "weight_decay"):
@@ -108,9 +115,9 @@ class Study:
             _require("seeds", seed >= 0, seed, "numbers of at least 0")
 
     def runs(self) -> list[Run]:
-        """Every cell of the grid: the two spaces of a pair one after the other, all sparsities before the next seed."""
-        cells = product(self.criteria, self.seeds, self.sparsities, self.spaces)
-        return [Run(criterion, sparsity, space, seed) for criterion, seed, sparsity, space in cells]
+        """Every cell of the grid: the two spaces of a pair one after the other, everything before the next seed."""
+        cells = product(self.seeds, self.criteria, self.sparsities, self.spaces)
+        return [Run(criterion, sparsity, space, seed) for seed, criterion, sparsity, space in cells]
 
 
 def _require(name: str, holds: bool, found: object, expected: str) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ip_plugin.adapters import ChannelCriterion, Criterion, hosts
+from ip_plugin.adapters import AnyCriterion, ChannelCriterion, Criterion, TrainingCriterion, hosts
 from ip_plugin.errors import InvalidStudyError
 
 
-def available() -> dict[str, Criterion | ChannelCriterion]:
+def available() -> dict[str, AnyCriterion]:
     """Every criterion of every host that can be imported, by its full name.
 
     >>> "torch:l1" in available()
     True
     """
-    found: dict[str, Criterion | ChannelCriterion] = {}
+    found: dict[str, AnyCriterion] = {}
     for host, entry in sorted(hosts().items()):
         try:
             criteria = getattr(entry.load(), "CRITERIA", {})
@@ -22,7 +22,7 @@ def available() -> dict[str, Criterion | ChannelCriterion]:
     return found
 
 
-def load(name: str) -> Criterion | ChannelCriterion:
+def load(name: str) -> AnyCriterion:
     """A criterion by its full name.
 
     Raises:
@@ -36,6 +36,6 @@ def load(name: str) -> Criterion | ChannelCriterion:
         except ImportError as error:
             raise InvalidStudyError(rule, f"{name!r}: {error}", f"install the host {host!r}") from error
         if found is not None:
-            assert isinstance(found, (Criterion, ChannelCriterion))
+            assert isinstance(found, (Criterion, ChannelCriterion, TrainingCriterion))
             return found
     raise InvalidStudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")

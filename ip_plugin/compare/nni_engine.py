@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,12 @@ class NniEngine:
         if not runs:
             return
         with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:
-            given = {"settings": asdict(settings), "versions": versions(), "threads": torch.get_num_threads()}
+            data = None if settings.data is None else str(Path(settings.data).resolve())
+            given = {
+                "settings": asdict(replace(settings, data=data)),
+                "versions": versions(),
+                "threads": torch.get_num_threads(),
+            }
             Path(code, nni_trial.SETTINGS).write_text(json.dumps(given), encoding="utf-8")
             with running(self._configured([run._asdict() for run in runs], Path(code)), port=self.port) as experiment:
                 self.announce(portal(experiment))

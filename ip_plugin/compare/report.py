@@ -187,11 +187,15 @@ def plot(study: Study, lines: Sequence[Line]) -> Figure:
     from matplotlib.figure import Figure
 
     count = len(study.criteria)
-    figure = Figure(figsize=(1.2 + 4.2 * count, 3.8), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.2 + 4.2 * columns, 3.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in panels[count:]:
+        unused.set_axis_off()
     positions = {sparsity: place for place, sparsity in enumerate(sorted(study.sparsities))}
     style = {"spatial": ("tab:gray", "s", "--"), "interspace": ("tab:blue", "o", "-")}
-    for panel, criterion in zip(panels, study.criteria, strict=True):
+    for panel, criterion in zip(panels[:count], study.criteria, strict=True):
         for offset, space in zip((-0.03, 0.03), study.spaces, strict=False):
             points = [
                 (positions[line.sparsity] + offset, spread.mean, spread.deviation)

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ip_plugin import interspace, param_groups, prunable, report
-from ip_plugin.adapters import ChannelCriterion
+from ip_plugin import interspace, prunable, report
+from ip_plugin.adapters import ChannelCriterion, TrainingCriterion
 from ip_plugin.errors import InvalidStudyError
 from ip_plugin.layer import layers
+from ip_plugin.seeds import derived_seed
 
 from . import criteria
 from .config import Run, Settings
 from .tasks import TASKS, Split
+from .training import Training, accuracy
 
 EpochDone = Callable[[], None]
 
@@ -36,7 +37,8 @@ class Result:
     Attributes:
         run: which run.
         accuracy: share of the test images classified correctly at the end, in percent.
-        accuracy_before_pruning: of the trained network before it was pruned; None where pruning came first.
+        accuracy_before_pruning: of the trained network before it was pruned; None where it was not pruned between
+            training and fine-tuning.
         parameters: prunable parameters of the network.
         parameters_left: non-zeros among them at the end, with the numbers of trained bases where the network needs
             them (a network whose channels were cut is baked).
@@ -75,7 +77,10 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
     criterion, task = criteria.load(run.criterion), TASKS[settings.task]
     cuts = isinstance(criterion, ChannelCriterion)
     devices = [torch.device(settings.device)] if torch.device(settings.device).type == "cuda" else []
-    train, test = (Split(*(tensor.to(settings.device) for tensor in split)) for split in task.load())
+    train, test = (
+        Split(*(tensor.to(settings.device) for tensor in split))
+        for split in task.load(settings.data, settings.train_images)
+    )
     with torch.random.fork_rng(devices):
         torch.manual_seed(run.seed)
         model = task.network().to(settings.device)
@@ -92,29 +97,32 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
                 f"{kept} of {parameters} at sparsity {run.sparsity:g}, {basis_parameters} of them in bases",
                 "compare at a lower sparsity",
             )
-        torch.manual_seed(run.seed)
-        order = torch.Generator().manual_seed(run.seed)
+        torch.manual_seed(derived_seed(run.seed, "pruning"))
+        training = Training(model, train, task, settings, run.seed, epoch_done)
         before = None
 
         def prune() -> None:
             if isinstance(criterion, ChannelCriterion):
-                batch = slice(settings.batch_size)
-                criterion.cut(model, run.sparsity, train.images[batch], train.labels[batch])
+                criterion.cut(model, run.sparsity, *training.batches(1)[0])
+            elif isinstance(criterion, TrainingCriterion):
+                criterion.train(model, parameters - kept + basis_parameters, training)
             else:
                 criterion.prune(model, parameters - kept + basis_parameters)
 
-        if criterion.when == "after training":
-            _train(model, train, settings.epochs, settings.lr, settings, order, epoch_done)
-            before = _accuracy(model, test)
+        if isinstance(criterion, TrainingCriterion):
             prune()
-            _train(model, train, settings.finetune_epochs, settings.lr / 4, settings, order, epoch_done)
+        elif criterion.when == "after training":
+            training.train()
+            before = accuracy(model, test)
+            prune()
+            training.finetune()
         else:
             prune()
-            _train(model, train, settings.epochs, settings.lr, settings, order, epoch_done)
+            training.train()
     left = report(model, train.images[:1]).prunable
     return Result(
         run=run,
-        accuracy=_accuracy(model, test),
+        accuracy=accuracy(model, test),
         accuracy_before_pruning=before,
         parameters=parameters,
         parameters_left=left.nonzeros + (0 if cuts else basis_parameters),
@@ -128,8 +136,10 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
 
 def epochs_of(run: Run, settings: Settings) -> int:
     """How many epochs a run takes."""
-    after = criteria.load(run.criterion).when == "after training"
-    return settings.epochs + (settings.finetune_epochs if after else 0)
+    criterion = criteria.load(run.criterion)
+    if isinstance(criterion, TrainingCriterion):
+        return criterion.trainings * settings.epochs + criterion.finetunings * settings.finetune_epochs
+    return settings.epochs + (settings.finetune_epochs if criterion.when == "after training" else 0)
 
 
 def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> list[str]:
@@ -153,35 +163,6 @@ def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> li
     if converted:
         interspace(model, basis=settings.basis, sharing=settings.sharing, layers=converted, seed=run.seed)
     return spatial
-
-
-def _train(
-    model: nn.Module, split: Split, epochs: int, lr: float, settings: Settings, order: torch.Generator, done: EpochDone
-) -> None:
-    if epochs == 0:
-        return
-    optimizer = torch.optim.SGD(param_groups(model, weight_decay=settings.weight_decay), lr=lr, momentum=0.9)
-    batches = -(-len(split.labels) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.15)
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(split.labels), generator=order).split(settings.batch_size):
-            batch = batch.to(split.labels.device)
-            optimizer.zero_grad()
-            F.cross_entropy(model(split.images[batch]), split.labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-        done()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, split: Split) -> float:
-    model.eval()
-    hits = sum(
-        int((model(images).argmax(1) == labels).sum())
-        for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True)
-    )
-    return 100 * hits / len(split.labels)
 
 
 Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]

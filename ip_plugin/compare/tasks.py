@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+from ip_plugin.errors import InvalidStudyError
 
 
 class Split(NamedTuple):
@@ -23,37 +28,122 @@ class Task:
 
     Attributes:
         title: what it is, for the report.
-        load: (training split, test split).
+        read: called with where the data lies; (training split, test split), the images as they are.
         network: a new network, initialised from torch's random state.
+        augment: called with a batch of training images and a generator.
+        needs: what must be given as data, in words; None for a task that brings its own.
     """
 
     title: str
-    load: Callable[[], tuple[Split, Split]]
+    read: Callable[[str | None], tuple[Split, Split]]
     network: Callable[[], nn.Module]
+    augment: Callable[[Tensor, Generator], Tensor] = lambda images, _: images
+    needs: str | None = None
+
+    def check(self, data: str | None) -> None:
+        """Whether `data` can be what the task reads.
+
+        Raises:
+            InvalidStudyError: data is missing, or not wanted.
+        """
+        if self.needs is None and data is not None:
+            raise InvalidStudyError("The task brings its data.", f"data {data!r}", "leave data out, or choose a task")
+        if self.needs is not None and (data is None or not Path(data).exists()):
+            found = "no data" if data is None else f"nothing at {data!r}"
+            raise InvalidStudyError("The task must have data.", found, f"give {self.needs}")
+
+    def load(self, data: str | None, train_images: int | None = None) -> tuple[Split, Split]:
+        """(training split, test split), normalised: mean 0 and variance 1 for each channel of the training images.
+
+        Args:
+            data: where it lies.
+            train_images: how many training images are taken, by chance but always the same; None for all.
+
+        Raises:
+            InvalidStudyError: it cannot be read, or has fewer training images.
+        """
+        self.check(data)
+        train, test = self.read(data)
+        if train_images is not None:
+            if train_images > len(train.labels):
+                raise InvalidStudyError(
+                    "A study must find as many training images as it asks for.",
+                    f"{len(train.labels)} instead of {train_images}",
+                    "ask for fewer",
+                )
+            chosen = torch.randperm(len(train.labels), generator=Generator().manual_seed(0))[:train_images]
+            train = Split(train.images[chosen], train.labels[chosen])
+        # On a CPU convolutions are faster with channels last.
+        layout = torch.channels_last if train.images.shape[1] > 1 else torch.contiguous_format
+        found = [Split(split.images.float().contiguous(memory_format=layout), split.labels) for split in (train, test)]
+        std, mean = torch.std_mean(found[0].images, (0, 2, 3), keepdim=True)
+        for split in found:
+            split.images.sub_(mean).div_(std)
+        return found[0], found[1]
 
 
-def _digits() -> tuple[Split, Split]:
+def _digits(data: str | None) -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    del data
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(bunch.target)
     train, test = train_test_split(range(len(labels)), test_size=0.5, random_state=0, stratify=bunch.target)
-    mean, std = images[train].mean(), images[train].std()
-    images = (images - mean) / std
     return Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
-def _digits_network() -> nn.Module:
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+def _cifar10(data: str | None) -> tuple[Split, Split]:
+    """From an archive of arrays, or from the folder in which torchvision keeps the data set."""
+    assert data is not None
+    try:
+        if Path(data).is_dir():
+            from torchvision.datasets import CIFAR10
 
-    return nn.Sequential(
-        *block(1, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
+            sets = [CIFAR10(data, train=train) for train in (True, False)]
+            arrays = [(each.data, np.asarray(each.targets)) for each in sets]
+        else:
+            with np.load(data, allow_pickle=False) as file:
+                arrays = [(file[f"{split}_images"], file[f"{split}_labels"]) for split in ("train", "test")]
+    except (ImportError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise InvalidStudyError(
+            "The data must be CIFAR-10.", f"{data!r}: {type(error).__name__}: {error}", f"give {_CIFAR10}"
+        ) from error
+    splits = []
+    for images, labels in arrays:
+        shapes = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
+        labels = labels.reshape(-1)
+        if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3) or not len(labels):
+            raise InvalidStudyError("Images must be uint8 (N, 32, 32, 3).", shapes, f"give {_CIFAR10}")
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 9:
+            raise InvalidStudyError("Labels must be integers from 0 to 9.", shapes, f"give {_CIFAR10}")
+        splits.append(Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))))
+    return splits[0], splits[1]
+
+
+_CIFAR10 = (
+    "the folder in which torchvision keeps CIFAR-10, or an .npz file with train_images, train_labels, test_images and "
+    "test_labels"
+)
+
+
+def _mirrored(images: Tensor, order: Generator) -> Tensor:
+    """Every second one, by chance, is flipped left to right."""
+    flip = torch.rand((len(images), 1, 1, 1), generator=order).to(images.device) < 0.5
+    return torch.where(flip, images.flip(3), images)
+
+
+def _vgg(inputs: int, *widths: int | str) -> nn.Module:
+    """3x3 convolutions of these widths, "M" for max pooling; then mean pooling and a linear layer."""
+    modules: list[nn.Module] = []
+    for width in widths:
+        if isinstance(width, str):
+            modules.append(nn.MaxPool2d(2))
+        else:
+            modules += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
 TASKS = {
@@ -61,6 +151,14 @@ TASKS = {
         "scikit-learn's digits: real handwriting, 8x8 pixels, 898 images to train and 899 to test; "
         "a network of three 3x3 convolutions (32, 64, 64 channels)",
         _digits,
-        _digits_network,
-    )
+        lambda: _vgg(1, 32, 64, "M", 64),
+    ),
+    "cifar10": Task(
+        "CIFAR-10: photographs, 32x32 pixels, mirrored by chance in training; a small VGG of six 3x3 convolutions (16, "
+        "32, 64, 64, 128, 128 channels), 8.7 million multiply-adds",
+        _cifar10,
+        lambda: _vgg(3, 16, "M", 32, "M", 64, 64, "M", 128, 128),
+        _mirrored,
+        _CIFAR10,
+    ),
 }

@@ -19,6 +19,7 @@ from ..gauge import unit_gauge
 from ..layer import Layer, layers
 from ..masks import adopt_masks
 from ..reparametrization import Interspace
+from ..seeds import derived_seed
 from .derivatives import unwrapped
 from .schedules import due, whole
 from .scores import random
@@ -51,7 +52,7 @@ class _DynamicSparse:
         self.model, self.optimizer = model, optimizer
         self.every, self.end, self.fraction = every, end, fraction
         self.steps = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(derived_seed(seed, "dynamic sparse training"))
         self._inner = adopt_masks(unwrapped(model)[0])
         if sparsity is not None:
             apply_masks(

@@ -1,0 +1,223 @@
+"""ip:... criteria of studies: every method takes its part in the training, and prunes exactly what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ip_plugin import interspace, masks, prunable
+from ip_plugin.adapters import Begin, TrainingCriterion, method_criteria, torch_prune
+from ip_plugin.adapters.method_criteria import CRITERIA
+from ip_plugin.compare import config
+from ip_plugin.compare.config import Run, Settings
+from ip_plugin.compare.runs import epochs_of, execute
+from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.training import Training
+from ip_plugin.layer import layers
+from ip_plugin.methods import apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
+
+SETTINGS = Settings(epochs=1, finetune_epochs=1)
+TOTAL = 56224
+IN_TRAINING = [name for name, criterion in CRITERIA.items() if isinstance(criterion, TrainingCriterion)]
+
+
+def network(space: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = TASKS["digits"].network()
+    return interspace(model, basis="orthonormal", sharing="model", seed=seed) if space == "interspace" else model
+
+
+class Watched(Training):
+    """A training that remembers the state at the beginning of each part, and the masks after each step."""
+
+    def __init__(self, model: nn.Module, settings: Settings = SETTINGS) -> None:
+        train, _ = TASKS["digits"].load(None)
+        super().__init__(model, train, TASKS["digits"], settings, 0, lambda: None)
+        self.parts: list[tuple[int, dict[str, Tensor], int]] = []
+        self.pruned: list[int] = []
+        self.masks: list[dict[str, Tensor]] = []
+
+    def _run(self, epochs: int, lr: float, begin: Begin | None) -> None:
+        self.parts.append((epochs, values(self.model), count(self.model)))
+
+        def watching(optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], Tensor]], object]:
+            after_step = begin(optimizer) if begin else None
+
+            def after(loss: Callable[[], Tensor]) -> None:
+                if after_step:
+                    after_step(loss)
+                self.pruned.append(count(self.model))
+                self.masks.append({name: mask.clone() for name, mask in masks(self.model).items()})
+
+            return after
+
+        super()._run(epochs, lr, watching)
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    found = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
+    bases = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}
+    return found | {f"basis {n}": basis.detach().clone() for n, basis in enumerate(bases.values())}
+
+
+def count(model: nn.Module) -> int:
+    return sum(int((~mask).sum()) for mask in masks(model).values())
+
+
+def run(name: str, model: nn.Module, number: int, settings: Settings = SETTINGS) -> Watched:
+    training = Watched(model, settings)
+    criterion = CRITERIA[name]
+    assert isinstance(criterion, TrainingCriterion)
+    criterion.train(model, number, training)
+    return training
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.95])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_both_spaces_keep_equally_many_parameters(name: str, sparsity: float) -> None:
+    for space in config.SPACES:
+        run, done = Run(f"ip:{name}", sparsity, space, 0), []
+        result = execute(run, SETTINGS, lambda done=done: done.append(1))
+        assert (result.parameters, result.parameters_left) == (TOTAL, round((1 - sparsity) * TOTAL))
+        assert result.basis_parameters == (81 if space == "interspace" else 0)
+        assert len(done) == epochs_of(run, SETTINGS)
+        after_training = name in ("magnitude", "lamp")
+        assert (result.accuracy_before_pruning is not None) == after_training
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_equal_runs_give_equal_results(name: str) -> None:
+    cell = Run(f"ip:{name}", 0.9, "interspace", 3)
+    first = execute(cell, SETTINGS)
+    torch.manual_seed(99)
+    assert replace(execute(cell, SETTINGS), seconds=0) == replace(first, seconds=0)
+
+
+@pytest.mark.parametrize("name", ["torch:random", "ip:random"])
+def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and scores from equal streams would leave negative weights only."""
+    kept: list[Tensor] = []
+
+    def watched(prune: Callable[[nn.Module, int], None], model: nn.Module, number: int) -> None:
+        prune(model, number)
+        kept.extend(layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None)
+
+    host, _, criterion = name.partition(":")
+    module: Any = {"torch": torch_prune, "ip": method_criteria}[host]
+    found = module.CRITERIA[criterion]
+    monkeypatch.setitem(module.CRITERIA, criterion, replace(found, prune=partial(watched, found.prune)))
+    execute(Run(name, 0.9, "spatial", 0), SETTINGS)
+    positive = float((torch.cat([each.flatten() for each in kept]) > 0).float().mean())
+    assert 0.45 < positive < 0.55  # of 5,622
+
+
+@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("name", ["snip", "snip_rounds", "grasp", "synflow"])
+def test_scores_at_initialisation_choose_before_training(name: str, space: str) -> None:
+    model, twin = network(space), network(space)
+    training = run(name, model, 50000)
+    assert [pruned for _, _, pruned in training.parts] == [50000] and set(training.pruned) == {50000}
+    batches = Watched(twin).batches(10)
+    assert sum(len(labels) for _, labels in batches) == 898
+    score: Any = {
+        "snip": partial(snip, batches=batches, loss=F.cross_entropy),
+        "snip_rounds": partial(snip, batches=batches, loss=F.cross_entropy),
+        "grasp": partial(grasp, batches=batches, loss=F.cross_entropy),
+        "synflow": partial(synflow, example_input=batches[0][0][:1]),
+    }[name]
+    rounds = {"snip_rounds": 20, "synflow": 100}.get(name, 1)
+    prune(twin, score, sparsity=50000 / TOTAL, rounds=rounds, floor=1)
+    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+
+
+@pytest.mark.parametrize(("name", "score"), [("magnitude_init", magnitude), ("magnitude", magnitude), ("lamp", lamp)])
+def test_scores_without_data(name: str, score: Any) -> None:
+    model, twin = network("interspace"), network("interspace")
+    criterion: Any = CRITERIA[name]
+    criterion.prune(model, 50000)
+    apply_masks(twin, select(score(twin), count=50000, floor=1))
+    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+
+
+@pytest.mark.parametrize("space", config.SPACES)
+def test_gradual_pruning_goes_on_until_three_quarters_of_the_training(space: str) -> None:
+    training = run("gradual", network(space), 50000, replace(SETTINGS, epochs=4))
+    assert training.steps == len(training.pruned) == 36
+    # From step 7 (a fifth) to step 27; the law is cubic, so after half of that time seven eighths are gone.
+    assert training.pruned[5] == training.pruned[6] == 0 < training.pruned[7]
+    assert training.pruned[16] == round(50000 * 7 / 8)
+    assert training.pruned[25] < 50000 == training.pruned[26] == training.pruned[-1]
+
+
+@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("name", ["set", "rigl"])
+def test_dynamic_methods_move_until_three_quarters_and_keep_the_count(name: str, space: str) -> None:
+    training = run(name, network(space), 50000, replace(SETTINGS, epochs=4))
+    assert set(training.pruned) == {50000}
+    moved = [
+        any(not torch.equal(now[n], before[n]) for n in now)
+        for before, now in zip(training.masks, training.masks[1:], strict=False)
+    ]
+    assert moved[:24] == [True] * 24 and not any(moved[26:])
+
+
+def test_rigl_and_set_grow_other_entries() -> None:
+    ends = [run(name, network("interspace"), 50000).masks[-1] for name in ("set", "rigl")]
+    assert any(not torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.parametrize("space", config.SPACES)
+def test_tickets_are_rewound_with_their_bases_and_lose_more_each_time(space: str) -> None:
+    model = network(space)
+    start = values(model)
+    training = run("ticket", model, 50000, replace(SETTINGS, epochs=2))
+    # Density d = 6224 / 56224; after rounds 1, 2 and 3 the densities are 0.4802, 0.2305 and d.
+    assert [pruned for _, _, pruned in training.parts] == [0, 29228, 43262, 50000]
+    first, *later = [state for _, state, _ in training.parts]
+    assert all(torch.equal(first[n], start[n]) for n in start)
+    # Rewound to step 1 of 18, not to the very beginning.
+    assert any(not torch.equal(later[0][n], start[n]) for n in start)
+    for state in later[1:]:
+        assert all(torch.equal(state[n], later[0][n]) for n in state)
+
+
+@pytest.mark.parametrize("space", config.SPACES)
+def test_movement_prunes_while_fine_tuning(space: str) -> None:
+    training = run("movement", network(space), 50000, replace(SETTINGS, finetune_epochs=2))
+    assert [(epochs, pruned) for epochs, _, pruned in training.parts] == [(1, 0), (2, 0)]
+    during = training.pruned[9:]
+    assert set(training.pruned[:9]) == {0} and during == sorted(during) and during[-1] == 50000
+    assert len(set(during)) > 5
+
+
+def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
+    model = network("spatial")
+    training = run("movement", model, 50000, replace(SETTINGS, finetune_epochs=0))
+    assert training.pruned[-1] == 0 and count(model) == 50000
+    twin = network("spatial")
+    again = Watched(twin)
+    again.train()
+    apply_masks(twin, select(movement(twin, again.batches(10), F.cross_entropy), count=50000, floor=1))
+    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_no_layer_loses_everything(name: str) -> None:
+    model = network("spatial")
+    size = sum(getattr(*target).numel() for target in prunable(model))
+    criterion: Any = CRITERIA[name]
+    if name in ("set", "rigl"):
+        return  # by ERK, densities are above zero
+    if name in IN_TRAINING:
+        run(name, model, size - 8)
+    else:
+        criterion.prune(model, size - 8)
+    assert sum(int(mask.sum()) for mask in masks(model).values()) == 8
+    assert all(mask.any() for mask in masks(model).values())

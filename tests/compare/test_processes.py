@@ -1,0 +1,127 @@
+"""ip-plugin compare --jobs: several runs at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ip_plugin.compare.config import Run, Settings, Study
+from ip_plugin.compare.processes import Processes
+from ip_plugin.compare.runs import execute
+from ip_plugin.compare.study import compare
+from ip_plugin.errors import TrialFailedError
+
+SETTINGS = Settings(epochs=1, finetune_epochs=1)
+RUNS = [Run("torch:l1", 0.9, space, seed) for seed in (0, 1) for space in ("spatial", "interspace")]  # type: ignore[arg-type]
+BAD = Run("torch:l1", 0.999999, "spatial", 0)  # keeps nothing
+
+
+def test_results_are_those_of_one_process_and_failures_are_told() -> None:
+    began: list[Run] = []
+    epochs: list[int] = []
+    runs = [*RUNS[:2], BAD, *RUNS[2:]]
+    found = dict(Processes(2)(runs, SETTINGS, began.append, lambda: epochs.append(1)))
+    assert began == runs and found.keys() == set(runs)
+    assert len(epochs) == 2 * 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        for run in RUNS:
+            result = found[run]
+            assert not isinstance(result, Exception)
+            assert replace(result, seconds=0) == replace(execute(run, SETTINGS), seconds=0)
+    finally:
+        torch.set_num_threads(threads)
+    failure = found[BAD]
+    assert isinstance(failure, TrialFailedError) and "InvalidStudyError: A run must keep at least one" in str(failure)
+    assert active_children() == []
+
+
+def test_a_process_that_is_killed_fails_its_run_and_no_other() -> None:
+    found: dict[Run, object] = {}
+    epochs: list[int] = []
+
+    def kill_after_the_third_epoch() -> None:  # the first of the second run
+        epochs.append(1)
+        if len(epochs) == 3:
+            (child,) = active_children()
+            child.kill()
+            child.join()
+
+    for run, outcome in Processes(1)(RUNS[:3], SETTINGS, lambda run: None, kill_after_the_third_epoch):
+        found[run] = outcome
+    failure = found[RUNS[1]]
+    assert isinstance(failure, TrialFailedError) and "exit code -9" in str(failure)
+    assert [isinstance(found[run], Exception) for run in RUNS[:3]] == [False, True, False]
+
+
+def test_what_is_not_asked_for_any_more_is_stopped() -> None:
+    cells = Processes(2)(RUNS, SETTINGS, lambda run: None, lambda: None)
+    next(cells)
+    assert len(active_children()) == 2
+    cells.close()
+    assert active_children() == []
+
+
+def test_a_study_in_processes_and_one_after_the_other_fill_the_same_folder(tmp_path: Path) -> None:
+    study = Study(settings=SETTINGS, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0, 1))
+    console = Console(file=io.StringIO(), width=120)
+    assert compare(replace(study, seeds=(0,)), tmp_path, console) == {}
+    assert compare(study, tmp_path, console, engine=Processes(2)) == {}
+    assert "2 of 4 runs are in" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_an_interrupt_leaves_no_process_and_what_has_finished(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ip_plugin", "compare", "--jobs", "2", "--epochs", "2"]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "results.csv").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in " ".join(output.split())
+    assert "Traceback" not in errors
+    assert len((tmp_path / "results.csv").read_text().splitlines()) >= 2
+    deadline = time.monotonic() + 10  # multiprocessing's tracker ends by itself
+    while [p for p in Path("/proc").glob("[0-9]*") if session_of(p) == process.pid]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def session_of(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+    except OSError:  # it has gone
+        return -1
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    for arguments, text in (
+        (["--jobs", "0"], "--jobs"),
+        (["--jobs", "2", "--engine", "nni"], "for --engine nni it is --nni-concurrency"),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "ip_plugin", "compare", *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert run.returncode == 2 and text in " ".join(run.stderr.replace("│", " ").split()), run.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -76,6 +76,8 @@ def compare(
     ] = DEFAULT.settings.finetune_epochs,
     basis: Annotated[str, typer.Option(help="standard, orthonormal or dct.")] = DEFAULT.settings.basis,
     sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.settings.lr,
+    basis_lr: Annotated[float, typer.Option(help="That of the bases, as a multiple.")] = DEFAULT.settings.basis_lr,
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
     engine: Annotated[str, typer.Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
@@ -105,6 +107,8 @@ def compare(
             sharing=sharing,  # type: ignore[arg-type]
             epochs=epochs,
             finetune_epochs=finetune_epochs,
+            lr=lr,
+            basis_lr=basis_lr,
             device=device,
         ),
         criteria=_values(criteria, str, "criteria"),

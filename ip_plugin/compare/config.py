@@ -43,6 +43,7 @@ class Settings:
         epochs: of training.
         finetune_epochs: after pruning a trained network, with a quarter of the learning rate.
         batch_size, lr, weight_decay: of SGD with momentum 0.9 and a one-cycle schedule; bases have no weight decay.
+        basis_lr: learning rate of the bases, as a multiple of `lr`.
         device: as torch names it.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     batch_size: int = 100
     lr: float = 0.15
     weight_decay: float = 5e-4
+    basis_lr: float = 1.0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Settings:
             _require("train_images", self.train_images >= 1, self.train_images, "a number of at least 1")
         for name in ("epochs", "batch_size"):
             _require(name, getattr(self, name) >= 1, getattr(self, name), "a number of at least 1")
-        for name in ("finetune_epochs", "weight_decay"):
+        for name in ("finetune_epochs", "weight_decay", "basis_lr"):
             _require(name, getattr(self, name) >= 0, getattr(self, name), "a number of at least 0")
         _require("lr", self.lr > 0, self.lr, "a number above 0")
         try:

@@ -57,7 +57,7 @@ class Results:
             with FileLock(folder / ".lock", timeout=0):
                 if not (folder / "study.json").exists():
                     write_whole(folder / "study.json", json.dumps(description, indent=2) + "\n")
-                yield cls(folder, _read(folder / "results.csv"))
+                yield cls(folder, read(folder / "results.csv"))
         except Timeout:
             raise ForeignFolderError(folder, "another process that is writing to it now") from None
 
@@ -106,7 +106,12 @@ def _to_csv(rows: dict[Run, Result]) -> str:
     return out.getvalue()
 
 
-def _read(path: Path) -> dict[Run, Result]:
+def read(path: Path) -> dict[Run, Result]:
+    """The rows of a ``results.csv``, by cell; none if it is not there.
+
+    Raises:
+        ForeignFolderError: a line cannot be read.
+    """
     if not path.exists():
         return {}
     rows: dict[Run, Result] = {}

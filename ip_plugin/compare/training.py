@@ -73,9 +73,14 @@ class Training:
         if epochs == 0:
             return
         model, (images, labels) = self.model, self.split
-        optimizer = torch.optim.SGD(param_groups(model, weight_decay=self.settings.weight_decay), lr=lr, momentum=0.9)
-        steps = epochs * self._steps_of_an_epoch
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+        groups = param_groups(model, weight_decay=self.settings.weight_decay, basis_lr=lr * self.settings.basis_lr)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=epochs * self._steps_of_an_epoch,
+            pct_start=0.15,
+        )
         after_step = None if begin is None else begin(optimizer)
         model.train()
         for _ in range(epochs):

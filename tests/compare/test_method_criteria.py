@@ -221,3 +221,12 @@ def test_no_layer_loses_everything(name: str) -> None:
         criterion.prune(model, size - 8)
     assert sum(int(mask.sum()) for mask in masks(model).values()) == 8
     assert all(mask.any() for mask in masks(model).values())
+
+
+def test_bases_have_their_own_learning_rate() -> None:
+    models = {factor: network("interspace") for factor in (0.0, 1.0, 0.5)}
+    for factor, model in models.items():
+        Watched(model, replace(SETTINGS, basis_lr=factor)).train()
+    start = values(network("interspace"))["basis 0"]
+    moved = {factor: float((values(model)["basis 0"] - start).norm()) for factor, model in models.items()}
+    assert moved[0.0] == 0 < moved[0.5] < moved[1.0]

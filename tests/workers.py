@@ -76,7 +76,7 @@ def sparse_worker(rank: int, port: int, folder: str) -> None:
             return F.cross_entropy(model(x), torch.arange(len(x)) % 3)
 
         schedule: Any = None
-        if kind == "gradual":
+        if kind == "snip":
             schedule = Gradual(
                 wrapped,
                 sparsity=0.8,
@@ -86,7 +86,7 @@ def sparse_worker(rank: int, port: int, folder: str) -> None:
                     m, [(torch.randn(x.shape, generator=generator), torch.tensor([0, 1]))], F.cross_entropy
                 ),
             )
-        elif kind == "snip":
+        elif kind == "gradual":
             schedule = Gradual(wrapped, sparsity=0.7, end=6, floor=1)
         else:
             schedule = {"set": SET, "rigl": RigL}[kind](wrapped, optimizer, sparsity=0.6, end=20, every=1, fraction=0.5)

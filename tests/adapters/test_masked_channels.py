@@ -192,3 +192,38 @@ def test_channels_left_against_the_layers_own_outputs(layer: nn.Module) -> None:
             moving_inputs[channel] = changed.any()
     assert torch.equal(outputs_left(layer, kept), moved_outputs)
     assert torch.equal(inputs_left(layer, kept), moving_inputs)
+
+
+def test_a_depthwise_bias_keeps_a_channel_that_nothing_comes_into() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([0.0, 0.0, 3.0, 0.0]))
+    x = torch.randn(1, 3, 8, 8)
+    set_masks(model, {"0": masked((4, 3, 3, 3), 0, [1, 2])})
+    expected = model(x)
+    cut_masked_channels(model, x)
+    assert model[0].out_channels == model[1].out_channels == model[2].in_channels == 3
+    torch.testing.assert_close(model(x), expected)
+
+
+class Joined(nn.Module):
+    """A grouped convolution of four groups reads six channels of one convolution and two of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.six, self.two = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(torch.cat([self.six(x), self.two(x)], 1))
+
+
+def test_channels_that_do_not_fall_into_the_groups_stay() -> None:
+    torch.manual_seed(0)
+    model, x = Joined(), torch.randn(1, 3, 4, 4)
+    set_masks(model, {"six": masked((6, 3, 1, 1), 0, [0, 1, 2]), "two": masked((2, 3, 1, 1), 0, [1])})
+    expected = model(x)
+    cut_masked_channels(model, x)
+    assert (model.six.out_channels, model.two.out_channels) == (6, 2)
+    torch.testing.assert_close(model(x), expected)

@@ -257,6 +257,40 @@ def test_an_update_leaves_gradients_statistics_and_random_state() -> None:
         assert torch.equal(p.grad, gradients[name] if not mine else torch.where(p == 0, 0, gradients[name]))
 
 
+@pytest.mark.parametrize("cls", [SET, RigL])
+def test_what_comes_starts_at_zero_whatever_lay_behind_the_mask(cls: Any) -> None:
+    model = model_in("moved")
+    optimizer = sgd(model)
+    schedule = cls(model, optimizer, sparsity=0.5, end=100, every=1, fraction=0.5)
+    train(model, optimizer, range(1))
+    before = masks(model)
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.coefficients.masked_fill_(~layer.mask, 5.0)
+            optimizer.state[layer.coefficients]["momentum_buffer"].masked_fill_(~layer.mask, 5.0)
+    assert schedule.step(*([lambda: loss_of(model)] if cls is RigL else []))
+    grown = {name: mask & ~before[name] for name, mask in masks(model).items()}
+    assert sum(int(each.sum()) for each in grown.values()) > 20
+    for layer in layers(model):
+        for tensor in (layer.coefficients, optimizer.state[layer.coefficients]["momentum_buffer"]):
+            assert not tensor[grown[layer.name]].any() and tensor[before[layer.name] & layer.mask].any()
+
+
+def test_nothing_moves_from_the_end_on() -> None:
+    model = model_in("interspace")
+    optimizer = sgd(model)
+    schedule = SET(model, optimizer, sparsity=0.5, end=3, every=1)
+    assert [schedule.step() for _ in range(5)] == [True, True, False, False, False]
+
+
+def test_masks_have_nothing_to_do_with_initial_weights_of_the_same_seed() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(100, 100, bias=False)
+    SET(model, sgd(model), sparsity=0.9, end=100, seed=0)
+    kept = model.weight.detach()[masks(model)[""]]
+    assert 0.45 < float((kept > 0).float().mean()) < 0.55  # of 1000
+
+
 @pytest.mark.parametrize("bad", [torch.tensor(math.nan), torch.ones(2), 1.0])
 def test_a_loss_that_is_none_moves_nothing(bad: Any) -> None:
     model = model_in("interspace")

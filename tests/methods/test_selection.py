@@ -264,6 +264,12 @@ def test_patterns_worked_out_by_hand() -> None:
     assert kept(methods.select(gone, pattern=methods.NofM(2, 4))) == [[0, 0, 0, 1]]
 
 
+def test_of_equal_scores_in_a_group_the_first_are_kept() -> None:
+    scores = {Target(nn.Linear(1, 1), "weight"): torch.ones(3, 64)}
+    (mask,) = methods.select(scores, pattern=methods.NofM(20, 64)).values()
+    assert mask[:, :20].all() and not mask[:, 20:].any()
+
+
 @pytest.mark.parametrize("pattern", [methods.NofM(2, 4), methods.NofM(1, 8), methods.NofM(3, 9, "kernel")])
 def test_every_group_keeps_its_n_best(pattern: methods.NofM) -> None:
     score = torch.randn(5, 8, 3, 3)

@@ -89,7 +89,8 @@ def main():
     steps = args.epochs * len(range(0, len(train_labels), BATCH))
     batches = list(zip(train_images.split(BATCH), train_labels.split(BATCH), strict=True))
     scores = {
-        "random": partial(random, generator=torch.Generator().manual_seed(args.seed)),
+        # Another seed than that of the weights: with the same one, scores would rank them.
+        "random": partial(random, generator=torch.Generator().manual_seed(args.seed + 1000)),
         "magnitude": magnitude,
         "snip": partial(snip, batches=batches, loss=F.cross_entropy),
         "grasp": partial(grasp, batches=batches, loss=F.cross_entropy),

@@ -54,7 +54,8 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
 
     Args:
         model: not changed.
-        generator: source of the noise; a CPU generator gives the same noise whatever device the model is on.
+        generator: source of the noise; a CPU generator gives the same noise whatever device the model is on. Its seed
+            must not be the one that has initialised the weights: the noise would rank them.
 
     Raises:
         NothingToPruneError: the model has no prunable layer.

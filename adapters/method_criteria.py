@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ip_plugin import prunable
 from ip_plugin.adapters import Begin, Criterion, Training, TrainingCriterion
+from ip_plugin.layer import layers
 from ip_plugin.methods import (
     SET,
     Gradual,
@@ -28,6 +29,7 @@ from ip_plugin.methods import (
     magnitude,
     movement,
     prune,
+    prune_fitted,
     random,
     select,
     snip,
@@ -54,6 +56,14 @@ def _at_once(score: Score, model: nn.Module, count: int) -> None:
 def _random(model: nn.Module, count: int) -> None:
     seed = derived_seed(torch.initial_seed(), "random scores")
     _at_once(partial(random, generator=torch.Generator().manual_seed(seed)), model, count)
+
+
+def _fitted(model: nn.Module, count: int) -> None:
+    """Where nothing is in the interspace there is no basis to fit: magnitude pruning."""
+    if any(layer.interspace is not None for layer in layers(model)):
+        prune_fitted(model, sparsity=count / _size(model), floor=1)
+    else:
+        _at_once(magnitude, model, count)
 
 
 def _with_data(score: Callable[..., Any], rounds: int, model: nn.Module, count: int, training: Training) -> None:
@@ -148,6 +158,7 @@ CRITERIA: dict[str, Criterion | TrainingCriterion] = {
     "rigl": TrainingCriterion("RigL, while training", partial(_moving, RigL)),
     "gradual": TrainingCriterion("gradual magnitude (GMP), while training", _gradual),
     "magnitude": Criterion("magnitude, after training", "after training", partial(_at_once, magnitude)),
+    "fitted": Criterion("magnitude, after training; IP: in fitted bases", "after training", _fitted),
     "lamp": Criterion("LAMP, after training", "after training", partial(_at_once, lamp)),
     "movement": TrainingCriterion("movement, while fine-tuning", _movement, finetunings=1),
 }

@@ -13,11 +13,14 @@ from torch.nn.utils import parametrize
 
 from . import basis as bases
 from . import host_masks
+from .amounts import is_fraction
 from .basis import BasisSpec
 from .errors import (
     AlreadyInterspaceError,
     AlreadyParametrizedError,
     AlreadyPrunedError,
+    InvalidAmountError,
+    InvalidBasisError,
     LayerSelectionError,
     NoLayerMatchedError,
     NonFiniteWeightError,
@@ -28,6 +31,7 @@ from .errors import (
     UnsupportedDtypeError,
     WrappedModelError,
 )
+from .fitting import Kernels, fit, kernel_rows, largest
 from .layer import Layer, Target, layers
 from .reparametrization import Interspace, enter, held, leave, parametrizations
 
@@ -39,11 +43,12 @@ Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hash
 def interspace(
     model: Model,
     *,
-    basis: BasisSpec = "standard",
+    basis: BasisSpec | Literal["fitted"] = "standard",
     sharing: Sharing = "layer",
     layers: Selection = None,
     train_basis: bool = True,
     seed: int = 0,
+    sparsity: float | None = None,
 ) -> Model:
     """Move convolutions to the interspace: write their kernels as linear combinations of a trainable filter basis.
 
@@ -57,14 +62,16 @@ def interspace(
     Args:
         model: changed in place. Conv1d/2d/3d and ConvTranspose1d/2d/3d and their subclasses are converted, except
             where the kernel has one element (1x1), whose basis would be one number.
-        basis: ``"standard"`` (coefficients equal the weights), ``"orthonormal"`` (random), ``"dct"`` (DCT-II), or a
-            tensor ``(N, N)`` or ``(N, *kernel)`` whose rows are filters, ``N = prod(kernel)``.
+        basis: ``"standard"`` (coefficients equal the weights), ``"orthonormal"`` (random), ``"dct"`` (DCT-II),
+            ``"fitted"`` (orthonormal, made for the present kernels: few large coefficients), or a tensor ``(N, N)`` or
+            ``(N, *kernel)`` whose rows are filters, ``N = prod(kernel)``.
         sharing: which layers share one basis: ``"layer"`` (none do), ``"model"`` (all of one kernel shape), or a
             callable (name, module) -> hashable; layers with equal values share.
         layers: names of the layers to convert, or a predicate (name, module) -> bool that is asked for each of the
             convolutions that can be converted; None converts them all.
         train_basis: whether bases require gradients; the basis of frozen coefficients never does.
-        seed: seed of ``"orthonormal"``.
+        seed: seed of ``"orthonormal"``, and of the sample that ``"fitted"`` looks at first.
+        sparsity: what ``"fitted"`` is fitted for; nothing is pruned (`ip_plugin.methods.prune_fitted` does both).
 
     Returns:
         The model.
@@ -90,13 +97,19 @@ def interspace(
       (0): Interspace(kernel=3x3, basis=9 filters)
     )
     """
-    chosen = _select(model, layers)
-    _check(model, chosen)
-    groups = _grouped(chosen, sharing)
+    if (isinstance(basis, str) and basis == "fitted") != (sparsity is not None):
+        raise InvalidBasisError(
+            'basis="fitted" and `sparsity` belong together.',
+            f"{basis!r} and sparsity {sparsity}",
+            "give both, or neither",
+        )
+    if sparsity is not None and not is_fraction(sparsity):
+        raise InvalidAmountError(sparsity)
+    groups = groups_of(model, sharing, layers)
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
     for members in groups:
-        values = bases.make(basis, _kernel(members[0]), generator).to(members[0].weight.dtype)
+        values = _basis(members, basis, sparsity, generator).to(members[0].weight.dtype)
         standard = torch.equal(values, torch.eye(len(values), dtype=values.dtype, device="cpu"))
         plans.append((members, values, None if standard else bases.inverse(values)))
     # Everything that can be wrong has been refused; from here on the model changes.
@@ -113,6 +126,28 @@ def interspace(
                     bases.transform_(weight.grad, values.mT)
                 space.converted_at = weight._version
     return model
+
+
+def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[Layer]]:
+    """The layers that `interspace` would convert, those together that would share a basis; raises what it raises."""
+    chosen = _select(model, selection)
+    _check(model, chosen)
+    return _grouped(chosen, sharing)
+
+
+def _basis(
+    members: list[Layer], basis: BasisSpec | Literal["fitted"], sparsity: float | None, generator: torch.Generator
+) -> Tensor:
+    """The basis that some layers share, float64."""
+    if not isinstance(basis, str) or basis != "fitted":
+        return bases.make(basis, _kernel(members[0]), generator)
+    assert sparsity is not None
+    if any(layer.weight.is_meta for layer in members):
+        raise InvalidBasisError(
+            "A basis must have kernels to be fitted to.", "weights on the meta device", "load the weights before"
+        )
+    kernels = [Kernels(kernel_rows(layer.weight), 0, _kernel(layer)) for layer in members]
+    return fit(kernels, largest(1 - sparsity), seed=generator.initial_seed()).bases[0]
 
 
 def _kernel(layer: Layer) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ What an entry is worth (`scores`), which entries go (`selection`), and when: onc
 
 from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
+from .fitted import prune_fitted
 from .schedules import Gradual, Score, prune
 from .scores import Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
 from .selection import Masks, NofM, Scope, apply_masks, erk, select
@@ -31,6 +32,7 @@ __all__ = [
     "magnitude",
     "movement",
     "prune",
+    "prune_fitted",
     "random",
     "ranks",
     "select",

@@ -36,6 +36,7 @@ from ..errors import (
 from ..layer import Target, layers, target
 from ..masks import set_masks
 from ..model import Model
+from ..ranking import kth_largest
 from ..reparametrization import Interspace
 
 Scope: TypeAlias = Literal["global", "layer", "erk"]
@@ -248,7 +249,7 @@ def _largest(values: Tensor, k: int) -> Tensor:
     """A mask of exactly the `k` largest of a vector. Where equal values must be told apart, they are taken evenly."""
     if k in (0, len(values)):
         return torch.full_like(values, bool(k), dtype=torch.bool)
-    threshold = values.kthvalue(len(values) - k + 1).values
+    threshold = kth_largest([values], k)
     kept = values > threshold
     tied = (values == threshold).nonzero().squeeze(1)
     # Fractional parts of multiples of the golden ratio are spread evenly, and follow no period of the kernels.

@@ -1,0 +1,117 @@
+"""Pruning a trained network at once, without data, in bases that are fitted to its kernels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..errors import InvalidScopeError, LayerCollapseWarning
+from ..fitting import Keep, Kernels, fit, kernel_rows, largest
+from ..layer import Layer, layers
+from ..model import Model, Sharing, bake, groups_of, interspace
+from .scores import magnitude
+from .selection import apply_masks, select
+
+
+def prune_fitted(
+    model: Model,
+    *,
+    sparsity: float,
+    sharing: Sharing | None = None,
+    scope: Literal["global", "layer"] = "global",
+    floor: int = 0,
+    seed: int = 0,
+    progress: bool = False,
+) -> Model:
+    """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.fitting`.
+
+    The squared error of all weights together is never above that of magnitude pruning of the same count in the same
+    scope (without a floor). 1x1 convolutions and linear layers have no basis; they are pruned by magnitude, in the same
+    budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+
+    Args:
+        model: changed in place. Plain, or in the interspace: then its bases are replaced, and the masks that it has
+            are applied to the weights before.
+        sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` says how many numbers they have.
+        sharing: which layers share a basis, as `ip_plugin.interspace` takes it; None is as the model has it in the
+            interspace, and ``"model"`` for a plain one.
+        scope: ``"global"``: one threshold, so that the last entry which each layer loses adds equally to the error;
+            ``"layer"``: every layer has the same sparsity.
+        floor: how many entries every layer keeps at least.
+        seed: of the sample of kernels that is looked at first.
+        progress: show a progress bar (of the package rich) while bases are fitted.
+
+    Returns:
+        The model, in the interspace and masked.
+
+    Raises:
+        InvalidScopeError, and as `ip_plugin.interspace` and `select`: the model is as it was.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    >>> model = prune_fitted(model, sparsity=0.8)
+    >>> from ip_plugin import report
+    >>> report(model).prunable.nonzeros
+    547
+    """
+    if scope not in ("global", "layer"):
+        raise InvalidScopeError(scope)
+    groups = _groups(model, sharing)
+    with warnings.catch_warnings():  # all that can be wrong is refused here; what is kept is chosen at the end
+        warnings.simplefilter("ignore", LayerCollapseWarning)
+        select(magnitude(model), sparsity=sparsity, scope=scope, floor=floor)
+    shared = {layer.name: number for number, members in enumerate(groups) for layer in members}
+    kernels = [_kernels(layer, shared.get(layer.name)) for layer in layers(model)]
+    keep = largest(1 - sparsity) if scope == "global" else _of_each(largest(1 - sparsity))
+    with _watched(progress) as round_done:
+        found = fit(kernels, keep, seed=seed, round_done=round_done)
+    bake(model)
+    for number, members in enumerate(groups):
+        names = [layer.name for layer in members]
+        trained = any(layer.weight.requires_grad for layer in members)
+        interspace(model, basis=found.bases[number], sharing=lambda *_: 0, layers=names, train_basis=trained)
+    return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope=scope, floor=floor))
+
+
+def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[Layer]]:
+    """Layers that share a basis, or are to share one."""
+    converted: dict[int, list[Layer]] = {}
+    for layer in layers(model):
+        if layer.interspace is not None:
+            converted.setdefault(id(layer.interspace.basis), []).append(layer)
+    if converted and sharing is None:
+        return list(converted.values())
+    return groups_of(model, sharing or "model")
+
+
+def _kernels(layer: Layer, group: int | None) -> Kernels:
+    weight: Tensor = layer.module.weight  # type: ignore[assignment]  # composed and masked, in the interspace
+    if group is None:
+        return Kernels(kernel_rows(weight.detach().reshape(-1, 1, 1)), None)
+    return Kernels(kernel_rows(weight), group, tuple(weight.shape[2:]))
+
+
+def _of_each(keep: Keep) -> Keep:
+    """Every layer by itself."""
+
+    def of_each(coefficients: Sequence[Tensor]) -> list[Tensor]:
+        return [mask for each in coefficients for mask in keep([each])]
+
+    return of_each
+
+
+@contextmanager
+def _watched(progress: bool) -> Iterator[Callable[[int, float], None]]:
+    if not progress:
+        yield lambda number, error: None  # noqa: ARG005
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("fitting bases")
+        yield lambda number, error: bar.update(
+            task, description=f"fitting bases: round {number}, relative error {error:.4f}"
+        )

@@ -1,0 +1,167 @@
+"""prune_fitted: exact counts, smaller errors than magnitude pruning, in either space."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kinds import KINDS
+from torch import Tensor, nn
+
+from ip_plugin import bake, interspace, masks, param_groups, report, set_masks
+from ip_plugin.adapters import method_criteria
+from ip_plugin.errors import AlreadyPrunedError, InvalidAmountError, InvalidFloorError, InvalidScopeError
+from ip_plugin.layer import layers
+from ip_plugin.methods import apply_masks, magnitude, prune, prune_fitted, select
+
+X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    smooth = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 4
+    with torch.no_grad():
+        for index in (0, 3):  # as trained ones: neighbouring weights are alike
+            weight = model[index].weight
+            blurred = F.conv2d(weight.flatten(0, 1)[:, None], smooth[None, None], padding=1)
+            weight.copy_(blurred.reshape(weight.shape))
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {layer.name: layer.module.weight.detach().clone() for layer in layers(model)}  # type: ignore[operator]
+
+
+def error(model: nn.Module, original: dict[str, Tensor]) -> float:
+    return sum(float((now - original[name]).square().sum()) for name, now in weights(model).items())
+
+
+@pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("sharing", [None, "layer", "model", lambda name, module: module.kernel_size])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.9, 1.0])
+def test_counts_are_exact_and_the_error_is_smaller(sparsity: float, sharing: Any, scope: Any) -> None:
+    model, plain = network(), network()
+    original = weights(plain)
+    size = sum(each.numel() for each in original.values())
+    assert prune_fitted(model, sparsity=sparsity, sharing=sharing, scope=scope) is model
+    assert report(model).prunable.nonzeros == size - round(sparsity * size)
+    assert report(model).prunable.basis_parameters == (81 * 2 if sharing == "layer" else 81) + 625
+    prune(plain, sparsity=sparsity, scope=scope)
+    if 0 < sparsity < 1:
+        assert error(model, original) < 0.95 * error(plain, original)
+    if scope == "layer" and sparsity == 0.6:
+        for name, mask in masks(model).items():
+            assert int(mask.sum()) == pytest.approx(0.4 * mask.numel(), abs=1), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(kind: str) -> None:
+    model, x = KINDS[kind].ready()
+    plain = copy.deepcopy(model)
+    original = weights(plain)
+    prune_fitted(model, sparsity=0.5)
+    prune(plain, sparsity=0.5)
+    assert error(model, original) <= error(plain, original) * (1 + 1e-5)
+    assert model(x).isfinite().all()
+    before = model(x)
+    torch.testing.assert_close(bake(model)(x), before, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
+    model = interspace(network(), layers=["0", "3"], basis="orthonormal", sharing="model")
+    original = weights(model)
+    twin = copy.deepcopy(model)
+    prune_fitted(model, sparsity=0.8)
+    assert [layer.name for layer in layers(model) if layer.interspace] == ["0", "3"]
+    assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
+    apply_masks(twin, select(magnitude(twin), sparsity=0.8))
+    assert error(model, original) < 0.95 * error(twin, original)
+
+
+def test_masks_of_a_model_in_the_interspace_are_applied_before() -> None:
+    model = interspace(network(), layers=["0"])
+    set_masks(model, {"0": torch.rand(16, 3, 3, 3) > 0.3, "9": torch.rand(3, 8) > 0.5})
+    pruned = {name: tensor.clone() for name, tensor in weights(model).items()}
+    prune_fitted(model, sparsity=0.5)
+    assert not weights(model)["9"][pruned["9"] == 0].any()
+    assert error(model, pruned) < 0.3 * sum(float(each.square().sum()) for each in pruned.values())
+
+
+def test_the_floor_and_equal_calls() -> None:
+    models = [prune_fitted(network(), sparsity=0.99, floor=2) for _ in range(2)]
+    assert all(int(mask.sum()) >= 2 for mask in masks(models[0]).values())
+    assert all(torch.equal(tensor, models[1].state_dict()[key]) for key, tensor in models[0].state_dict().items())
+
+
+def test_the_network_can_be_fine_tuned() -> None:
+    model = prune_fitted(network(), sparsity=0.8)
+    before = masks(model)
+    optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), torch.tensor([0, 1, 2, 0]))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0] and math.isfinite(losses[-1])
+    assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
+
+
+def test_frozen_layers_get_frozen_bases_and_half_precision_stays() -> None:
+    model = network().bfloat16()
+    model[0].weight.requires_grad_(False)
+    prune_fitted(model, sparsity=0.5, sharing="layer")
+    space = model[0].parametrizations.weight[0]
+    assert not space.basis.requires_grad and space.basis.dtype == torch.bfloat16
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    prune_fitted(network(), sparsity=0.5, progress=True)
+    assert "relative error 0." in capsys.readouterr().out
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "scope": ({"sparsity": 0.5, "scope": "erk"}, InvalidScopeError, "erk"),
+    "sparsity": ({"sparsity": 1.5}, InvalidAmountError, "1.5"),
+    "floor": ({"sparsity": 0.99, "floor": 1000}, InvalidFloorError, "1000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_and_changes_nothing(name: str) -> None:
+    options, kind, text = BAD[name]
+    for model in (network(), interspace(network())):
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(kind, match=text):
+            prune_fitted(model, **options)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_masked_convolution_of_a_plain_model_is_refused() -> None:
+    model = set_masks(network(), {"0": torch.rand(16, 3, 3, 3) > 0.5})
+    with pytest.raises(AlreadyPrunedError):
+        prune_fitted(model, sparsity=0.9)
+    assert masks(model).keys() == {"0"}
+
+
+def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() -> None:
+    criterion: Any = method_criteria.CRITERIA["fitted"]
+    model, twin = network(), network()
+    criterion.prune(model, 3000)
+    apply_masks(twin, select(magnitude(twin), count=3000, floor=1))
+    assert all(torch.equal(mask, masks(twin)[name]) for name, mask in masks(model).items())
+    inter = interspace(network(), basis="orthonormal", sharing="model")
+    original = weights(inter)
+    criterion.prune(inter, 3000)
+    assert sum(int((~mask).sum()) for mask in masks(inter).values()) == 3000
+    assert error(inter, original) < error(twin, original)

@@ -593,3 +593,10 @@ class InvalidScheduleError(InterspaceError):
 
     def __init__(self, name: str, expected: str, found: object) -> None:
         super().__init__(f"`{name}` of a schedule must be {expected}.", f"{found!r}", f"change {name}")
+
+
+class InvalidVarietyError(InterspaceError):
+    """Scores and filters that do not belong together, or a strength that is none."""
+
+    def __init__(self, rule: str, found: str) -> None:
+        super().__init__(rule, found, "pass scores (filters,), their kernels (filters, ...), and a strength in [0, 1]")

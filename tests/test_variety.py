@@ -1,0 +1,125 @@
+"""Filter variety: layers whose right answer is known, and the slow way to the same order."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ip_plugin.errors import InvalidVarietyError
+from ip_plugin.variety import removal_order, similarities, varied
+
+
+def slow_order(scores: Tensor, filters: Tensor) -> list[int]:
+    """The rule as it reads: the two most similar of those that are left, of these the one of lower score."""
+    vectors = filters.flatten(1).double()
+    left = list(range(len(scores)))
+    order = []
+    while len(left) > 1:
+        pairs = itertools.combinations(left, 2)
+        best = max(pairs, key=lambda pair: float(torch.cosine_similarity(*vectors[list(pair)], dim=0)))
+        goes = min(best, key=lambda index: float(scores[index]))
+        order.append(goes)
+        left.remove(goes)
+    return [*order, *left]
+
+
+def test_of_three_copies_the_weakest_go_and_a_rare_small_filter_stays() -> None:
+    rare = torch.tensor([0.0, 0.0, 0.0, 0.1])
+    filters = torch.stack([torch.tensor([1.0, 2.0, 0.0, 0.0]) * scale for scale in (3, 1, 2)] + [rare])
+    scores = filters.norm(dim=1)
+    assert removal_order(scores, filters).tolist()[:2] == [1, 2]
+    assert removal_order(scores, filters, strength=0).tolist() == [3, 1, 2, 0]
+    # The kernels of the strongest copy and the rare one are orthogonal: the weaker goes.
+    assert removal_order(scores, filters).tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_orthogonal_filters_leave_it_to_the_criterion(strength: float) -> None:
+    filters = torch.eye(6) * torch.tensor([5.0, 3.0, 6.0, 1.0, 2.0, 4.0])[:, None]
+    assert removal_order(filters.norm(dim=1), filters, strength).tolist() == [3, 4, 1, 5, 0, 2]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 12), st.integers(0, 10**6))
+def test_the_rule_as_it_reads(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(count, 3, 2, 2, generator=generator, dtype=torch.float64)
+    scores = torch.rand(count, generator=generator, dtype=torch.float64)
+    assert removal_order(scores, filters).tolist() == slow_order(scores, filters)
+
+
+def test_opposite_filters_are_not_redundant() -> None:
+    filters = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.5]])
+    assert removal_order(torch.tensor([1.0, 2.0, 3.0]), filters)[0] == 0
+
+
+def test_strength_lies_between_both() -> None:
+    # Two alike with high scores, one alone with the lowest; alike: 1 - similarity = 0.
+    filters = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    scores = torch.tensor([2.0, 3.0, 1.0])
+    # Costs: filter 0 (1 - s) * 0.5, filter 2 s * 1: equal at s = 1/3.
+    assert removal_order(scores, filters, strength=0.3)[0] == 2
+    assert removal_order(scores, filters, strength=0.36)[0] == 0
+
+
+def test_empty_filters_go_first() -> None:
+    filters = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 0.0]])
+    assert removal_order(torch.tensor([1.0, 2.0, 9.0]), filters).tolist() == [2, 0, 1]
+    assert removal_order(torch.tensor([1.0, 2.0, 9.0]), filters, strength=0).tolist() == [0, 1, 2]
+
+
+def test_equal_scores_have_equal_ranks() -> None:
+    filters = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    assert removal_order(torch.ones(3), filters, strength=0.1)[0] == 1
+
+
+def test_scores_are_dealt_out_anew() -> None:
+    filters = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    scores = torch.tensor([4.0, 3.0, 1.0, 2.0])
+    # The two pairs are equally alike; of them the lower score goes: 2, then 1, then of 0 and 3 the lower, 3.
+    assert removal_order(scores, filters).tolist() == [2, 1, 3, 0]
+    assert varied(scores, filters).tolist() == [4.0, 2.0, 1.0, 3.0]
+
+
+def test_similarities_by_hand() -> None:
+    found = similarities(torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([[1, 0.96, 0], [0.96, 1, 0], [0, 0, 0]]))
+
+
+def test_one_filter() -> None:
+    assert removal_order(torch.ones(1), torch.ones(1, 3)).tolist() == [0]
+
+
+def test_many_filters_take_less_than_a_second() -> None:
+    filters = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    removal_order(filters[:64].norm(dim=1), filters[:64])
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        order = removal_order(filters.norm(dim=1), filters)
+        times.append(time.perf_counter() - started)
+    assert sorted(order.tolist()) == list(range(2048))
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "filters", "strength", "text"),
+    [
+        (torch.ones(2), torch.ones(3, 2), 1.0, r"scores \(2,\), filters \(3, 2\)"),
+        (torch.ones(2, 1), torch.ones(2, 2), 1.0, "one score for each filter"),
+        (torch.ones(0), torch.ones(0, 2), 1.0, "one score for each filter"),
+        (torch.tensor([1.0, torch.nan]), torch.ones(2, 2), 1.0, "NaN"),
+        (torch.ones(2), torch.full((2, 2), torch.inf), 1.0, "not finite"),
+        (torch.ones(2), torch.ones(2, 2), 1.5, "1.5"),
+        (torch.ones(2), torch.ones(2, 2), float("nan"), "nan"),
+    ],
+)
+def test_bad_input_is_refused(scores: Tensor, filters: Tensor, strength: float, text: str) -> None:
+    with pytest.raises(InvalidVarietyError, match=text):
+        removal_order(scores, filters, strength)

@@ -47,6 +47,7 @@ from ip_plugin.layer import is_prunable
 
 from .cut import follow
 from .plain_view import PlainView
+from .torch_pruning_variety import VariedImportance
 from .transaction import transaction
 
 Pruner = TypeVar("Pruner")
@@ -297,7 +298,8 @@ def _reads_magnitudes(cls: type) -> bool:
 
 def _keeps_its_own_gradients(importance: object) -> bool:
     """Whether an importance has gathered gradients itself: those are in the gauge that the coefficients are in."""
-    return isinstance(importance, tp.importance.GroupHessianImportance)
+    inner = importance.importance if isinstance(importance, VariedImportance) else importance
+    return isinstance(inner, tp.importance.GroupHessianImportance)
 
 
 # What a user can get wrong -------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Filter variety for any importance of Torch-Pruning: `VariedImportance`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from ip_plugin.variety import varied
+
+
+class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types
+    """An importance that takes redundant filters first, and leaves rare ones; see `ip_plugin.variety`.
+
+    Of every group as many channels go as before, but others. Channels that are coupled (residual sums) are compared
+    by all the kernels that make them, as one filter.
+
+    Args:
+        importance: any importance of the host, or a function of a group.
+        strength: 1: redundancy decides, the importance only between two that are alike; 0: the importance alone.
+
+    >>> from torch import nn
+    >>> from ip_plugin.adapters.torch_pruning import pruner
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    >>> importance = VariedImportance(tp.importance.GroupMagnitudeImportance(p=1))
+    >>> cutter = pruner(tp.pruner.BasePruner, model, torch.zeros(1, 3, 8, 8), importance=importance,
+    ...                 pruning_ratio=0.5, ignored_layers=[model[2]])
+    >>> cutter.step()
+    >>> model[0]
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+    """
+
+    def __init__(self, importance: Callable[..., Tensor | None], strength: float = 1.0) -> None:
+        self.importance, self.strength = importance, strength
+
+    def __call__(self, group: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The importances of a group, dealt out anew."""
+        scores = self.importance(group, *args, **kwargs)
+        filters = None if scores is None else _filters(group, len(scores))
+        if scores is None or filters is None:
+            return scores
+        return varied(scores, filters, self.strength)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the importance has (``accumulate_grad`` of the Hessian one)."""
+        if name == "importance":  # not there yet: this is being copied
+            raise AttributeError(name)
+        return getattr(self.importance, name)
+
+
+def _filters(group: Any, count: int) -> Tensor | None:
+    """All kernels that make the channels of a group, one row for each channel; None if no layer makes them."""
+    rows: list[Tensor] = []
+    for item in group.items:
+        layer = item.dep.target.module
+        if item.dep.handler not in _MAKERS or None in item.root_idxs:
+            continue
+        weight: Tensor = layer.weight.detach()
+        if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *kernel)
+            parts = weight.reshape(layer.groups, layer.in_channels // layer.groups, *weight.shape[1:])
+            weight = parts.transpose(1, 2).flatten(0, 1)
+        made = weight[item.idxs].flatten(1)
+        row = torch.zeros(count, made.shape[1], dtype=made.dtype, device=made.device)
+        row[item.root_idxs] = made
+        rows.append(row)
+    return torch.cat(rows, dim=1) if rows else None
+
+
+_MAKERS = (
+    tp.pruner.function.prune_conv_out_channels,
+    tp.pruner.function.prune_linear_out_channels,
+    tp.pruner.function.prune_depthwise_conv_out_channels,
+)

@@ -1,0 +1,152 @@
+"""Filter variety with Torch-Pruning: as many channels go as before, but redundant ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ip_plugin import bake, interspace
+from ip_plugin.variety import removal_order
+
+pytest.importorskip("torch_pruning")
+
+import torch_pruning as tp
+
+from ip_plugin.adapters.torch_pruning import pruner
+from ip_plugin.adapters.torch_pruning_variety import VariedImportance
+
+SPACES = ["plain", "interspace"]
+
+
+class Net(nn.Module):
+    """A residual sum of two convolutions, and a depthwise and a transposed one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.branch = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.branch(x))
+        return self.head(torch.relu(self.up(self.depthwise(x))))
+
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def network(space: str) -> Net:
+    torch.manual_seed(0)
+    model = Net().double()
+    return interspace(model, basis="orthonormal") if space == "interspace" else model
+
+
+def cut(model: nn.Module, importance: Any, **options: Any) -> Any:
+    options = {"pruning_ratio": 0.5, "ignored_layers": [model.head], **options}  # type: ignore[dict-item]
+    cutter = pruner(tp.pruner.BasePruner, model, X.double(), importance=importance, **options)
+    cutter.step()
+    return cutter
+
+
+def shapes(model: Any) -> list[int]:
+    return [model.stem.out_channels, model.branch.out_channels, model.up.out_channels]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_rare_filter_stays_and_the_weaker_copies_go(space: str) -> None:
+    model = network(space)
+    bake(model)
+    with torch.no_grad():
+        copies = torch.randn(3, 3, 3, 3).double()
+        weight = torch.cat([copies * 3, copies * 2, torch.randn(2, 3, 3, 3).double() * 0.1])
+        model.stem.weight.copy_(weight)
+        for layer in (model.branch, model.depthwise):
+            layer.weight.zero_()
+    if space == "interspace":
+        interspace(model, basis="orthonormal")
+    by_magnitude, varied = copy.deepcopy(model), model
+    magnitude = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    options = {"pruning_ratio_dict": {model.up: 0.0}, "pruning_ratio": 3 / 8}
+    cut(by_magnitude, magnitude, **{**options, "pruning_ratio_dict": {by_magnitude.up: 0.0}})
+    cut(varied, VariedImportance(magnitude), **options)
+    assert shapes(by_magnitude) == shapes(varied) == [5, 5, 6]
+    torch.testing.assert_close(bake(varied).stem.weight, torch.cat([weight[:3], weight[6:]]))
+    assert bake(by_magnitude).stem.weight.flatten(1).norm(dim=1).min() > 1  # both rare ones have gone
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pruning": True}, {"global_pruning": True, "isomorphic": True}])
+@pytest.mark.parametrize("space", SPACES)
+def test_every_group_loses_as_many_channels_as_before(space: str, options: dict[str, Any]) -> None:
+    for importance in (tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance()):
+        model, twin = network(space), network(space)
+        cut(model, VariedImportance(importance), **options)
+        cut(twin, importance, **options)
+        assert shapes(model) == shapes(twin)
+        assert model(X.double()).isfinite().all()
+
+
+def test_both_spaces_cut_the_same_channels() -> None:
+    histories = [
+        cut(network(space), VariedImportance(tp.importance.GroupMagnitudeImportance(p=2))).pruning_history()
+        for space in SPACES
+    ]
+    assert histories[0] == histories[1] != []
+
+
+def test_coupled_channels_are_compared_by_all_their_kernels() -> None:
+    model = network("plain")
+    scores = torch.rand(8, dtype=torch.float64)
+    filters = torch.cat([w.detach().flatten(1) for w in (model.stem.weight, model.branch.weight,
+                                                        model.depthwise.weight)], 1)  # fmt: skip
+    order = removal_order(scores, filters)
+    weights = model.stem.weight.detach().clone()
+
+    def importance(group: Any) -> Tensor | None:
+        return scores if len(group[0].idxs) == 8 else torch.rand(len(group[0].idxs))
+
+    cut(model, VariedImportance(importance))
+    kept = sorted(order[4:].tolist())
+    assert torch.equal(model.stem.weight, weights[kept])
+
+
+def test_no_strength_is_the_importance_alone() -> None:
+    model, twin = network("plain"), network("plain")
+    importance = tp.importance.GroupMagnitudeImportance(p=1)
+    assert (
+        cut(model, VariedImportance(importance, strength=0)).pruning_history()
+        == cut(twin, importance).pruning_history()
+    )
+    other = network("plain")
+    assert cut(other, VariedImportance(importance)).pruning_history() != cut(model, importance).pruning_history()
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_hessian_importance_is_reached_through_it(space: str) -> None:
+    model = network(space)
+    inner = tp.importance.GroupHessianImportance()
+    importance = copy.deepcopy(VariedImportance(inner))
+    for loss in model(X.double()).flatten()[:4]:
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        importance.accumulate_grad(model)
+    cut(model, importance)
+    assert shapes(model) == [4, 4, 3]
+
+
+def test_grouped_transposed_filters() -> None:
+    from ip_plugin.adapters.torch_pruning_variety import _filters
+
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
+    graph = tp.DependencyGraph().build_dependency(nn.Sequential(layer, nn.Conv2d(6, 2, 1)), torch.zeros(1, 4, 5, 5))
+    (group,) = [g for g in graph.get_all_groups() if g[0].dep.target.module is layer]
+    found = _filters(group, 6)
+    assert found is not None
+    # Output 4 is the second of the second group: it reads inputs 2 and 3.
+    torch.testing.assert_close(found[4], layer.weight.detach()[2:4, 1].flatten())

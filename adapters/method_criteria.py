@@ -96,10 +96,11 @@ def _gradual(model: nn.Module, count: int, training: Training) -> None:
 
 
 def _movement(model: nn.Module, count: int, training: Training) -> None:
+    """Every layer loses the same part: one threshold for all leaves some layers next to nothing."""
     training.train()
     if training.finetuning_steps < 2:
         scores = movement(model, training.batches(_BATCHES), training.loss)
-        apply_masks(model, select(scores, count=count, floor=1))
+        apply_masks(model, select(scores, count=count, scope="layer", floor=1))
         training.finetune()
         return
     follower = Movement(model)
@@ -107,7 +108,7 @@ def _movement(model: nn.Module, count: int, training: Training) -> None:
     def begin(optimizer: Optimizer) -> Callable[[object], object]:
         optimizer.register_step_pre_hook(lambda *_: follower.update())
         steps = training.finetuning_steps
-        return _each_step(_gradually(model, count, steps, 0.1, score=lambda _: follower.scores()))
+        return _each_step(_gradually(model, count, steps, 0.1, score=lambda _: follower.scores(), scope="layer"))
 
     training.finetune(begin)
 

@@ -23,7 +23,7 @@ from ..seeds import derived_seed
 from .derivatives import unwrapped
 from .schedules import due, whole
 from .scores import random
-from .selection import Scope, apply_masks, select
+from .selection import Scope, apply_masks, best, select
 
 
 class _DynamicSparse:
@@ -92,11 +92,13 @@ class _DynamicSparse:
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
             return
-        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).abs()
-        dropped = _best(strength.masked_fill(~mask, math.inf).neg(), count)
-        stays = mask & ~dropped
-        grown = _best(growth.to(strength).masked_fill(stays, -math.inf), count)
-        mask.copy_(stays | grown)
+        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).abs().flatten()
+        stays = mask.flatten()
+        kept = stays.nonzero().squeeze(1)
+        stays = stays.index_fill(0, kept[strength[kept].topk(count, largest=False, sorted=False).indices], False)
+        grown = best(growth.to(strength).flatten().masked_fill(stays, -math.inf), count)
+        mask.copy_((stays | grown).reshape(mask.shape))
+        stays = stays.reshape(mask.shape)
         self._clear(layer, ~stays)
 
     @torch.no_grad()
@@ -216,13 +218,6 @@ class RigL(_DynamicSparse):
         return [
             (layer, _per_unit_norm(layer, gradient).abs()) for layer, gradient in zip(found, gradients, strict=True)
         ]
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest."""
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[scores.flatten().topk(count, sorted=False).indices] = True
-    return chosen.reshape(scores.shape)
 
 
 def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:

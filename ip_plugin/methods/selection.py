@@ -144,12 +144,12 @@ def select(
     least = _least(floor, left, keep)
     if scope == "global":
         device = values[0].device
-        held = [v.masked_fill(_largest(v, f), math.inf) if f else v for v, f in zip(values, least, strict=True)]
-        kept = list(_largest(torch.cat([h.to(device) for h in held]), keep).split(sizes))
+        held = [v.masked_fill(best(v, f), math.inf) if f else v for v, f in zip(values, least, strict=True)]
+        kept = list(best(torch.cat([h.to(device) for h in held]), keep).split(sizes))
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
         counts = _whole(_shares(weights, least, left, Fraction(keep)))
-        kept = [_largest(value, n) for value, n in zip(values, counts, strict=True)]
+        kept = [best(value, n) for value, n in zip(values, counts, strict=True)]
     masks = {
         where: mask.reshape(score.shape).to(score.device)
         for (where, score), mask in zip(scores.items(), kept, strict=True)
@@ -245,7 +245,7 @@ def _whole(shares: Sequence[Fraction]) -> list[int]:
     return counts
 
 
-def _largest(values: Tensor, k: int) -> Tensor:
+def best(values: Tensor, k: int) -> Tensor:
     """A mask of exactly the `k` largest of a vector. Where equal values must be told apart, they are taken evenly."""
     if k in (0, len(values)):
         return torch.full_like(values, bool(k), dtype=torch.bool)

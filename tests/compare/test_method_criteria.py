@@ -190,11 +190,14 @@ def test_tickets_are_rewound_with_their_bases_and_lose_more_each_time(space: str
 
 @pytest.mark.parametrize("space", config.SPACES)
 def test_movement_prunes_while_fine_tuning(space: str) -> None:
-    training = run("movement", network(space), 50000, replace(SETTINGS, finetune_epochs=2))
+    model = network(space)
+    training = run("movement", model, 50000, replace(SETTINGS, finetune_epochs=2))
     assert [(epochs, pruned) for epochs, _, pruned in training.parts] == [(1, 0), (2, 0)]
     during = training.pruned[9:]
     assert set(training.pruned[:9]) == {0} and during == sorted(during) and during[-1] == 50000
     assert len(set(during)) > 5
+    for name, mask in masks(model).items():  # every layer alike
+        assert int(mask.sum()) == pytest.approx(mask.numel() * 6224 / TOTAL, abs=1), name
 
 
 def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
@@ -204,7 +207,8 @@ def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
     twin = network("spatial")
     again = Watched(twin)
     again.train()
-    apply_masks(twin, select(movement(twin, again.batches(10), F.cross_entropy), count=50000, floor=1))
+    scores = movement(twin, again.batches(10), F.cross_entropy)
+    apply_masks(twin, select(scores, count=50000, scope="layer", floor=1))
     assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
 
 

@@ -45,7 +45,7 @@ def signed(spread: Spread | None) -> str:
     if spread is None:
         return "–"
     text = f"{spread.mean:+.1f} ± {spread.deviation:.1f}".replace("-", "−")
-    return f"**{text}**" if text.startswith("−") else text
+    return f"**{text}**" if round(spread.mean, 1) < 0 else text.replace("−0.0", "+0.0", 1)
 
 
 def filled(readme: str) -> str:

@@ -71,8 +71,7 @@ def prune_fitted(
     bake(model)
     for number, members in enumerate(groups):
         names = [layer.name for layer in members]
-        trained = any(layer.weight.requires_grad for layer in members)
-        interspace(model, basis=found.bases[number], sharing=lambda *_: 0, layers=names, train_basis=trained)
+        interspace(model, basis=found.bases[number], sharing=lambda *_: 0, layers=names)
     return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope=scope, floor=floor))
 
 

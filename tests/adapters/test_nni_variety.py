@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ip_plugin import interspace, masks
+from ip_plugin import interspace, masks, set_masks
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import removal_order
+from ip_plugin.variety import removal_order, varied
 
 nni: Any = pytest.importorskip("nni")
 
@@ -62,9 +62,9 @@ def evaluator(model: nn.Module) -> TorchEvaluator:
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("cls", [L1NormPruner, L2NormPruner])
 def test_a_rare_filter_stays_and_the_weaker_copies_go(cls: Any, space: str) -> None:
-    for varied, expected in ((False, [0, 1, 2, 3, 4, 5]), (True, [0, 1, 2, 6, 7])):
+    for with_it, expected in ((False, [0, 1, 2, 3, 4, 5]), (True, [0, 1, 2, 6, 7])):
         model = network(space)
-        pruner = (with_variety(cls) if varied else cls)(model, entry())
+        pruner = (with_variety(cls) if with_it else cls)(model, entry())
         pruner.compress()
         finish(pruner)
         assert len(kept(model)) == 5 and set(kept(model)) <= set(expected)
@@ -85,14 +85,39 @@ def test_other_metrics_of_channels(cls: Any, space: str) -> None:
 
 
 def test_layers_that_depend_on_each_other_are_compared_by_all_their_kernels() -> None:
-    model = network("plain")
-    scores = torch.stack([model[i].weight.detach().abs().flatten(1).sum(1) for i in (0, 2)]).mean(0)
-    filters = torch.cat([model[i].weight.detach().flatten(1) for i in (0, 2)], 1)
-    expected = sorted(removal_order(scores, filters)[4:].tolist())
-    pruner = with_variety(L1NormPruner)(model, entry(0.5, "0", "2", dependency_group_id="a"))
-    pruner.compress()
-    finish(pruner)
-    assert kept(model, "0") == kept(model, "2") == expected
+    different = 0
+    for seed in range(5):
+        model = network("plain")
+        torch.manual_seed(seed)
+        nn.init.normal_(model[0].weight)
+        nn.init.normal_(model[2].weight)
+        scores = [model[i].weight.detach().abs().flatten(1).sum(1) for i in (0, 2)]
+        filters = [model[i].weight.detach().flatten(1) for i in (0, 2)]
+        together = removal_order(torch.stack(scores).mean(0), torch.cat(filters, 1))
+        alone = varied(scores[0], filters[0]) + varied(scores[1], filters[1])
+        pruner = with_variety(L1NormPruner)(model, entry(0.5, "0", "2", dependency_group_id="a"))
+        pruner.compress()
+        finish(pruner)
+        assert kept(model, "0") == kept(model, "2") == sorted(together[4:].tolist())
+        different += sorted(alone.topk(4).indices.tolist()) != sorted(together[4:].tolist())
+    assert different  # from what each layer would choose by itself
+
+
+def test_filters_are_read_masked_and_in_unit_gauge() -> None:
+    torch.manual_seed(0)
+    basis = torch.eye(9) * torch.logspace(-1, 1, 9)[:, None]
+    mask = torch.rand(8, 3, 3, 3) > 0.6
+    orders = []
+    for given in (torch.eye(9), basis):
+        model = interspace(network("plain"), basis=given)
+        set_masks(model, {"0": mask})
+        pruner = with_variety(L1NormPruner)(model, entry(0.5))
+        pruner.compress()
+        found = pruner._filters("0.parametrizations.weight", "original")
+        assert not found[~mask.flatten(1)].any()
+        finish(pruner)
+        orders.append(kept(model))
+    assert orders[0] == orders[1]
 
 
 def test_no_strength_is_the_metric_alone() -> None:
@@ -114,6 +139,17 @@ def test_it_can_be_scheduled(space: str) -> None:
     pruner.compress(max_steps=4, max_epochs=None)
     finish(pruner)
     assert len(kept(model)) == 4
+
+
+def test_a_channel_that_is_masked_stays_so() -> None:
+    """It is rare, so that without its mask it would be the last to go."""
+    model = network("plain")
+    pruner = with_variety(L1NormPruner)(model, entry(0.25))
+    mask = torch.ones_like(model[0].weight)
+    mask[6] = 0
+    pruner.update_masks({"0": {"weight": mask}})
+    _, found = pruner.compress()
+    assert not found["0"]["weight"][6].any()
 
 
 def test_what_ranks_no_channels_is_refused() -> None:

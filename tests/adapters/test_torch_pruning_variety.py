@@ -102,18 +102,19 @@ def test_both_spaces_cut_the_same_channels() -> None:
 
 def test_coupled_channels_are_compared_by_all_their_kernels() -> None:
     model = network("plain")
+    with torch.no_grad():  # only the depthwise kernels tell channels apart
+        model.stem.weight.copy_(model.stem.weight[:1].expand_as(model.stem.weight))
+        model.branch.weight.copy_(model.branch.weight[:1].expand_as(model.branch.weight))
+        model.depthwise.weight.mul_(10)
     scores = torch.rand(8, dtype=torch.float64)
     filters = torch.cat([w.detach().flatten(1) for w in (model.stem.weight, model.branch.weight,
                                                         model.depthwise.weight)], 1)  # fmt: skip
-    order = removal_order(scores, filters)
-    weights = model.stem.weight.detach().clone()
-
-    def importance(group: Any) -> Tensor | None:
-        return scores if len(group[0].idxs) == 8 else torch.rand(len(group[0].idxs))
-
-    cut(model, VariedImportance(importance))
-    kept = sorted(order[4:].tolist())
-    assert torch.equal(model.stem.weight, weights[kept])
+    graph = tp.DependencyGraph().build_dependency(model, X.double())
+    (group,) = [each for each in graph.get_all_groups() if any(i.dep.target.module is model.branch for i in each.items)]
+    dealt = VariedImportance(lambda _: scores)(group)
+    assert dealt is not None
+    assert dealt.argsort().tolist() == removal_order(scores, filters).tolist() != scores.argsort().tolist()
+    assert torch.equal(dealt.sort().values, scores.sort().values)
 
 
 def test_no_strength_is_the_importance_alone() -> None:
@@ -138,6 +139,26 @@ def test_the_hessian_importance_is_reached_through_it(space: str) -> None:
         importance.accumulate_grad(model)
     cut(model, importance)
     assert shapes(model) == [4, 4, 3]
+
+
+def test_gradients_that_an_importance_has_gathered_are_read_in_their_own_gauge() -> None:
+    found = []
+    for wrap in (False, True):
+        model = network("interspace")
+        with torch.no_grad():
+            for layer in (model.stem, model.branch):
+                layer.parametrizations.weight[0].basis.mul_(torch.logspace(-1, 1, 9).double()[:, None])
+        inner = tp.importance.GroupHessianImportance()
+        for loss in model(X.double()).flatten()[:4]:
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            inner.accumulate_grad(model)
+        cutter = pruner(
+            tp.pruner.BasePruner, model, X.double(), importance=VariedImportance(inner, 0) if wrap else inner
+        )
+        group = cutter.DG.get_pruning_group(model.branch, tp.prune_conv_out_channels, list(range(8)))
+        found.append(cutter.estimate_importance(group))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_grouped_transposed_filters() -> None:

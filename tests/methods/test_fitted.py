@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ip_plugin import bake, interspace, masks, param_groups, report, set_masks
 from ip_plugin.adapters import method_criteria
 from ip_plugin.errors import AlreadyPrunedError, InvalidAmountError, InvalidFloorError, InvalidScopeError
+from ip_plugin.fitting import fit
 from ip_plugin.layer import layers
-from ip_plugin.methods import apply_masks, magnitude, prune, prune_fitted, select
+from ip_plugin.methods import apply_masks, fitted, magnitude, prune, prune_fitted, select
 
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -94,6 +95,19 @@ def test_masks_of_a_model_in_the_interspace_are_applied_before() -> None:
     prune_fitted(model, sparsity=0.5)
     assert not weights(model)["9"][pruned["9"] == 0].any()
     assert error(model, pruned) < 0.3 * sum(float(each.square().sum()) for each in pruned.values())
+
+
+def test_bases_are_fitted_in_the_scope_in_which_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[int]] = []
+
+    def watched(kernels: Any, keep: Any, **options: Any) -> Any:
+        kept.append([int(mask.sum()) for mask in keep([torch.ones(10, 1), 2 * torch.ones(10, 1)])])
+        return fit(kernels, keep, **options)
+
+    monkeypatch.setattr(fitted, "fit", watched)
+    for scope in ("global", "layer"):
+        prune_fitted(network(), sparsity=0.5, scope=scope)  # type: ignore[arg-type]
+    assert kept == [[0, 10], [5, 5]]
 
 
 def test_the_floor_and_equal_calls() -> None:

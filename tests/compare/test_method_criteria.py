@@ -88,11 +88,11 @@ def test_both_spaces_keep_equally_many_parameters(name: str, sparsity: float) ->
         assert (result.parameters, result.parameters_left) == (TOTAL, round((1 - sparsity) * TOTAL))
         assert result.basis_parameters == (81 if space == "interspace" else 0)
         assert len(done) == epochs_of(run, SETTINGS)
-        after_training = name in ("magnitude", "lamp")
+        after_training = name in ("magnitude", "fitted", "lamp")
         assert (result.accuracy_before_pruning is not None) == after_training
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", ["random", "set", "rigl", "movement"])
 def test_equal_runs_give_equal_results(name: str) -> None:
     cell = Run(f"ip:{name}", 0.9, "interspace", 3)
     first = execute(cell, SETTINGS)
@@ -212,13 +212,11 @@ def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
     assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("set", "rigl")])  # by ERK, all keep some
 def test_no_layer_loses_everything(name: str) -> None:
     model = network("spatial")
     size = sum(getattr(*target).numel() for target in prunable(model))
     criterion: Any = CRITERIA[name]
-    if name in ("set", "rigl"):
-        return  # by ERK, densities are above zero
     if name in IN_TRAINING:
         run(name, model, size - 8)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,8 @@ from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.errors import WrappedModelError
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
-
-
 def test_two_processes_have_the_same_masks_after_every_update(tmp_path: Path) -> None:
-    mp.spawn(sparse_worker, args=(free_port(), str(tmp_path)), nprocs=2)
+    mp.spawn(sparse_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert list(first) == list(SCHEDULES)
     for kind, updates in first.items():
@@ -37,7 +29,7 @@ def test_two_processes_have_the_same_masks_after_every_update(tmp_path: Path) ->
 
 
 def test_two_processes_train_the_model_that_one_process_trains(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(free_port(), str(tmp_path)), nprocs=2)
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(first) == len(KINDS_TRAINED) * 3 * 2
     for name, (state, bases) in first.items():

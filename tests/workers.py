@@ -33,11 +33,15 @@ def case_of(kind: str, sharing: str, masked: bool) -> tuple[nn.Sequential, torch
     return model, torch.cat([x, x.flip(0) * 0.5]), torch.tensor([0, 1, 2, 0])
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def join(rank: int, folder: str) -> None:
+    """Meet the other process by a file: a port that was free may be taken until both have started."""
+    store, patience = f"file://{folder}/store", datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+
+
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+    join(rank, folder)
     results = {}
     for kind in KINDS_TRAINED:
         for sharing in SHARINGS:
@@ -55,14 +59,12 @@ def worker(rank: int, port: int, folder: str) -> None:
 SCHEDULES = ("set", "rigl", "gradual", "snip")
 
 
-def sparse_worker(rank: int, port: int, folder: str) -> None:
+def sparse_worker(rank: int, folder: str) -> None:
     """Sparse training, where every process has data of its own; keeps the masks after every update."""
     from ip_plugin.methods import SET, Gradual, RigL, snip
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+    join(rank, folder)
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
     for kind in SCHEDULES:
         torch.manual_seed(0)

@@ -22,6 +22,7 @@ from . import host_masks
 from .example_input import run
 from .layer import Layer, Target, combined, is_prunable, layers
 from .reparametrization import Mask, held
+from .variety import measure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,6 +48,8 @@ class Row:
         macs_nonzero: those with a non-zero factor.
         macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
             N * N for each position and each input or output channel, whichever are fewer.
+        mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
+            `ip_plugin.variety.Variety`; None in sums, where fewer than two filters are left, and where not asked for.
     """
 
     layer: str
@@ -62,6 +65,9 @@ class Row:
     macs_dense: int | None
     macs_nonzero: int | None
     macs_basis: int | None
+    mean_similarity: float | None = None
+    largest_similarity: float | None = None
+    effective_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class Report:
         if with_macs:
             for header in ("MACs", "by non-zeros", "of the basis"):
                 table.add_column(header, justify="right")
+        with_variety = any(row.effective_rank is not None for row in self.rows)
+        if with_variety:
+            for header in ("mean sim.", "largest sim.", "eff. rank"):
+                table.add_column(header, justify="right")
         for row in (*self.rows, self.prunable, self.everything):
             if row is self.prunable:
                 table.add_section()
@@ -119,6 +129,8 @@ class Report:
                 cells += [
                     f"{macs:,}" for macs in (row.macs_dense, row.macs_nonzero, row.macs_basis) if macs is not None
                 ]
+            if with_variety and row.effective_rank is not None:
+                cells += [f"{row.mean_similarity:.3f}", f"{row.largest_similarity:.3f}", f"{row.effective_rank:.1f}"]
             table.add_row(*cells)
         return table
 
@@ -135,13 +147,14 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def report(model: nn.Module, example_input: Any = None) -> Report:
+def report(model: nn.Module, example_input: Any = None, *, variety: bool = False) -> Report:
     """Measure what is left of a model: in either space, with our masks or `torch.nn.utils.prune`'s, or baked.
 
     Args:
         model: not changed; with an example input it is run once, in evaluation mode and without gradients.
         example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; without it there are no
             multiply-adds.
+        variety: say how different each layer's filters are (takes seconds for a ResNet-50).
 
     Returns:
         A `Report`.
@@ -164,7 +177,9 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
         if space is not None:
             basis = first_user.setdefault(id(space.basis), layer.name)
             counted = space.basis if basis == layer.name else None
-        rows.append(_row(layer, basis, counted, None if positions is None else positions[layer.name]))
+        row = _row(layer, basis, counted, None if positions is None else positions[layer.name])
+        found = measure(_filters(layer)) if variety else None
+        rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
     total = _sum("prunable", rows)
     return Report(tuple(rows), total, _everything(model, prunable, total))
 
@@ -195,6 +210,16 @@ def _row(layer: Layer, basis: str, counted: Tensor | None, positions: int | None
         macs_nonzero=None if positions is None else positions * nonzeros,
         macs_basis=transform,
     )
+
+
+def _filters(layer: Layer) -> Tensor:
+    """The weights that a layer computes with, one row for each output."""
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer.module, _ConvTransposeNd):  # (in, out / groups, *kernel)
+        parts = weight.reshape(layer.module.groups, -1, *weight.shape[1:])
+        weight = parts.transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,6 +7,8 @@ removed; again and again. Among redundant filters the criterion decides; a filte
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -99,6 +101,44 @@ def similarities(filters: Tensor) -> Tensor:
     unit = flat / torch.where(norms > 0, norms, torch.ones_like(norms))
     found = unit @ unit.mT
     return found.add_(found.mT.clone()).div_(2).clamp_(-1, 1)  # symmetric to the last bit
+
+
+class Variety(NamedTuple):
+    """How different filters are.
+
+    Attributes:
+        mean_similarity: of all pairs, cosine.
+        largest_similarity: of any pair.
+        effective_rank: ``exp`` of the entropy of the singular values of the filters at unit norm, as shares (Roy and
+            Vetterli 2007): 1 where all are alike, their number where they are orthogonal.
+    """
+
+    mean_similarity: float
+    largest_similarity: float
+    effective_rank: float
+
+
+@torch.no_grad()
+def measure(filters: Tensor) -> Variety | None:
+    """How different filters are; those of norm zero do not count. None where fewer than two are left.
+
+    Args:
+        filters: ``(filters, ...)``: their kernels.
+
+    >>> measure(torch.eye(3))
+    Variety(mean_similarity=0.0, largest_similarity=0.0, effective_rank=3.0)
+    """
+    flat = filters.detach().flatten(1)
+    flat = flat[(flat != 0).any(dim=1)]
+    count = len(flat)
+    if count < 2:
+        return None
+    found = similarities(flat).double()
+    shares = torch.linalg.eigvalsh(found).clamp_min(0).sqrt()
+    shares = shares[shares > 1e-7 * shares.max()] / shares.sum()
+    rank = float((-shares * shares.log()).sum().exp())
+    mean = float((found.sum() - found.diagonal().sum()) / (count * (count - 1)))
+    return Variety(round(mean, 6), round(float(found.fill_diagonal_(-1).max()), 6), round(rank, 6))
 
 
 def _check(scores: Tensor, filters: Tensor, strength: float) -> None:

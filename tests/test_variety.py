@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from ip_plugin import interspace, report, set_masks
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import removal_order, similarities, varied
+from ip_plugin.variety import measure, removal_order, similarities, varied
 
 
 def slow_order(scores: Tensor, filters: Tensor) -> list[int]:
@@ -123,3 +124,40 @@ def test_many_filters_take_less_than_a_second() -> None:
 def test_bad_input_is_refused(scores: Tensor, filters: Tensor, strength: float, text: str) -> None:
     with pytest.raises(InvalidVarietyError, match=text):
         removal_order(scores, filters, strength)
+
+
+def test_the_measure_by_hand() -> None:
+    found = measure(torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0], [-1.0, 0.0]]))
+    assert found is not None
+    # Similarities 0.96, -0.6 and -0.8.
+    assert found.mean_similarity == pytest.approx((0.96 - 0.6 - 0.8) / 3, abs=1e-5)
+    assert found.largest_similarity == pytest.approx(0.96, abs=1e-5)
+    vectors = torch.tensor([[0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]], dtype=torch.float64)
+    shares = torch.linalg.svdvals(vectors)
+    shares = shares / shares.sum()
+    assert found.effective_rank == pytest.approx(float((-shares * shares.log()).sum().exp()), abs=1e-5)
+
+
+def test_copies_have_rank_one_and_one_filter_no_variety() -> None:
+    assert measure(torch.ones(5, 3)) == (1.0, 1.0, 1.0)
+    assert measure(torch.ones(1, 3)) is measure(torch.zeros(4, 3)) is measure(torch.zeros(0, 3)) is None
+
+
+def test_the_report_measures_what_is_computed_with() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(4, 1))
+    plain = report(model, variety=True)
+    conv, transposed, linear = plain.rows
+    assert (conv.mean_similarity, conv.largest_similarity, conv.effective_rank) == measure(model[0].weight)
+    # Output 4 of the transposed convolution is the second of its second group.
+    weight = model[1].weight
+    filters = torch.stack([weight[4 * (o // 3) : 4 * (o // 3) + 4, o % 3] for o in range(6)])
+    assert (transposed.mean_similarity, transposed.largest_similarity, transposed.effective_rank) == measure(filters)
+    assert linear.effective_rank is None and plain.prunable.effective_rank is None
+    assert "eff. rank" in str(plain) and "eff. rank" not in str(report(model))
+    assert report(model).rows[0].mean_similarity is None
+    inter = report(interspace(model, basis="orthonormal"), variety=True).rows[0]
+    assert inter.effective_rank == pytest.approx(conv.effective_rank, abs=1e-3)
+    mask = torch.ones(8, 3, 3, 3, dtype=torch.bool)
+    mask[4:] = False
+    assert report(set_masks(model, {"0": mask}), variety=True).rows[0].effective_rank < 4.001

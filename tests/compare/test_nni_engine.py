@@ -131,7 +131,7 @@ def test_both_engines_give_the_same_rows_and_the_same_failures(tmp_path: Path) -
     assert set(there) == set(here) and {run.sparsity for run in there} == {IMPOSSIBLE}
     for run, error in there.items():
         assert isinstance(error, TrialFailedError) and str(here[run]) in str(error)
-        assert f"failed: {run}: TrialFailedError: A trial must end with a result." in text_of(console)
+        assert f"failed: {run}: TrialFailedError: A run must end with a result." in text_of(console)
     assert sorted(p.name for p in (tmp_path / "nni").iterdir()) == sorted(p.name for p in (tmp_path / "here").iterdir())
     # What is there already is not run again, and nothing is started for it.
     assert compare(replace(study, sparsities=(0.9,)), tmp_path / "nni", silent(), engine=NniEngine(announce=look)) == {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ip_plugin import prunable
-from ip_plugin.adapters import Begin, Criterion, Training, TrainingCriterion
+from ip_plugin.adapters import Criterion, Training, TrainingCriterion
 from ip_plugin.layer import layers
 from ip_plugin.methods import (
     SET,
@@ -124,11 +124,9 @@ def _ticket(model: nn.Module, count: int, training: Training) -> None:
         if steps == early:
             ticket.remember()
 
-    begin: Begin | None = lambda optimizer: remember  # noqa: ARG005, E731
     size, gone = _size(model), 0
     for number in range(1, _ROUNDS + 1):
-        training.train(begin)
-        begin = None
+        training.train(lambda optimizer: remember)  # noqa: ARG005  # in the first one, for steps go on
         goal = count if number == _ROUNDS else round(size * (1 - (1 - count / size) ** (number / _ROUNDS)))
         ticket.next_round((goal - gone) / (size - gone))
         gone = goal

@@ -118,6 +118,14 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
     assert 0.45 < positive < 0.55  # of 5,622
 
 
+def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> None:
+    model = network("spatial")  # torch's seed is the one that has made the weights
+    criterion: Any = CRITERIA["random"]
+    criterion.prune(model, 50000)
+    kept = torch.cat([layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None])
+    assert 0.45 < float((kept > 0).float().mean()) < 0.55
+
+
 @pytest.mark.parametrize("space", config.SPACES)
 @pytest.mark.parametrize("name", ["snip", "snip_rounds", "grasp", "synflow"])
 def test_scores_at_initialisation_choose_before_training(name: str, space: str) -> None:

@@ -21,7 +21,7 @@ from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
 from ip_plugin.layer import layers
-from ip_plugin.methods import apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
+from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
 
 SETTINGS = Settings(epochs=1, finetune_epochs=1)
 TOTAL = 56224
@@ -206,6 +206,20 @@ def test_movement_prunes_while_fine_tuning(space: str) -> None:
     assert len(set(during)) > 5
     for name, mask in masks(model).items():  # every layer alike
         assert int(mask.sum()) == pytest.approx(mask.numel() * 6224 / TOTAL, abs=1), name
+
+
+def test_movement_is_followed_at_every_step_of_the_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+
+    class Followed(Movement):
+        def update(self) -> None:
+            super().update()
+            assert any(bool(total.any()) for total in self.state_dict().values())
+            updates.append(1)
+
+    monkeypatch.setattr(method_criteria, "Movement", Followed)
+    run("movement", network("interspace"), 50000, replace(SETTINGS, finetune_epochs=2))
+    assert len(updates) == 18
 
 
 def test_movement_without_fine_tuning_prunes_at_the_end() -> None:

@@ -60,10 +60,11 @@ def test_bases_are_orthonormal_and_better_than_the_standard_basis(shape: tuple[i
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(0, 1), st.integers(1, 40), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.integers(0, 50), st.integers(1, 40), st.booleans())
 def test_never_worse_than_magnitude_pruning(
-    seed: int, shape: tuple[int, ...], density: float, count: int, trained: bool
+    seed: int, shape: tuple[int, ...], fiftieths: int, count: int, trained: bool
 ) -> None:
+    density = fiftieths / 50  # hypothesis makes no floats where a compiler has turned denormal numbers off
     part = kernels(shape, count, seed)
     if not trained:
         generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import basis as bases
-from .ranking import kth_largest
+from .ranking import keep_largest
 
 #: Called with coefficients, a matrix for each layer; which of them to keep: bool tensors of their shapes. It must keep
 #: those of largest magnitude within each part that has a budget of its own, or the error could rise.
@@ -118,23 +118,10 @@ def largest(density: float) -> Keep:
     """Keep a share of the entries of all layers together: those of largest magnitude."""
 
     def keep(coefficients: Sequence[Tensor]) -> list[Tensor]:
-        return above(coefficients, round(density * sum(each.numel() for each in coefficients)))
+        count = round(density * sum(each.numel() for each in coefficients))
+        return keep_largest(coefficients, count, magnitudes=True)
 
     return keep
-
-
-def above(values: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the `count` entries of largest magnitude of several tensors; of equal ones the first."""
-    if count <= 0:
-        return [torch.zeros_like(each, dtype=torch.bool) for each in values]
-    threshold = kth_largest(values, count, magnitudes=True)
-    masks = [each.abs() > threshold for each in values]
-    missing = count - sum(int(mask.sum()) for mask in masks)
-    for each, mask in zip(values, masks, strict=True):
-        tied = (each.abs() == threshold).flatten().nonzero().squeeze(1)[:missing]
-        mask.view(-1)[tied] = True
-        missing -= len(tied)
-    return masks
 
 
 def _sampled(layers: Sequence[Kernels], seed: int) -> list[Kernels]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ip_plugin import fitting, interspace
 from ip_plugin.errors import InvalidAmountError, InvalidBasisError
-from ip_plugin.fitting import Fit, Kernels, above, fit, largest
+from ip_plugin.fitting import Fit, Kernels, fit, largest
 from ip_plugin.layer import layers
 
 SHAPES = [(3,), (1, 3), (2, 2), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
@@ -141,12 +141,6 @@ def test_extremes() -> None:
     assert fit([part], largest(1.0)).error == pytest.approx(0, abs=1e-3)
     assert fit([part], largest(0.0)).error == pytest.approx(float(part.rows.square().sum()), rel=1e-6)
     assert fit([Kernels(torch.zeros(4, 9), 0, (3, 3))], largest(0.5)).error == 0
-
-
-def test_above_counts_exactly() -> None:
-    masks = above([torch.tensor([1.0, -2.0, 2.0]), torch.tensor([[2.0], [-3.0]])], 3)
-    assert [mask.tolist() for mask in masks] == [[False, True, True], [[False], [True]]]
-    assert not any(mask.any() for mask in above([torch.ones(3)], 0))
 
 
 # interspace(basis="fitted")

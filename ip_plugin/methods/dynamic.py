@@ -18,12 +18,13 @@ from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
 from ..gauge import unit_gauge
 from ..layer import Layer, layers
 from ..masks import adopt_masks
+from ..ranking import keep_largest
 from ..reparametrization import Interspace
 from ..seeds import derived_seed
 from .derivatives import unwrapped
 from .schedules import due, whole
 from .scores import random
-from .selection import Scope, apply_masks, best, select
+from .selection import Scope, apply_masks, select
 
 
 class _DynamicSparse:
@@ -96,7 +97,7 @@ class _DynamicSparse:
         stays = mask.flatten()
         kept = stays.nonzero().squeeze(1)
         stays = stays.index_fill(0, kept[strength[kept].topk(count, largest=False, sorted=False).indices], False)
-        grown = best(growth.to(strength).flatten().masked_fill(stays, -math.inf), count)
+        (grown,) = keep_largest([growth.flatten().masked_fill(stays, -math.inf)], count)
         mask.copy_((stays | grown).reshape(mask.shape))
         stays = stays.reshape(mask.shape)
         self._clear(layer, ~stays)

@@ -36,7 +36,7 @@ from ..errors import (
 from ..layer import Target, layers, target
 from ..masks import set_masks
 from ..model import Model
-from ..ranking import kth_largest
+from ..ranking import keep_largest
 from ..reparametrization import Interspace
 
 Scope: TypeAlias = Literal["global", "layer", "erk"]
@@ -144,12 +144,14 @@ def select(
     least = _least(floor, left, keep)
     if scope == "global":
         device = values[0].device
-        held = [v.masked_fill(best(v, f), math.inf) if f else v for v, f in zip(values, least, strict=True)]
-        kept = list(best(torch.cat([h.to(device) for h in held]), keep).split(sizes))
+        held = [
+            v.masked_fill(keep_largest([v], f)[0], math.inf) if f else v for v, f in zip(values, least, strict=True)
+        ]
+        kept = keep_largest([h.to(device) for h in held], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
         counts = _whole(_shares(weights, least, left, Fraction(keep)))
-        kept = [best(value, n) for value, n in zip(values, counts, strict=True)]
+        kept = [keep_largest([value], n)[0] for value, n in zip(values, counts, strict=True)]
     masks = {
         where: mask.reshape(score.shape).to(score.device)
         for (where, score), mask in zip(scores.items(), kept, strict=True)
@@ -243,19 +245,6 @@ def _whole(shares: Sequence[Fraction]) -> list[int]:
     for i in by_remainder[:missing]:
         counts[i] += 1
     return counts
-
-
-def best(values: Tensor, k: int) -> Tensor:
-    """A mask of exactly the `k` largest of a vector. Where equal values must be told apart, they are taken evenly."""
-    if k in (0, len(values)):
-        return torch.full_like(values, bool(k), dtype=torch.bool)
-    threshold = kth_largest([values], k)
-    kept = values > threshold
-    tied = (values == threshold).nonzero().squeeze(1)
-    # Fractional parts of multiples of the golden ratio are spread evenly, and follow no period of the kernels.
-    spread = torch.arange(len(tied), dtype=torch.float64, device=values.device) * ((math.sqrt(5) - 1) / 2) % 1
-    kept[tied[spread.topk(k - int(kept.sum()), largest=False).indices]] = True
-    return kept
 
 
 def _flat(score: Tensor) -> Tensor:

@@ -276,6 +276,14 @@ def test_what_comes_starts_at_zero_whatever_lay_behind_the_mask(cls: Any) -> Non
             assert not tensor[grown[layer.name]].any() and tensor[before[layer.name] & layer.mask].any()
 
 
+def test_large_layers_of_half_precision() -> None:
+    model = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+    schedule = RigL(model, sgd(model), sparsity=0.9, end=100, every=1)
+    before = masks(model)[""]
+    assert schedule.step(lambda: model(torch.randn(4, 512, dtype=torch.bfloat16)).float().square().mean())
+    assert int(masks(model)[""].sum()) == int(before.sum()) and not torch.equal(masks(model)[""], before)
+
+
 def test_nothing_moves_from_the_end_on() -> None:
     model = model_in("interspace")
     optimizer = sgd(model)

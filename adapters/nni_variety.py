@@ -10,7 +10,7 @@ from torch import Tensor
 from ip_plugin.errors import InvalidVarietyError
 from ip_plugin.gauge import unit_gauge
 from ip_plugin.reparametrization import ours_in
-from ip_plugin.variety import varied
+from ip_plugin.variety import check_strength, varied
 
 P = TypeVar("P", bound=type)
 
@@ -39,8 +39,7 @@ def with_variety(pruner: P, strength: float = 1.0) -> P:
     >>> int(masks["0"]["bias"].sum())
     4
     """
-    if not 0 <= strength <= 1:
-        raise InvalidVarietyError("A strength must be a number in [0, 1].", f"{strength!r}")
+    check_strength(strength)
     made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), {"variety": strength, "__module__": __name__})
     return made  # type: ignore[no-any-return]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from ip_plugin.variety import varied
+from ip_plugin.layer import output_filters
+from ip_plugin.variety import check_strength, varied
 
 
 class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types
@@ -22,6 +22,9 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     Args:
         importance: any importance of the host, or a function of a group.
         strength: 1: redundancy decides, the importance only between two that are alike; 0: the importance alone.
+
+    Raises:
+        InvalidVarietyError: the strength is none.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.torch_pruning import pruner
@@ -35,6 +38,7 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     """
 
     def __init__(self, importance: Callable[..., Tensor | None], strength: float = 1.0) -> None:
+        check_strength(strength)
         self.importance, self.strength = importance, strength
 
     def __call__(self, group: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -59,11 +63,7 @@ def _filters(group: Any, count: int) -> Tensor | None:
         layer = item.dep.target.module
         if item.dep.handler not in _MAKERS or None in item.root_idxs:
             continue
-        weight: Tensor = layer.weight.detach()
-        if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *kernel)
-            parts = weight.reshape(layer.groups, layer.in_channels // layer.groups, *weight.shape[1:])
-            weight = parts.transpose(1, 2).flatten(0, 1)
-        made = weight[item.idxs].flatten(1)
+        made = output_filters(layer, layer.weight.detach())[item.idxs]
         row = torch.zeros(count, made.shape[1], dtype=made.dtype, device=made.device)
         row[item.root_idxs] = made
         rows.append(row)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from . import host_masks
@@ -92,6 +92,14 @@ def mask_target(where: Target, mask: Tensor) -> None:
     original = held.original
     # In the original's memory format, so that masking needs no reordering.
     held[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
+
+
+def output_filters(module: nn.Module, weight: Tensor) -> Tensor:
+    """What makes each output channel of a layer, one row each: its weight, or coefficients of the weight's shape."""
+    if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *kernel)
+        parts = weight.reshape(module.groups, module.in_channels // module.groups, *weight.shape[1:])
+        weight = parts.transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def add_mask(where: Target, kept: Tensor) -> None:

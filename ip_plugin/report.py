@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
 from .example_input import run
-from .layer import Layer, Target, combined, is_prunable, layers
+from .layer import Layer, Target, combined, is_prunable, layers, output_filters
 from .reparametrization import Mask, held
 from .variety import measure
 
@@ -178,7 +178,7 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
             basis = first_user.setdefault(id(space.basis), layer.name)
             counted = space.basis if basis == layer.name else None
         row = _row(layer, basis, counted, None if positions is None else positions[layer.name])
-        found = measure(_filters(layer)) if variety else None
+        found = measure(output_filters(layer.module, _weight(layer))) if variety else None
         rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
     total = _sum("prunable", rows)
     return Report(tuple(rows), total, _everything(model, prunable, total))
@@ -212,14 +212,11 @@ def _row(layer: Layer, basis: str, counted: Tensor | None, positions: int | None
     )
 
 
-def _filters(layer: Layer) -> Tensor:
-    """The weights that a layer computes with, one row for each output."""
+def _weight(layer: Layer) -> Tensor:
+    """What the layer computes with: composed and masked, in the interspace."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    if isinstance(layer.module, _ConvTransposeNd):  # (in, out / groups, *kernel)
-        parts = weight.reshape(layer.module.groups, -1, *weight.shape[1:])
-        weight = parts.transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+    return weight
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .amounts import is_fraction
 from .errors import InvalidVarietyError
 
 
@@ -147,5 +148,10 @@ def _check(scores: Tensor, filters: Tensor, strength: float) -> None:
         raise InvalidVarietyError("There must be one score for each filter.", found)
     if bool(scores.isnan().any()) or not bool(filters.isfinite().all()):
         raise InvalidVarietyError("Scores and filters must be numbers.", "NaN among the scores, or filters not finite")
-    if not 0 <= strength <= 1:
+    check_strength(strength)
+
+
+def check_strength(strength: float) -> None:
+    """Raise InvalidVarietyError unless it is a number in [0, 1]."""
+    if not is_fraction(strength):
         raise InvalidVarietyError("A strength must be a number in [0, 1].", f"{strength!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import bake, interspace
+from ip_plugin.errors import InvalidVarietyError
 from ip_plugin.variety import removal_order
 
 pytest.importorskip("torch_pruning")
@@ -171,3 +172,8 @@ def test_grouped_transposed_filters() -> None:
     assert found is not None
     # Output 4 is the second of the second group: it reads inputs 2 and 3.
     torch.testing.assert_close(found[4], layer.weight.detach()[2:4, 1].flatten())
+
+
+def test_a_strength_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(InvalidVarietyError, match="'much'"):
+        VariedImportance(tp.importance.RandomImportance(), "much")  # type: ignore[arg-type]

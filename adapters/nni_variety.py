@@ -8,28 +8,29 @@ import torch
 from torch import Tensor
 
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.gauge import unit_gauge
+from ip_plugin.gauge import compared
 from ip_plugin.reparametrization import ours_in
-from ip_plugin.variety import check_strength, varied
+from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
 
 P = TypeVar("P", bound=type)
 
 
-def with_variety(pruner: P, strength: float = 1.0) -> P:
+def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coefficients") -> P:
     """The same pruner, which takes redundant channels first, and leaves rare ones; see `ip_plugin.variety`.
 
     Of every layer as many channels go as before, but others. Layers of one ``dependency_group_id`` are compared by all
-    their kernels, channel by channel, as one filter. Coefficients are compared in unit gauge.
+    their kernels, channel by channel, as one filter.
 
     Args:
         pruner: a class of `ip_plugin.adapters.nni` that ranks channels: by a norm, FPGM, Taylor, Slim.
         strength: 1: redundancy decides, the metric only between two that are alike; 0: the metric alone.
+        similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
 
     Returns:
         A subclass, used as the pruner is.
 
     Raises:
-        InvalidVarietyError: the pruner ranks single entries (when masks are made), or the strength is none.
+        InvalidVarietyError: the pruner ranks single entries (when masks are made); the strength or similarity is none.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.nni import L1NormPruner
@@ -40,7 +41,9 @@ def with_variety(pruner: P, strength: float = 1.0) -> P:
     4
     """
     check_strength(strength)
-    made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), {"variety": strength, "__module__": __name__})
+    check_similarity(similarity)
+    content = {"variety": strength, "similarity": similarity, "__module__": __name__}
+    made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), content)
     return made  # type: ignore[no-any-return]
 
 
@@ -48,6 +51,7 @@ class _Varied:
     """Deals metrics of channels out anew, before masks are made of them."""
 
     variety: float
+    similarity: Similarity
     _target_spaces: dict[str, dict[str, Any]]
     _module_wrappers: dict[str, Any]
 
@@ -77,4 +81,4 @@ class _Varied:
         parametrization = ours_in(self._module_wrappers[module].module)
         if parametrization is not None and parametrization.mask is not None:
             values = values * parametrization.mask
-        return unit_gauge(values, parametrization).flatten(1)
+        return compared(values, parametrization, self.similarity).flatten(1)

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -151,10 +152,33 @@ class Loan:
                 self.lent.grad = self._exact_grad
         self._exact = self._exact_grad = self._scale = None
 
+    def composed(self) -> Tensor:
+        """The kernels that the values in the Parameter make, as they are now."""
+        space, values = self.parametrization, self.lent.detach()
+        if not isinstance(space, Interspace):
+            return values
+        basis = space.basis.detach()
+        if self._scale is not None:  # the filters have unit norm where the coefficients are shown scaled
+            norms = self._scale.reshape(-1, 1)
+            basis = torch.where(norms > 0, basis / norms, 0)
+        return bases.compose(values, basis)
+
     def _shown(self, values: Tensor, rows: Rows = ...) -> Tensor:
         scaled = values.clone() if self._scale is None else values * self._scale
         mask = self.parametrization.mask
         return scaled if mask is None else scaled.mul_(mask[rows])
+
+
+_LENT: WeakKeyDictionary[nn.Module, list[Loan]] = WeakKeyDictionary()
+
+
+def kernels(module: nn.Module) -> Tensor:
+    """The kernels of a layer; those of one that is lent, whose ``weight`` is coefficients, are composed."""
+    for loan in _LENT.get(module, ()):
+        if loan.tensor_name == "weight":
+            return loan.composed()
+    found: Tensor = module.weight  # type: ignore[assignment]
+    return found.detach()
 
 
 def _take_back(
@@ -205,9 +229,11 @@ def _make_plain(module: nn.Module, loans: list[Loan]) -> None:
     for loan in loans:
         module.register_parameter(loan.tensor_name, loan.lent)
     restore_order(module, loans[0].parametrization.order)
+    _LENT[module] = loans
 
 
 def _give_back(module: nn.Module, loans: list[Loan]) -> None:
+    _LENT.pop(module, None)
     for loan in loans:
         loan.chain.register_parameter("original", loan.lent)
         module._parameters.pop(loan.tensor_name, None)

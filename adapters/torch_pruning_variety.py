@@ -10,7 +10,9 @@ import torch_pruning as tp
 from torch import Tensor
 
 from ip_plugin.layer import output_filters
-from ip_plugin.variety import check_strength, varied
+from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
+
+from .plain_view import kernels
 
 
 class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types
@@ -22,9 +24,10 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     Args:
         importance: any importance of the host, or a function of a group.
         strength: 1: redundancy decides, the importance only between two that are alike; 0: the importance alone.
+        similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
 
     Raises:
-        InvalidVarietyError: the strength is none.
+        InvalidVarietyError: the strength is none, or the similarity.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.torch_pruning import pruner
@@ -37,14 +40,20 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
 
-    def __init__(self, importance: Callable[..., Tensor | None], strength: float = 1.0) -> None:
+    def __init__(
+        self,
+        importance: Callable[..., Tensor | None],
+        strength: float = 1.0,
+        similarity: Similarity = "coefficients",
+    ) -> None:
         check_strength(strength)
-        self.importance, self.strength = importance, strength
+        check_similarity(similarity)
+        self.importance, self.strength, self.similarity = importance, strength, similarity
 
     def __call__(self, group: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The importances of a group, dealt out anew."""
         scores = self.importance(group, *args, **kwargs)
-        filters = None if scores is None else _filters(group, len(scores))
+        filters = None if scores is None else _filters(group, len(scores), self.similarity)
         if scores is None or filters is None:
             return scores
         return varied(scores, filters, self.strength)
@@ -56,14 +65,15 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         return getattr(self.importance, name)
 
 
-def _filters(group: Any, count: int) -> Tensor | None:
+def _filters(group: Any, count: int, similarity: Similarity = "coefficients") -> Tensor | None:
     """All kernels that make the channels of a group, one row for each channel; None if no layer makes them."""
     rows: list[Tensor] = []
     for item in group.items:
         layer = item.dep.target.module
         if item.dep.handler not in _MAKERS or None in item.root_idxs:
             continue
-        made = output_filters(layer, layer.weight.detach())[item.idxs]
+        values = kernels(layer) if similarity == "weights" else layer.weight.detach()
+        made = output_filters(layer, values)[item.idxs]
         row = torch.zeros(count, made.shape[1], dtype=made.dtype, device=made.device)
         row[item.root_idxs] = made
         rows.append(row)

@@ -596,7 +596,8 @@ class InvalidScheduleError(InterspaceError):
 
 
 class InvalidVarietyError(InterspaceError):
-    """Scores and filters that do not belong together, or a strength that is none."""
+    """Scores and filters that do not belong together, a strength or a similarity that is none."""
 
     def __init__(self, rule: str, found: str) -> None:
-        super().__init__(rule, found, "pass scores (filters,), their kernels (filters, ...), and a strength in [0, 1]")
+        advice = "pass scores (filters,), their kernels (filters, ...), a strength in [0, 1], similarity by one of both"
+        super().__init__(rule, found, advice)

@@ -17,6 +17,7 @@ from .errors import InvalidBasisError
 from .layer import Layer, layers
 from .model import Model
 from .reparametrization import Interspace, Mask
+from .variety import Similarity
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 #: The power of the gradient with which state of torch's optimizers scales.
@@ -43,6 +44,20 @@ def unit_gauge(coefficients: Tensor, parametrization: Mask | None) -> Tensor:
         return coefficients
     norms = bases.norms(parametrization.basis.detach())
     return coefficients * norms.reshape(1, 1, *coefficients.shape[2:])
+
+
+@torch.no_grad()
+def compared(coefficients: Tensor, parametrization: Mask | None, similarity: Similarity) -> Tensor:
+    """What filters are compared by: coefficients in unit gauge, or the kernels that they make.
+
+    Args:
+        coefficients: ``(out, in, *kernel)``, masked; or any tensor that is not in the interspace, returned as it is.
+        parametrization: what the tensor is under.
+        similarity: "coefficients" or "weights".
+    """
+    if similarity == "weights" and isinstance(parametrization, Interspace):
+        return bases.compose(coefficients.detach(), parametrization.basis.detach())
+    return unit_gauge(coefficients.detach(), parametrization)
 
 
 @torch.no_grad()

@@ -7,13 +7,16 @@ removed; again and again. Among redundant filters the criterion decides; a filte
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from .amounts import is_fraction
 from .errors import InvalidVarietyError
+
+#: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
+Similarity: TypeAlias = Literal["coefficients", "weights"]
 
 
 @torch.no_grad()
@@ -155,3 +158,10 @@ def check_strength(strength: float) -> None:
     """Raise InvalidVarietyError unless it is a number in [0, 1]."""
     if not is_fraction(strength):
         raise InvalidVarietyError("A strength must be a number in [0, 1].", f"{strength!r}")
+
+
+def check_similarity(similarity: str) -> None:
+    """Raise InvalidVarietyError unless it is one that there is."""
+    known = get_args(Similarity)
+    if similarity not in known:
+        raise InvalidVarietyError(f"Filters must be compared by {' or '.join(known)}.", f"{similarity!r}")

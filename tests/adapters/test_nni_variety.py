@@ -120,6 +120,24 @@ def test_filters_are_read_masked_and_in_unit_gauge() -> None:
     assert orders[0] == orders[1]
 
 
+@pytest.mark.parametrize("similarity", ["coefficients", "weights"])
+def test_coefficients_or_kernels_are_compared(similarity: Any) -> None:
+    """In a skewed basis filters whose coefficients differ make kernels that are alike."""
+    torch.manual_seed(0)
+    model = interspace(nn.Sequential(nn.Conv2d(2, 16, 3, bias=False)), basis=torch.eye(9) + 0.8 * torch.rand(9, 9))
+    space: Any = model[0].parametrizations.weight[0]
+    norms = space.basis.detach().norm(dim=1).reshape(1, 1, 3, 3)
+    found = model[0].parametrizations.weight.original.detach() * norms
+    by = {"coefficients": found, "weights": model[0].weight.detach()}
+    scores = found.flatten(1).abs().sum(1)
+    expected = {name: sorted(removal_order(scores, filters)[8:].tolist()) for name, filters in by.items()}
+    assert expected["coefficients"] != expected["weights"]
+    pruner = with_variety(L1NormPruner, similarity=similarity)(model, entry(0.5))
+    pruner.compress()
+    finish(pruner)
+    assert kept(model) == expected[similarity]
+
+
 def test_no_strength_is_the_metric_alone() -> None:
     found = []
     for cls in (L2NormPruner, with_variety(L2NormPruner, 0.0), with_variety(L2NormPruner, 1.0)):
@@ -158,3 +176,5 @@ def test_what_ranks_no_channels_is_refused() -> None:
         pruner.compress()
     with pytest.raises(InvalidVarietyError, match="2.0"):
         with_variety(L1NormPruner, 2.0)
+    with pytest.raises(InvalidVarietyError, match="'weight'"):
+        with_variety(L1NormPruner, similarity="weight")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ip_plugin import bake, interspace
+from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.errors import InvalidVarietyError
 from ip_plugin.variety import removal_order
 
@@ -17,7 +17,8 @@ pytest.importorskip("torch_pruning")
 
 import torch_pruning as tp
 
-from ip_plugin.adapters.torch_pruning import pruner
+from ip_plugin.adapters.plain_view import _LENT, kernels
+from ip_plugin.adapters.torch_pruning import plain_layers, pruner
 from ip_plugin.adapters.torch_pruning_variety import VariedImportance
 
 SPACES = ["plain", "interspace"]
@@ -118,6 +119,50 @@ def test_coupled_channels_are_compared_by_all_their_kernels() -> None:
     assert torch.equal(dealt.sort().values, scores.sort().values)
 
 
+@pytest.mark.parametrize("calls", ["a pruner", "by hand"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("similarity", ["coefficients", "weights"])
+def test_coefficients_or_kernels_are_compared(similarity: Any, masked: bool, calls: str) -> None:
+    """In a skewed basis filters whose coefficients differ make kernels that are alike."""
+    torch.manual_seed(0)
+    basis = (torch.eye(9) + 0.8 * torch.rand(9, 9)).double()
+    basis[4] = 0
+    model: Any = nn.Sequential(nn.Conv2d(2, 16, 3, bias=False), nn.Conv2d(16, 2, 1)).double()
+    interspace(model, basis=torch.eye(9).double())
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].basis.copy_(basis)
+    if masked:
+        set_masks(model, {"0": torch.rand(16, 2, 3, 3) > 0.4})
+    kept = masks(model).get("0", torch.ones(()))
+    coefficients = model[0].parametrizations.weight.original.detach() * kept * basis.norm(dim=1).reshape(1, 1, 3, 3)
+    scores = torch.arange(16.0).double()
+    by = {"coefficients": coefficients, "weights": model[0].weight.detach()}
+    expected = {name: removal_order(scores, filters).tolist() for name, filters in by.items()}
+    assert expected["coefficients"] != expected["weights"]
+    importance = VariedImportance(lambda *_: scores, similarity=similarity)
+    x = torch.zeros(1, 2, 5, 5).double()
+    if calls == "a pruner":
+        cutter: Any = pruner(tp.pruner.BasePruner, model, x, importance=importance)
+        group = cutter.DG.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(16)))
+        dealt = cutter.estimate_importance(group)
+    else:
+        with plain_layers(model):
+            graph = tp.DependencyGraph().build_dependency(model, x)
+            group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(16)))
+            dealt = importance(group)
+    assert dealt.argsort().tolist() == expected[similarity]
+
+
+def test_kernels_of_a_layer_lent_and_not() -> None:
+    model = network("interspace")
+    whole = model.stem.weight.detach()
+    assert torch.equal(kernels(model.stem), whole) and torch.equal(kernels(model.head), model.head.weight)
+    with plain_layers(model):
+        assert not torch.allclose(model.stem.weight, whole)
+        torch.testing.assert_close(kernels(model.stem), whole)
+    assert torch.equal(kernels(model.stem), whole) and not _LENT
+
+
 def test_no_strength_is_the_importance_alone() -> None:
     model, twin = network("plain"), network("plain")
     importance = tp.importance.GroupMagnitudeImportance(p=1)
@@ -177,3 +222,5 @@ def test_grouped_transposed_filters() -> None:
 def test_a_strength_that_is_none_is_refused_at_once() -> None:
     with pytest.raises(InvalidVarietyError, match="'much'"):
         VariedImportance(tp.importance.RandomImportance(), "much")  # type: ignore[arg-type]
+    with pytest.raises(InvalidVarietyError, match="coefficients or weights"):
+        VariedImportance(tp.importance.RandomImportance(), similarity="both")  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 Importing this package imports no host. A host's module is found by its name here, or, for hosts that others add, by
 the entry-point group ``ip_plugin.adapters``: an entry ``name = "package.module"`` names a module which may offer
-criteria to ``ip-plugin compare`` as a dict ``CRITERIA`` of `Criterion`, `ChannelCriterion` and `TrainingCriterion`.
+criteria to ``ip-plugin compare`` as a dict ``CRITERIA`` of `Criterion`, `ChannelCriterion`, `TrainingCriterion` and
+`ChannelTrainingCriterion`. One whose name ends in ``+variety`` is that of the name before it, with filter variety.
 
 >>> "torch" in hosts()
 True
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 GROUP = "ip_plugin.adapters"
+#: Ends the name of a criterion that is another one with filter variety.
+VARIED = "+variety"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,28 @@ class TrainingCriterion:
     finetunings: int = 0
 
 
-AnyCriterion: TypeAlias = Criterion | ChannelCriterion | TrainingCriterion
+@dataclass(frozen=True)
+class ChannelTrainingCriterion:
+    """A way to cut channels that takes part in the training.
+
+    Attributes:
+        title, trainings, finetunings: as in `TrainingCriterion`.
+        train: called with (model, ratio, training); must train the model, and cut about `ratio` of the channels of
+            every layer but the last by the end, in either space.
+    """
+
+    title: str
+    train: Callable[[nn.Module, float, Training], None]
+    trainings: int = 1
+    finetunings: int = 0
+
+
+AnyCriterion: TypeAlias = Criterion | ChannelCriterion | TrainingCriterion | ChannelTrainingCriterion
+
+
+def cuts_channels(criterion: AnyCriterion) -> bool:
+    """Whether a criterion cuts channels, and its sparsities are shares of them."""
+    return isinstance(criterion, (ChannelCriterion, ChannelTrainingCriterion))
 
 
 def hosts() -> dict[str, EntryPoint]:

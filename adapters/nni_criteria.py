@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ip_plugin import prunable
-from ip_plugin.adapters import ChannelCriterion, Criterion, torch_prune
+from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion, torch_prune
 from ip_plugin.adapters.nni import (
     FPGMPruner,
     L1NormPruner,
@@ -25,6 +25,7 @@ from ip_plugin.adapters.nni import (
     plain_class,
     speedup,
 )
+from ip_plugin.adapters.nni_variety import with_variety
 from ip_plugin.layer import Layer, layers
 
 
@@ -89,7 +90,7 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
     for layer in convolutions:
         _register(layer.module)
     entries = [{"op_names": [layer.name for layer in convolutions], "sparse_ratio": ratio}]
-    if pruner is TaylorPruner:
+    if issubclass(pruner, TaylorPruner):
         found = pruner(model, entries, _gradients(model, images, labels), training_steps=1)
     else:
         found = pruner(model, entries)
@@ -122,15 +123,26 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluat
     return TorchEvaluator(run, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0), loss)
 
 
-def _channels(pruner: type, title: str) -> ChannelCriterion:
-    return ChannelCriterion(f"NNI: channels by {title}, after training", "after training", partial(_cut, pruner))
+_CHANNELS: dict[str, tuple[type, str]] = {
+    "l1_norm": (L1NormPruner, "their L1 norm"),
+    "l2_norm": (L2NormPruner, "their L2 norm"),
+    "fpgm": (FPGMPruner, "distance to the geometric median"),
+    "taylor": (TaylorPruner, "first-order effect on the loss"),
+}
 
 
-CRITERIA = {
+def _channels() -> dict[str, AnyCriterion]:
+    """Each with variety and without."""
+    found: dict[str, AnyCriterion] = {}
+    for name, (pruner, how) in _CHANNELS.items():
+        for suffix, made, also in (("", pruner, ""), (VARIED, with_variety(pruner), " with variety")):
+            title = f"NNI: channels by {how}{also}, after training"
+            found[name + suffix] = ChannelCriterion(title, "after training", partial(_cut, made))
+    return found
+
+
+CRITERIA: dict[str, AnyCriterion] = {
     "level": Criterion("NNI level pruner, one threshold, after training", "after training", _globally),
     "level_uniform": Criterion("NNI level pruner, every layer alike, after training", "after training", _uniformly),
-    "l1_norm": _channels(L1NormPruner, "their L1 norm"),
-    "l2_norm": _channels(L2NormPruner, "their L2 norm"),
-    "fpgm": _channels(FPGMPruner, "distance to the geometric median"),
-    "taylor": _channels(TaylorPruner, "first-order effect on the loss"),
+    **_channels(),
 }

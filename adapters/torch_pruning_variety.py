@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor
+from torch import Tensor, nn
 
 from ip_plugin.layer import output_filters
 from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
@@ -53,7 +53,8 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     def __call__(self, group: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The importances of a group, dealt out anew."""
         scores = self.importance(group, *args, **kwargs)
-        filters = None if scores is None else _filters(group, len(scores), self.similarity)
+        values = kernels if self.similarity == "weights" else _weight
+        filters = None if scores is None else made_by(group, len(scores), values)
         if scores is None or filters is None:
             return scores
         return varied(scores, filters, self.strength)
@@ -65,19 +66,31 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         return getattr(self.importance, name)
 
 
-def _filters(group: Any, count: int, similarity: Similarity = "coefficients") -> Tensor | None:
-    """All kernels that make the channels of a group, one row for each channel; None if no layer makes them."""
+def made_by(group: Any, count: int, values: Callable[[nn.Module], Tensor | None]) -> Tensor | None:
+    """Values of all kernels that make the channels of a group, one row for each channel; None if there are none.
+
+    Args:
+        group: the host's.
+        count: of its channels.
+        values: of a layer, shaped as its weight; None for a layer that does not count.
+    """
     rows: list[Tensor] = []
     for item in group.items:
         layer = item.dep.target.module
         if item.dep.handler not in _MAKERS or None in item.root_idxs:
             continue
-        values = kernels(layer) if similarity == "weights" else layer.weight.detach()
-        made = output_filters(layer, values)[item.idxs]
-        row = torch.zeros(count, made.shape[1], dtype=made.dtype, device=made.device)
-        row[item.root_idxs] = made
-        rows.append(row)
+        found = values(layer)
+        if found is not None:
+            made = output_filters(layer, found)[item.idxs]
+            row = torch.zeros(count, made.shape[1], dtype=made.dtype, device=made.device)
+            row[item.root_idxs] = made
+            rows.append(row)
     return torch.cat(rows, dim=1) if rows else None
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    found: Tensor = layer.weight  # type: ignore[assignment]
+    return found.detach()
 
 
 _MAKERS = (

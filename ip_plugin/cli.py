@@ -67,7 +67,8 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = _text(DEFAULT.seeds),
     task: Annotated[str, typer.Option(help=f"What is learned: {', '.join(TASKS)}.")] = DEFAULT.settings.task,
     data: Annotated[
-        str | None, typer.Option(help="cifar10: torchvision's folder of it, or an .npz file of its arrays.")
+        str | None,
+        typer.Option(help="cifar10...: torchvision's folder of it, or an .npz file of its arrays."),
     ] = None,
     train_images: Annotated[int | None, typer.Option(help="Use only so many of the training images.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = DEFAULT.settings.epochs,

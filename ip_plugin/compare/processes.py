@@ -17,6 +17,7 @@ from ip_plugin.errors import TrialFailedError
 
 from .config import Run, Settings
 from .runs import EpochDone, Outcomes, Result, execute
+from .training import Memory
 
 _CONTEXT = get_context("spawn")
 
@@ -97,12 +98,13 @@ def _work(pipe: Connection, settings: Settings, threads: int) -> None:
     """In the process: run what comes, and tell of every epoch (None) and of the end (a result, or an error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that was started by the user stops this one
     torch.set_num_threads(threads)
+    memory = Memory()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens any more
         while True:
             run = pipe.recv()
             said: Result | Exception
             try:
-                said = execute(run, settings, lambda: pipe.send(None))
+                said = execute(run, settings, lambda: pipe.send(None), memory)
             except (BrokenPipeError, ConnectionResetError):
                 return
             except Exception as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from ip_plugin.adapters import ChannelCriterion
+from ip_plugin.adapters import cuts_channels
 
 from . import criteria
 from .config import Run, Space, Study
@@ -105,20 +105,20 @@ def cells(line: Line, study: Study) -> list[str]:
     accuracies = [str(line.accuracy[space] or "–") for space in study.spaces]
     difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else _signed(line.difference)]
     left = " or ".join(f"{count:,}" for count in line.parameters_left) or "–"
-    macs = [" or ".join(f"{share:.1%}" for share in line.macs_left) or "–"] if cuts_channels(study) else []
+    macs = [" or ".join(f"{share:.1%}" for share in line.macs_left) or "–"] if shows_macs(study) else []
     return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left, *macs]
 
 
-def cuts_channels(study: Study) -> bool:
-    """Whether a criterion of the study cuts channels; its sparsities are shares of channels, then."""
-    return any(isinstance(criteria.load(name), ChannelCriterion) for name in study.criteria)
+def shows_macs(study: Study) -> bool:
+    """Whether a criterion of the study cuts channels."""
+    return any(cuts_channels(criteria.load(name)) for name in study.criteria)
 
 
 def headers(study: Study) -> list[str]:
     """The heads of the table's columns."""
     accuracies = [f"{SHORT[space]} %" for space in study.spaces]
     difference = [] if len(study.spaces) < 2 else ["IP − SP"]
-    macs = ["MACs left"] if cuts_channels(study) else []
+    macs = ["MACs left"] if shows_macs(study) else []
     return ["criterion", "sparsity", *accuracies, *difference, "parameters left", *macs]
 
 
@@ -211,8 +211,7 @@ def plot(study: Study, lines: Sequence[Line]) -> Figure:
                 )  # fmt: skip
         panel.set_title(criteria.load(criterion).title, fontsize="medium")
         panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
-        channels = isinstance(criteria.load(criterion), ChannelCriterion)
-        panel.set_xlabel("share of channels cut" if channels else "sparsity")
+        panel.set_xlabel("share of channels cut" if cuts_channels(criteria.load(criterion)) else "sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in %")
     if panels[0].get_legend_handles_labels()[0]:

@@ -11,13 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from ip_plugin import interspace, prunable, report
-from ip_plugin.adapters import ChannelCriterion, TrainingCriterion
+from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
 from ip_plugin.errors import InvalidStudyError
 from ip_plugin.layer import layers
 from ip_plugin.seeds import derived_seed
@@ -25,7 +26,7 @@ from ip_plugin.seeds import derived_seed
 from . import criteria
 from .config import Run, Settings
 from .tasks import TASKS, Split
-from .training import Training, accuracy
+from .training import Memory, Training, accuracy
 
 EpochDone = Callable[[], None]
 
@@ -44,7 +45,7 @@ class Result:
             them (a network whose channels were cut is baked).
         basis_parameters: numbers of trained bases.
         spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
-        seconds: time of the run.
+        seconds: time of the run; short where a training was known from another one.
         macs: multiply-adds of the convolution and linear layers for one image, before pruning; None unless channels
             were cut.
         macs_left: after it.
@@ -62,20 +63,21 @@ class Result:
     macs_left: int | None = None
 
 
-def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) -> Result:
+def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, memory: Memory | None = None) -> Result:
     """Run one cell of the grid. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
         run: the cell.
         settings: of its study.
         epoch_done: called after each epoch; `epochs_of` says how often.
+        memory: of runs with the same settings: a training that it knows is not done again, with the same result.
 
     Raises:
         InvalidStudyError: the network is too small for the sparsity.
     """
     started = time.perf_counter()
     criterion, task = criteria.load(run.criterion), TASKS[settings.task]
-    cuts = isinstance(criterion, ChannelCriterion)
+    cuts = cuts_channels(criterion)
     devices = [torch.device(settings.device)] if torch.device(settings.device).type == "cuda" else []
     train, test = (
         Split(*(tensor.to(settings.device) for tensor in split))
@@ -98,18 +100,20 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
                 "compare at a lower sparsity",
             )
         torch.manual_seed(derived_seed(run.seed, "pruning"))
-        training = Training(model, train, task, settings, run.seed, epoch_done)
+        training = Training(model, train, task, settings, run.seed, epoch_done, memory)
         before = None
 
         def prune() -> None:
             if isinstance(criterion, ChannelCriterion):
                 criterion.cut(model, run.sparsity, *training.batches(1)[0])
+            elif isinstance(criterion, ChannelTrainingCriterion):
+                criterion.train(model, run.sparsity, training)
             elif isinstance(criterion, TrainingCriterion):
                 criterion.train(model, parameters - kept + basis_parameters, training)
             else:
                 criterion.prune(model, parameters - kept + basis_parameters)
 
-        if isinstance(criterion, TrainingCriterion):
+        if isinstance(criterion, (TrainingCriterion, ChannelTrainingCriterion)):
             prune()
         elif criterion.when == "after training":
             training.train()
@@ -137,7 +141,7 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None) 
 def epochs_of(run: Run, settings: Settings) -> int:
     """How many epochs a run takes."""
     criterion = criteria.load(run.criterion)
-    if isinstance(criterion, TrainingCriterion):
+    if isinstance(criterion, (TrainingCriterion, ChannelTrainingCriterion)):
         return criterion.trainings * settings.epochs + criterion.finetunings * settings.finetune_epochs
     return settings.epochs + (settings.finetune_epochs if criterion.when == "after training" else 0)
 
@@ -189,4 +193,6 @@ def one_by_one(execute: Callable[[Run, Settings, EpochDone], Result]) -> Engine:
     return engine
 
 
-here = one_by_one(execute)
+def here(runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone) -> Outcomes:
+    """The engine that runs cells in this process, one after the other; what they train alike is trained once."""
+    yield from one_by_one(partial(execute, memory=Memory()))(runs, settings, began, epoch_done)

@@ -146,6 +146,32 @@ def _vgg(inputs: int, *widths: int | str) -> nn.Module:
     return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == width else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+        self.shortcut = nn.Sequential()
+        if inputs != width:
+            self.shortcut.append(nn.Conv2d(inputs, width, 1, stride, bias=False)).append(nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def _resnet(inputs: int, *widths: int) -> nn.Module:
+    """A 3x3 convolution and max pooling, residual blocks of these widths, mean pooling and a linear layer."""
+    first = widths[0]
+    stem = [nn.Conv2d(inputs, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)]
+    blocks = [_Residual(*pair) for pair in zip((first, *widths), widths, strict=False)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
 TASKS = {
     "digits": Task(
         "scikit-learn's digits: real handwriting, 8x8 pixels, 898 images to train and 899 to test; "
@@ -158,6 +184,14 @@ TASKS = {
         "32, 64, 64, 128, 128 channels), 8.7 million multiply-adds",
         _cifar10,
         lambda: _vgg(3, 16, "M", 32, "M", 64, 64, "M", 128, 128),
+        _mirrored,
+        _CIFAR10,
+    ),
+    "cifar10-resnet": Task(
+        "CIFAR-10: photographs, 32x32 pixels, mirrored by chance in training; a small ResNet of a 3x3 convolution (32 "
+        "channels) and three residual blocks (32, 64, 128 channels), 12.9 million multiply-adds",
+        _cifar10,
+        lambda: _resnet(3, 32, 64, 128),
         _mirrored,
         _CIFAR10,
     ),

@@ -208,12 +208,12 @@ def test_gradients_that_an_importance_has_gathered_are_read_in_their_own_gauge()
 
 
 def test_grouped_transposed_filters() -> None:
-    from ip_plugin.adapters.torch_pruning_variety import _filters
+    from ip_plugin.adapters.torch_pruning_variety import made_by
 
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
     graph = tp.DependencyGraph().build_dependency(nn.Sequential(layer, nn.Conv2d(6, 2, 1)), torch.zeros(1, 4, 5, 5))
     (group,) = [g for g in graph.get_all_groups() if g[0].dep.target.module is layer]
-    found = _filters(group, 6)
+    found = made_by(group, 6, lambda module: module.weight.detach())
     assert found is not None
     # Output 4 is the second of the second group: it reads inputs 2 and 3.
     torch.testing.assert_close(found[4], layer.weight.detach()[2:4, 1].flatten())

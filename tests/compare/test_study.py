@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from ip_plugin import interspace, masks, report
-from ip_plugin.adapters import ChannelCriterion, TrainingCriterion, torch_prune
+from ip_plugin.adapters import ChannelCriterion, Criterion, torch_prune
 from ip_plugin.compare import config, criteria
 from ip_plugin.compare import report as shown
 from ip_plugin.compare.config import Run, Settings, Study
@@ -153,13 +153,11 @@ def test_criteria_prune_in_either_space() -> None:
         for convert in (False, True):
             model = TASKS["digits"].network()
             model = interspace(model) if convert else model
-            if isinstance(criterion, TrainingCriterion):
-                continue  # test_method_criteria.py
             if isinstance(criterion, ChannelCriterion):
                 criterion.cut(model, 0.5, images, labels)
                 assert [module.out_channels for module in model if isinstance(module, nn.Conv2d)] == [16, 32, 32], name
                 assert all(p.grad is None for p in model.parameters())
-            else:
+            elif isinstance(criterion, Criterion):  # others: test_method_criteria.py, test_channel_criteria.py
                 criterion.prune(model, 50000)
                 assert report(model).prunable.nonzeros == 6224, name
 

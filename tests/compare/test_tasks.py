@@ -163,8 +163,23 @@ def test_the_networks() -> None:
     torch.manual_seed(0)
     found = report(CIFAR10.network(), torch.zeros(1, 3, 32, 32))
     assert found.prunable.parameters == 282800 and found.prunable.macs_dense == 8_701_184
+    found = report(TASKS["cifar10-resnet"].network(), torch.zeros(1, 3, 32, 32))
+    # 3x3: 3 to 32; 32 to 32, twice; 32 to 64 to 64; 64 to 128 to 128; two 1x1 shortcuts; a linear layer.
+    assert found.prunable.parameters == 9 * (96 + 2 * 1024 + 2048 + 4096 + 8192 + 16384) + 2048 + 8192 + 1280
+    assert found.prunable.macs_dense == 12_944_640
     convolutions = [m for m in TASKS["digits"].network().modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [32, 64, 64]
+
+
+def test_the_residual_network_adds_what_its_blocks_compute() -> None:
+    torch.manual_seed(0)
+    network: Any = TASKS["cifar10-resnet"].network().eval()
+    stem, blocks = network[:4], network[4:7]
+    x = stem(torch.randn(2, 3, 32, 32))
+    assert x.shape == (2, 32, 16, 16)
+    assert torch.equal(blocks[0](x), torch.relu(blocks[0].body(x) + x))  # an identity
+    shapes = [tuple((x := block(x)).shape) for block in blocks]
+    assert shapes == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 128, 4, 4)]
 
 
 def test_a_run_on_cifar10_learns(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
     python benchmarks/readme_tables.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` and is made from the folder
-``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written.
+``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written. ``<!-- variety: NAME -->`` stands before
+that of criteria with filter variety and without.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ip_plugin.compare import criteria
-from ip_plugin.compare.config import SPACES, Study
-from ip_plugin.compare.report import Spread, summarize
+from ip_plugin.compare.config import SPACES, Run, Study
+from ip_plugin.compare.pairs import pairs, shown
+from ip_plugin.compare.report import SHORT, summarize
 from ip_plugin.compare.results import read
+from ip_plugin.compare.runs import Result
+from ip_plugin.compare.spread import Spread
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,13 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def table(folder: Path) -> str:
     """A study's table in Markdown: one row for each criterion, two columns for each sparsity; losses are bold."""
-    rows = read(folder / "results.csv")
-    study = Study(
-        criteria=tuple(dict.fromkeys(run.criterion for run in rows)),
-        sparsities=tuple(sorted({run.sparsity for run in rows})),
-        seeds=tuple(sorted({run.seed for run in rows})),
-        spaces=SPACES,
-    )
+    study, rows = measured(folder)
     lines = {(line.criterion, line.sparsity): line for line in summarize(study, rows)}
     heads = ["criterion", *(f"{head} {100 * s:g} %" for s in study.sparsities for head in ("SP at", "IP − SP at"))]
     body = []
@@ -36,6 +35,37 @@ def table(folder: Path) -> str:
         found = [lines[name, sparsity] for sparsity in study.sparsities]
         cells = [cell for line in found for cell in (str(line.accuracy["spatial"] or "–"), signed(line.difference))]
         body.append([criteria.load(name).title, *cells])
+    return markdown(heads, body)
+
+
+def variety_table(folder: Path) -> str:
+    """One row for each criterion in each space: without variety, what variety adds, and p of a paired t-test."""
+    study, rows = measured(folder)
+    found = {(pair.criterion, pair.space, pair.sparsity): pair for pair in pairs(study, rows)}
+    heads = ["criterion", *(head for s in study.sparsities for head in (f"at {100 * s:g} %", "with variety", "p"))]
+    body = []
+    for name, space in dict.fromkeys(key[:2] for key in found):
+        row = [f"{criteria.load(name).title}, {SHORT[space]}"]
+        for sparsity in study.sparsities:
+            pair = found.get((name, space, sparsity))
+            row += ["–"] * 3 if pair is None else [str(pair.without), signed(pair.difference), shown(pair.p)]
+        body.append(row)
+    return markdown(heads, body)
+
+
+def measured(folder: Path) -> tuple[Study, Mapping[Run, Result]]:
+    """The grid that a folder holds, and its results."""
+    rows = read(folder / "results.csv")
+    study = Study(
+        criteria=tuple(dict.fromkeys(run.criterion for run in rows)),
+        sparsities=tuple(sorted({run.sparsity for run in rows})),
+        seeds=tuple(sorted({run.seed for run in rows})),
+        spaces=SPACES,
+    )
+    return study, rows
+
+
+def markdown(heads: list[str], body: list[list[str]]) -> str:
     marks = ["---", *["--:"] * (len(heads) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, marks, *body])
 
@@ -50,8 +80,9 @@ def signed(spread: Spread | None) -> str:
 
 def filled(readme: str) -> str:
     """The README with its tables made anew."""
-    pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end of table -->)", flags=re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}{table(RESULTS / found[2])}{found[3]}", readme)
+    kinds = {"table": table, "variety": variety_table}
+    pattern = re.compile(r"(<!-- (table|variety): ([\w/]+) -->\n).*?(\n<!-- end of table -->)", flags=re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}{kinds[found[2]](RESULTS / found[3])}{found[4]}", readme)
 
 
 if __name__ == "__main__":

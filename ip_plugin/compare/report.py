@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING
 from ip_plugin.adapters import cuts_channels
 
 from . import criteria
+from . import pairs as variety
 from .config import Run, Space, Study
 from .results import versions
 from .runs import Result
+from .spread import Spread
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -22,30 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean and the sample standard deviation around it (0 where there is one value)."""
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
-        """None where there is nothing to average.
-
-        >>> Spread.of([1.0, 2.0, 3.0])
-        Spread(mean=2.0, deviation=1.0, count=3)
-        """
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(statistics.fmean(values), deviation, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +80,7 @@ def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
 def cells(line: Line, study: Study) -> list[str]:
     """A line of the table as text."""
     accuracies = [str(line.accuracy[space] or "–") for space in study.spaces]
-    difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else _signed(line.difference)]
+    difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else line.difference.signed]
     left = " or ".join(f"{count:,}" for count in line.parameters_left) or "–"
     macs = [" or ".join(f"{share:.1%}" for share in line.macs_left) or "–"] if shows_macs(study) else []
     return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left, *macs]
@@ -120,10 +97,6 @@ def headers(study: Study) -> list[str]:
     difference = [] if len(study.spaces) < 2 else ["IP − SP"]
     macs = ["MACs left"] if shows_macs(study) else []
     return ["criterion", "sparsity", *accuracies, *difference, "parameters left", *macs]
-
-
-def _signed(spread: Spread) -> str:
-    return f"{spread.mean:+.1f} ± {spread.deviation:.1f}".replace("-", "−")
 
 
 def table(study: Study, lines: Sequence[Line]) -> Table:
@@ -148,6 +121,22 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
         if index and line.criterion != lines[index - 1].criterion:
             found.add_section()
         found.add_row(*cells(line, study))
+    return found
+
+
+def variety_table(pairs: Sequence[variety.Pair]) -> Table:
+    """The table of criteria with variety and without, for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    found = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title="With filter variety and without: accuracy, pairs of equal seed, a paired t-test",
+    )  # fmt: skip
+    for index, header in enumerate(variety.HEADERS):
+        found.add_column(header, **({"overflow": "fold"} if index == 0 else {"justify": "right", "no_wrap": True}))
+    for pair in pairs:
+        found.add_row(*variety.cells(pair))
     return found
 
 
@@ -230,8 +219,8 @@ def image(figure: Figure, kind: str) -> bytes:
     return out.getvalue()
 
 
-def page(study: Study, lines: Sequence[Line], svg: str, command: str) -> str:
-    """The HTML page: table, plot, settings and remarks, nothing outside of it needed."""
+def page(study: Study, lines: Sequence[Line], pairs: Sequence[variety.Pair], svg: str, command: str) -> str:
+    """The HTML page: tables, plot, settings and remarks, nothing outside of it needed."""
     from jinja2 import Environment
 
     template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -241,7 +230,9 @@ def page(study: Study, lines: Sequence[Line], svg: str, command: str) -> str:
         headers=headers(study),
         rows=[cells(line, study) for line in lines],
         svg=svg[svg.index("<svg") :],
-        remarks=remarks(lines),
+        remarks=remarks(lines) + variety.remarks(pairs),
+        variety_headers=variety.HEADERS,
+        variety_rows=[variety.cells(pair) for pair in pairs],
         settings=vars(study.settings),
         seeds=study.seeds,
         criteria={name: criteria.load(name) for name in study.criteria},

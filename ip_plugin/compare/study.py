@@ -13,6 +13,8 @@ from ip_plugin.files import write_whole
 
 from . import report
 from .config import Run, Study
+from .pairs import pairs
+from .pairs import remarks as variety_remarks
 from .results import Results
 from .runs import Engine, epochs_of, here
 
@@ -68,7 +70,10 @@ def compare(
         write(study, results, command)
     lines = report.summarize(study, results.rows)
     console.print(report.table(study, lines))
-    for remark in report.remarks(lines):
+    found = pairs(study, results.rows)
+    if found:
+        console.print(report.variety_table(found))
+    for remark in (*report.remarks(lines), *variety_remarks(found)):
         console.print(f"- {remark}")
     for run, failure in failures.items():
         console.print(f"failed: {run}: {type(failure).__name__}: {failure}", style="red", markup=False)
@@ -83,7 +88,9 @@ def write(study: Study, results: Results, command: str) -> None:
     svg = report.image(figure, "svg")
     write_whole(results.folder / "accuracy.png", report.image(figure, "png"))
     write_whole(results.folder / "accuracy.svg", svg)
-    write_whole(results.folder / "report.html", report.page(study, lines, svg.decode(), command))
+    write_whole(
+        results.folder / "report.html", report.page(study, lines, pairs(study, results.rows), svg.decode(), command)
+    )
 
 
 def _progress(console: Console) -> Progress:

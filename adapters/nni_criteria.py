@@ -8,13 +8,14 @@ from typing import Any
 import nni
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from nni.compression import TorchEvaluator
 from nni.compression.base.setting import PruningSetting
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ip_plugin import prunable
-from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion, torch_prune
+from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion, torch_prune, torch_pruning
 from ip_plugin.adapters.nni import (
     FPGMPruner,
     L1NormPruner,
@@ -26,6 +27,7 @@ from ip_plugin.adapters.nni import (
     speedup,
 )
 from ip_plugin.adapters.nni_variety import with_variety
+from ip_plugin.adapters.torch_pruning_variety import MAKERS
 from ip_plugin.layer import Layer, layers
 
 
@@ -89,7 +91,12 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
     convolutions = [layer for layer in layers(model) if isinstance(layer.module, _ConvNd)]
     for layer in convolutions:
         _register(layer.module)
-    entries = [{"op_names": [layer.name for layer in convolutions], "sparse_ratio": ratio}]
+    groups = _coupled(model, images[:1])
+    entries = [
+        {"op_names": [layer.name], "sparse_ratio": ratio}
+        | ({"dependency_group_id": groups[layer.name]} if layer.name in groups else {})
+        for layer in convolutions
+    ]
     if issubclass(pruner, TaylorPruner):
         found = pruner(model, entries, _gradients(model, images, labels), training_steps=1)
     else:
@@ -97,6 +104,18 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
     _, masks = found.compress()
     speedup(finish(found), masks, images[:1])
     model.zero_grad()
+
+
+def _coupled(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """A name for each set of layers whose outputs are added, by layer: they must lose the same channels."""
+    names = {layer.module: layer.name for layer in layers(model)}
+    graph = torch_pruning.pruner(tp.pruner.BasePruner, model, example, importance=tp.importance.RandomImportance()).DG
+    found: dict[str, str] = {}
+    for number, group in enumerate(graph.get_all_groups()):
+        makers = [names[item.dep.target.module] for item in group.items if item.dep.handler in MAKERS]
+        if len(makers) > 1:
+            found |= dict.fromkeys(makers, str(number))
+    return found
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluator:

@@ -77,7 +77,7 @@ def made_by(group: Any, count: int, values: Callable[[nn.Module], Tensor | None]
     rows: list[Tensor] = []
     for item in group.items:
         layer = item.dep.target.module
-        if item.dep.handler not in _MAKERS or None in item.root_idxs:
+        if item.dep.handler not in MAKERS or None in item.root_idxs:
             continue
         found = values(layer)
         if found is not None:
@@ -93,7 +93,8 @@ def _weight(layer: nn.Module) -> Tensor:
     return found.detach()
 
 
-_MAKERS = (
+#: The host's functions that cut what makes a channel.
+MAKERS = (
     tp.pruner.function.prune_conv_out_channels,
     tp.pruner.function.prune_linear_out_channels,
     tp.pruner.function.prune_depthwise_conv_out_channels,

@@ -81,7 +81,7 @@ def signed(spread: Spread | None) -> str:
 def filled(readme: str) -> str:
     """The README with its tables made anew."""
     kinds = {"table": table, "variety": variety_table}
-    pattern = re.compile(r"(<!-- (table|variety): ([\w/]+) -->\n).*?(\n<!-- end of table -->)", flags=re.DOTALL)
+    pattern = re.compile(r"(<!-- (table|variety): ([\w/-]+) -->\n).*?(\n<!-- end of table -->)", flags=re.DOTALL)
     return pattern.sub(lambda found: f"{found[1]}{kinds[found[2]](RESULTS / found[3])}{found[4]}", readme)
 
 

@@ -171,8 +171,12 @@ def test_gradients_of_the_training_are_no_part_of_a_score() -> None:
     assert torch.equal(*kept)
 
 
-@pytest.mark.parametrize("name", ["tp:l1+variety", "tp:movement", "tp:ticket"])
+@pytest.mark.parametrize(
+    "name", ["tp:l1+variety", "tp:movement", "tp:ticket", "nni:l1_norm", "nni:l1_norm+variety", "nni:taylor+variety"]
+)
 def test_the_residual_network_is_cut_to_the_same_shape_in_both_spaces(name: str) -> None:
+    if name.startswith("nni"):
+        pytest.importorskip("nni")
     shapes = []
     for space in config.SPACES:
         torch.manual_seed(0)

@@ -48,11 +48,12 @@ class Memory:
     def recall(self, training: Training) -> tuple[str, bool]:
         """A name for a training that is to begin now; whether it is known, and has ended now."""
         model = training.model
-        key = hashlib.sha256(repr((model, [p.requires_grad for p in model.parameters()])).encode())
+        key = hashlib.sha256(repr(model).encode())
         numbers: dict[int, int] = {}  # tell which names are one tensor
         for name, tensor in _tensors(model):
             number = numbers.setdefault(id(tensor), len(numbers))
-            key.update(f"{name} {number} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}".encode())
+            layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
+            key.update(f"{name} {number} {layout}".encode())
             key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for state in (training.order.get_state(), torch.get_rng_state()):
             key.update(state.numpy().tobytes())

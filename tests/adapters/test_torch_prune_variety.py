@@ -126,9 +126,9 @@ def test_what_is_pruned_stays_so_and_is_compared_with_nothing(space: str, by: st
 
 
 def test_filters_are_compared_without_their_masked_entries() -> None:
-    """Where half of each is masked, the two that are alike there go first; by all their entries they are not alike."""
+    """By what is left the first two are alike and the first is the weaker one; by all entries neither holds."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
-    model[0].weight.data = torch.tensor([[1.0, 0.0, 9.0, 0.0], [2.0, 0.1, 0.0, 9.0], [0.0, 0.5, 9.0, 0.0]])
+    model[0].weight.data = torch.tensor([[1.0, 0.0, 20.0, 0.0], [2.0, 0.1, 0.0, 9.0], [0.0, 0.5, 20.0, 0.0]])
     set_masks(model, {"0": torch.tensor([[True, True, False, False]] * 3)})
     prune.ln_structured(model[0], "weight", 1, 1)
     assert masks(model)["0"].tolist() == [[False] * 4, [True, True, False, False], [True, True, False, False]]

@@ -456,6 +456,24 @@ class NoBatchesError(InterspaceError):
         )
 
 
+class TwinMismatchError(InterspaceError):
+    """A dense network that is not the one which was pruned."""
+
+    def __init__(self, layer: str, shape: tuple[int, ...], found: str) -> None:
+        super().__init__(
+            "The dense network must have every prunable layer of the model, in the same shape.",
+            f"layer {layer!r} of shape {shape}, and {found} in the dense network",
+            "pass a copy of the model from before it was pruned: copy.deepcopy(model)",
+        )
+
+
+class InvalidRidgeError(InterspaceError):
+    """A ridge that is none."""
+
+    def __init__(self, ridge: object) -> None:
+        super().__init__("`ridge` must be a finite number of at least 0.", f"{ridge!r}", "leave it out, or pass 0.01")
+
+
 class InvalidBatchError(InterspaceError):
     """A batch that is no pair."""
 

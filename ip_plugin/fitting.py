@@ -195,6 +195,7 @@ def _descend(
         for group, product in products.items():
             left, _, right = torch.linalg.svd(product)
             found[group] = left @ right
+        sparse.clear()  # before the next ones are made
         sparse, error = _kept(layers, keep, found)
         watch(error)
         if not error < errors[-1] * (1 - tolerance):

@@ -7,6 +7,7 @@ What an entry is worth (`scores`), which entries go (`selection`), and when: onc
 from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
 from .fitted import prune_fitted
+from .reconstruction import reconstruct, reestimate_batch_norm
 from .schedules import Gradual, Score, prune
 from .scores import Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
 from .selection import Masks, NofM, Scope, apply_masks, erk, select
@@ -35,6 +36,8 @@ __all__ = [
     "prune_fitted",
     "random",
     "ranks",
+    "reconstruct",
+    "reestimate_batch_norm",
     "select",
     "snip",
     "synflow",

@@ -59,8 +59,8 @@ def derive(
     with pure(inner):
         leaves, tensors = _leaves(inner, found)
         for number, batch in enumerate(batches):
-            inputs, targets = _pair(batch)
-            value = _checked_loss(loss(_call(inner, tensors, inputs), targets))
+            inputs, targets = pair(batch)
+            value = _checked_loss(loss(call(inner, tensors, inputs), targets))
             derived = derivative(value, leaves)
             del value
             derived = [d.detach().to(sum_dtype(d)) for d in derived]
@@ -79,14 +79,16 @@ def derive(
     return found, sums
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def pair(batch: Any) -> tuple[Any, Any]:
+    """The inputs and the targets of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise InvalidBatchError(f"a {type(batch).__name__}{length}")
     return batch[0], batch[1]
 
 
-def _call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
+def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
+    """The outputs of a model in which these tensors have the place of its own."""
     if isinstance(inputs, Mapping):
         return functional_call(model, tensors, (), dict(inputs))
     return functional_call(model, tensors, inputs if isinstance(inputs, tuple) else (inputs,))

@@ -1,20 +1,26 @@
-"""Pruning a trained network at once, without data, in bases that are fitted to its kernels."""
+"""Pruning a trained network without training it, in bases that are fitted to its kernels."""
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor, nn
 
-from ..errors import InvalidScopeError, LayerCollapseWarning
+from ..errors import InvalidScopeError, NonFiniteScoresError
 from ..fitting import Keep, Kernels, fit, kernel_rows, largest
 from ..layer import Layer, layers
 from ..model import Model, Sharing, bake, groups_of, interspace
+from .derivatives import Batches, pair
+from .reconstruction import estimates, reconstruct, reestimate_batch_norm
+from .schedules import Score, prune, whole
 from .scores import magnitude
-from .selection import apply_masks, select
+from .selection import least, pruned
+
+#: Rounds of pruning where there is data.
+_ROUNDS = 4
 
 
 def prune_fitted(
@@ -24,14 +30,21 @@ def prune_fitted(
     sharing: Sharing | None = None,
     scope: Literal["global", "layer"] = "global",
     floor: int = 0,
+    score: Score = magnitude,
+    batches: Batches | None = None,
+    rounds: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Model:
     """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.fitting`.
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
-    scope (without a floor). 1x1 convolutions and linear layers have no basis; they are pruned by magnitude, in the same
-    budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+    scope (without a floor, and by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned in
+    the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+
+    With a few batches, the outputs are what counts: pruning goes in rounds, what is left is fitted to the outputs of
+    the dense network after each of them (`reconstruct`), and the statistics of BatchNorms are estimated anew in the end
+    (`reestimate_batch_norm`).
 
     Args:
         model: changed in place. Plain, or in the interspace: then its bases are replaced, and the masks that it has
@@ -42,6 +55,10 @@ def prune_fitted(
         scope: ``"global"``: one threshold, so that the last entry which each layer loses adds equally to the error;
             ``"layer"``: every layer has the same sparsity.
         floor: how many entries every layer keeps at least.
+        score: what is kept, in the fitted bases; `ip_plugin.methods.lamp` leaves more of late layers.
+        batches: pairs (inputs, targets), as `reconstruct` takes them. The model is copied, so it must be one that
+            ``copy.deepcopy`` takes (`ip_plugin.adopt_masks` helps where `torch.nn.utils.prune` has left masks).
+        rounds: as in `prune`; None is 1 without batches and 4 with them.
         seed: of the sample of kernels that is looked at first.
         progress: show a progress bar (of the package rich) while bases are fitted.
 
@@ -49,7 +66,8 @@ def prune_fitted(
         The model, in the interspace and masked.
 
     Raises:
-        InvalidScopeError, and as `ip_plugin.interspace` and `select`: the model is as it was.
+        InvalidScopeError, InvalidScheduleError, NoBatchesError, InvalidBatchError, and as `ip_plugin.interspace` and
+            `select`: the model is as it was.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> model = prune_fitted(model, sparsity=0.8)
@@ -59,20 +77,47 @@ def prune_fitted(
     """
     if scope not in ("global", "layer"):
         raise InvalidScopeError(scope)
+    found_layers = list(layers(model))
+    sizes = [layer.coefficients.numel() for layer in found_layers]
+    least(floor, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
+    if rounds is not None:
+        whole(rounds, "rounds", 1)
     groups = _groups(model, sharing)
-    with warnings.catch_warnings():  # all that can be wrong is refused here; what is kept is chosen at the end
-        warnings.simplefilter("ignore", LayerCollapseWarning)
-        select(magnitude(model), sparsity=sparsity, scope=scope, floor=floor)
-    shared = {layer.name: number for number, members in enumerate(groups) for layer in members}
-    kernels = [_kernels(layer, shared.get(layer.name)) for layer in layers(model)]
-    keep = largest(1 - sparsity) if scope == "global" else _of_each(largest(1 - sparsity))
-    with _watched(progress) as round_done:
-        found = fit(kernels, keep, seed=seed, round_done=round_done)
+    _check_finite(found_layers)
+    dense = None
+    if batches is not None:
+        batches = list(batches)
+        estimates(model, [pair(batch)[0] for batch in batches])  # that it runs on them
+        dense = copy.deepcopy(model)
+    found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)
     for number, members in enumerate(groups):
         names = [layer.name for layer in members]
-        interspace(model, basis=found.bases[number], sharing=lambda *_: 0, layers=names)
-    return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope=scope, floor=floor))
+        interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names)
+    if batches is None or dense is None:
+        return prune(model, score, sparsity=sparsity, rounds=rounds or 1, scope=scope, floor=floor)
+    prune(
+        model, score, sparsity=sparsity, rounds=rounds or _ROUNDS, scope=scope, floor=floor,
+        after_round=lambda: reconstruct(model, dense, batches),
+    )  # fmt: skip
+    return reestimate_batch_norm(model, batches)
+
+
+def _fit(
+    model: nn.Module, groups: list[list[Layer]], density: float, scope: str, seed: int, progress: bool
+) -> dict[int, Tensor]:
+    shared = {layer.name: number for number, members in enumerate(groups) for layer in members}
+    kernels = [_kernels(layer, shared.get(layer.name)) for layer in layers(model)]
+    keep = largest(density) if scope == "global" else _of_each(largest(density))
+    with _watched(progress) as round_done:
+        return fit(kernels, keep, seed=seed, round_done=round_done).bases
+
+
+def _check_finite(found: Sequence[Layer]) -> None:
+    for layer in found:
+        bad = int(layer.coefficients.numel() - layer.coefficients.detach().isfinite().sum())
+        if bad:
+            raise NonFiniteScoresError(f"layer {layer.name!r}", bad)
 
 
 def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[Layer]]:

@@ -26,6 +26,7 @@ def prune(
     rounds: int = 1,
     scope: Scope = "global",
     floor: int = 0,
+    after_round: Callable[[], object] = lambda: None,
 ) -> Model:
     """Prune at once, or in rounds that score anew what is left: round k of n goes to density ``d**(k / n)``.
 
@@ -35,6 +36,7 @@ def prune(
         sparsity: of the prunable tensors at the end; rounds that would leave more than there is are passed over.
         rounds: 100 for SynFlow (Tanaka et al. 2020, arXiv 2006.05467), a few for iterative SNIP.
         scope, floor: see `select`.
+        after_round: called after each round that has pruned, the last one included; `reconstruct` for example.
 
     Returns:
         The model.
@@ -60,6 +62,8 @@ def prune(
         partly = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
         if done == rounds or partly > pruned_share(scores):
             apply_masks(model, select(scores, sparsity=partly, scope=scope, floor=floor))
+            del scores
+            after_round()
     return model
 
 

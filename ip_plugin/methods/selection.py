@@ -137,20 +137,20 @@ def select(
         raise InvalidScopeError(scope)
     values = [_flat(score) for score in scores.values()]
     sizes = [len(value) for value in values]
-    keep = sum(sizes) - _pruned(sparsity, count, sum(sizes))
+    keep = sum(sizes) - pruned(sparsity, count, sum(sizes))
     left = [int((value > -math.inf).sum()) for value in values]
     if keep > sum(left):
         raise AlreadySparserError(keep, sum(left))
-    least = _least(floor, left, keep)
+    bounds = least(floor, left, keep)
     if scope == "global":
         device = values[0].device
         held = [
-            v.masked_fill(keep_largest([v], f)[0], math.inf) if f else v for v, f in zip(values, least, strict=True)
+            v.masked_fill(keep_largest([v], f)[0], math.inf) if f else v for v, f in zip(values, bounds, strict=True)
         ]
         kept = keep_largest([h.to(device) for h in held], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
-        counts = _whole(_shares(weights, least, left, Fraction(keep)))
+        counts = _whole(_shares(weights, bounds, left, Fraction(keep)))
         kept = [keep_largest([value], n)[0] for value, n in zip(values, counts, strict=True)]
     masks = {
         where: mask.reshape(score.shape).to(score.device)
@@ -259,8 +259,8 @@ def _fraction(value: object) -> float:
     return float(value)
 
 
-def _pruned(sparsity: object, count: object, size: int) -> int:
-    """How many entries of `size` are to be pruned."""
+def pruned(sparsity: object, count: object, size: int) -> int:
+    """How many entries of `size` are to be pruned; raises as `select`."""
     if (sparsity is None) == (count is None):
         raise InvalidAmountError((sparsity, count) if count is not None else None, size)
     if sparsity is None:
@@ -270,13 +270,14 @@ def _pruned(sparsity: object, count: object, size: int) -> int:
     return round(_fraction(sparsity) * size)
 
 
-def _least(floor: object, left: Sequence[int], keep: int) -> list[int]:
+def least(floor: object, left: Sequence[int], keep: int) -> list[int]:
+    """How many entries each layer keeps at least, of those that it has left; raises as `select`."""
     if not is_count(floor):
         raise InvalidFloorError(f"{floor!r}")
-    least = [min(int(floor), n) for n in left]
-    if sum(least) > keep:
+    bounds = [min(int(floor), n) for n in left]
+    if sum(bounds) > keep:
         raise InvalidFloorError(f"{floor} for each of {len(left)} layers, {keep} entries kept in all")
-    return least
+    return bounds
 
 
 def _check(scores: Mapping[Target, Tensor]) -> None:

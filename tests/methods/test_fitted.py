@@ -9,15 +9,35 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from kinds import KINDS
 from torch import Tensor, nn
 
-from ip_plugin import bake, interspace, masks, param_groups, report, set_masks
-from ip_plugin.adapters import method_criteria
-from ip_plugin.errors import AlreadyPrunedError, InvalidAmountError, InvalidFloorError, InvalidScopeError
+from ip_plugin import adopt_masks, bake, interspace, masks, param_groups, prunable, report, set_masks
+from ip_plugin.adapters import method_criteria, torch_prune, torch_pruning
+from ip_plugin.errors import (
+    AlreadyPrunedError,
+    InvalidAmountError,
+    InvalidBatchError,
+    InvalidFloorError,
+    InvalidScheduleError,
+    InvalidScopeError,
+    NoBatchesError,
+    NonFiniteScoresError,
+)
 from ip_plugin.fitting import fit
 from ip_plugin.layer import layers
-from ip_plugin.methods import apply_masks, fitted, magnitude, prune, prune_fitted, select
+from ip_plugin.methods import (
+    apply_masks,
+    fitted,
+    lamp,
+    magnitude,
+    prune,
+    prune_fitted,
+    reconstruct,
+    reestimate_batch_norm,
+    select,
+)
 
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -179,3 +199,118 @@ def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() ->
     criterion.prune(inter, 3000)
     assert sum(int((~mask).sum()) for mask in masks(inter).values()) == 3000
     assert error(inter, original) < error(twin, original)
+
+
+BATCHES = [(torch.rand(16, 3, 10, 10, generator=torch.Generator().manual_seed(n)), None) for n in range(3)]
+
+
+def distance(model: nn.Module, dense: nn.Module) -> float:
+    return sum(float((model.eval()(x) - dense.eval()(x)).detach().square().sum()) for x, _ in BATCHES)
+
+
+@pytest.mark.parametrize("score", [magnitude, lamp])
+def test_with_data_the_outputs_are_nearer_and_the_counts_as_exact(score: Any) -> None:
+    dense = reestimate_batch_norm(network(), BATCHES)
+    free = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score)
+    model = copy.deepcopy(dense).train()
+    assert prune_fitted(model, sparsity=0.8, score=score, batches=iter(BATCHES)) is model
+    assert all(module.training for module in model.modules())
+    assert report(model).prunable.nonzeros == report(free).prunable.nonzeros
+    once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
+    assert distance(model, dense) < 0.5 * distance(free, dense)
+    assert distance(model, dense) < distance(once, dense) < 0.7 * distance(free, dense)
+    twin = copy.deepcopy(model)
+    reestimate_batch_norm(twin, BATCHES)
+    assert torch.equal(twin[1].running_var, model[1].running_var)
+
+
+def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
+    densities: list[float] = []
+
+    def watched(model: Any, *rest: Any) -> Any:
+        densities.append(1 - report(model).prunable.sparsity)
+        return reconstruct(model, *rest)
+
+    monkeypatch.setattr(fitted, "reconstruct", watched)
+    prune_fitted(network(), sparsity=0.84, batches=BATCHES, rounds=2)
+    assert densities == pytest.approx([0.4, 0.16], abs=1e-3)
+    densities.clear()
+    prune_fitted(network(), sparsity=0.84, batches=BATCHES)
+    assert len(densities) == 4
+
+
+BAD_DATA: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "no batches": ({"batches": []}, NoBatchesError),
+    "no pairs": ({"batches": [X]}, InvalidBatchError),
+    "inputs that it does not take": ({"batches": [*BATCHES, (X[:, :2], None)]}, RuntimeError),
+    "rounds": ({"batches": BATCHES, "rounds": 0}, InvalidScheduleError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused_and_changes_nothing(name: str) -> None:
+    options, kind = BAD_DATA[name]
+    model = network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(kind):
+        prune_fitted(model, sparsity=0.5, **options)
+    now = model.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)
+
+
+def test_infinite_values_are_refused_in_linear_layers_too() -> None:
+    model = network()
+    model[9].weight.data[0, 0] = math.inf
+    with pytest.raises(NonFiniteScoresError, match="layer '9'"):
+        prune_fitted(model, sparsity=0.5)
+    assert not masks(model) and not any(layer.interspace for layer in layers(model))
+
+
+@pytest.mark.parametrize("batches", [None, BATCHES])
+def test_torchs_pruning_goes_on_from_a_fitted_model(batches: Any) -> None:
+    model = prune_fitted(network(), sparsity=0.6, batches=batches)
+    before = masks(model)
+    torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=0.5)
+    after = masks(adopt_masks(model))
+    size = sum(mask.numel() for mask in before.values())
+    kept = size - round(0.6 * size)
+    assert report(model).prunable.nonzeros == kept - round(0.5 * kept)
+    assert not any((after[name] & ~mask).any() for name, mask in before.items())
+    model.eval()
+    outputs = model(X)
+    torch.testing.assert_close(bake(model)(X), outputs, atol=1e-5, rtol=1e-4)
+
+
+def test_torch_pruning_cuts_channels_of_a_fitted_model() -> None:
+    model = prune_fitted(network().eval(), sparsity=0.6)
+    basis = model[0].parametrizations.weight[0].basis
+    importance = tp.importance.MagnitudeImportance()
+    pruner = torch_pruning.pruner(
+        tp.pruner.BasePruner, model, X[:1], importance=importance, pruning_ratio=0.5, ignored_layers=[model[9]]
+    )
+    pruner.step()
+    assert model[0].weight.shape == (8, 3, 3, 3) and model[3].weight.shape == (8, 8, 3, 3)
+    assert masks(model)["3"].shape == (8, 8, 3, 3)
+    assert model[3].parametrizations.weight[0].basis is basis
+    outputs = model(X)
+    torch.testing.assert_close(bake(model)(X), outputs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_pruner_of_nni_goes_on_from_a_fitted_model() -> None:
+    nni = pytest.importorskip("ip_plugin.adapters.nni")
+    model = prune_fitted(network(), sparsity=0.5)
+    pruner = nni.L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    pruner.compress()
+    nni.finish(pruner)
+    empty = (~masks(model)["0"]).flatten(1).all(1)
+    assert int(empty.sum()) == 8
+    assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
+
+
+def test_a_fitted_model_loads_what_was_saved() -> None:
+    model = prune_fitted(network(), sparsity=0.8, batches=BATCHES).eval()
+    other = interspace(network(), basis="dct", sharing="model").eval()
+    set_masks(other, {"5": torch.ones(8, 16, 1, 1), "9": torch.ones(3, 8)})  # plain so far
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+    assert report(other).prunable == report(model).prunable

@@ -3,13 +3,15 @@
     python benchmarks/readme_tables.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` and is made from the folder
-``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written. ``<!-- variety: NAME -->`` stands before
-that of criteria with filter variety and without.
+``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written, or ``benchmarks/fitted.py``. ``<!-- variety:
+NAME -->`` stands before that of criteria with filter variety and without.
 """
 
 from __future__ import annotations
 
+import csv
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +72,23 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, marks, *body])
 
 
+def fitted_table(folder: Path) -> str:
+    """What ``benchmarks/fitted.py`` measured: two rows for each way to prune, one column for each sparsity."""
+    cells: dict[tuple[str, str, float], list[float]] = {}
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            for column in ("pruned", "finetuned"):
+                cells.setdefault((line["variant"], column, float(line["sparsity"])), []).append(float(line[column]))
+    sparsities = sorted({sparsity for _, _, sparsity in cells})
+    body = [["", "", *(f"{100 * s:g} %" for s in sparsities)], ["---", "---", *["--:"] * len(sparsities)]]
+    for variant in dict.fromkeys(name for name, _, _ in cells):
+        for column, title in (("pruned", "no training"), ("finetuned", "fine-tuned")):
+            found = [cells[variant, column, sparsity] for sparsity in sparsities]
+            texts = [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
+            body.append([variant if column == "pruned" else "", title, *texts])
+    return "\n".join(f"| {' | '.join(row)} |" for row in body)
+
+
 def signed(spread: Spread | None) -> str:
     """A difference; bold if it is a loss."""
     if spread is None:
@@ -80,9 +99,13 @@ def signed(spread: Spread | None) -> str:
 
 def filled(readme: str) -> str:
     """The README with its tables made anew."""
-    kinds = {"table": table, "variety": variety_table}
+    kinds = {"table": _made, "variety": variety_table}
     pattern = re.compile(r"(<!-- (table|variety): ([\w/-]+) -->\n).*?(\n<!-- end of table -->)", flags=re.DOTALL)
     return pattern.sub(lambda found: f"{found[1]}{kinds[found[2]](RESULTS / found[3])}{found[4]}", readme)
+
+
+def _made(folder: Path) -> str:
+    return table(folder) if (folder / "study.json").exists() else fitted_table(folder)
 
 
 if __name__ == "__main__":

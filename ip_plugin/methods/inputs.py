@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..layer import Layer
+from ..reparametrization import parametrizations
 from .derivatives import call, pure, sum_dtype
 
 #: Numbers in the patches that are held at once.
@@ -32,8 +33,7 @@ _FORWARDS = [
 
 def multiplies(layer: Layer) -> bool:
     """Whether a layer's outputs are its weight times patches of its input, as those of torch's own classes are."""
-    found = layer.parametrization
-    plain = found is None or len(layer.module.parametrizations.weight) == 1  # type: ignore[union-attr]
+    plain = layer.parametrization is None or len(parametrizations(layer.module).weight) == 1
     return plain and type(layer.module).forward in _FORWARDS
 
 
@@ -69,12 +69,13 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     if isinstance(module, _ConvTransposeNd):
         # A convolution, by the flipped kernel, of the input with zeros between its values.
         spread = x.new_zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True))))
-        spread[(..., *(slice(None, None, s) for s in stride))] = x
-        margins = []
-        for span, before, inside, outside in zip(spans, module.padding, spread.shape[2:], size, strict=True):
-            assert not isinstance(before, str)
-            margins.append((span - before, outside + before - inside))
-        x = F.pad(spread, [end for margin in reversed(margins) for end in margin])
+        places: list[Any] = [slice(None, None, step) for step in stride]
+        spread[(..., *places)] = x
+        ends: list[int] = []  # the last dimension first, as `pad` wants them
+        for axis in reversed(range(len(kernel))):
+            before = spans[axis] - int(module.padding[axis])
+            ends += [before, size[axis] + spans[axis] - before - spread.shape[axis + 2]]
+        x = F.pad(spread, ends)
         stride = [1] * len(kernel)
     else:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -84,7 +85,8 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     if isinstance(module, _ConvTransposeNd):
         x = x.flip(tuple(range(-len(kernel), 0)))
     parts = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
-    return parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
+    found: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
+    return found
 
 
 class Moments:
@@ -98,6 +100,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.samples = 0
+        self._sum = self._products = torch.empty(0)
 
     def add(self, seen: Tensor) -> None:
         """Take in ``(groups, samples, in / groups, N)``."""
@@ -135,8 +138,9 @@ def observe(
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
             last[:] = [(layer.name, y)]
+            size: tuple[int, ...] = ()
             if not isinstance(module, _ConvNd):
-                x, size, each = x.reshape(-1, x.shape[-1]), (), x.shape[-1]
+                x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
             else:
                 dimensions = len(module.kernel_size)
                 x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a single input may come without a batch

@@ -211,7 +211,8 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
     _, _, inputs, n = goal.shape
 
     def gradient(kernels: Tensor) -> Tensor:
-        return ((kernels.flatten(2) @ second).unflatten(2, (inputs, n)) @ basis.mT).mul_(mask)
+        by_kernel: Tensor = (kernels.flatten(2) @ second).unflatten(2, (inputs, n))
+        return (by_kernel @ basis.mT).mul_(mask)
 
     def error(kernels: Tensor) -> Tensor:
         return ((kernels.flatten(2) @ second) * kernels.flatten(2)).sum(2)[:, :, None, None]
@@ -219,7 +220,7 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
     blocks = second.unflatten(2, (inputs, n)).unflatten(1, (inputs, n)).diagonal(dim1=1, dim2=3)
     diagonal = torch.einsum("nk,gkli,nl->gin", basis, blocks, basis)[:, None]
     # What carries nothing, but for rounding, stays.
-    scale = torch.where(diagonal > 1e-6 * diagonal.amax(), diagonal.abs().rsqrt(), 0) * mask
+    scale = torch.where(diagonal > 1e-6 * diagonal.amax(), diagonal.abs().rsqrt(), 0)
     start = start * mask
     rest = goal - start @ basis
     before = error(rest)

@@ -83,7 +83,7 @@ def main() -> None:
         for sparsity in (0.8, 0.9):
             model = trained(seed, arguments.networks, settings, train)
             convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-            kernels = [kernel_rows(conv.weight) for conv in convolutions]
+            kernels = [kernel_rows(conv.weight).clone() for conv in convolutions]
             count = len(kernels)
             kept = round((1 - sparsity) * sum(each.numel() for each in kernels))
             stages = [conv.out_channels for conv in convolutions]

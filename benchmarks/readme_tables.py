@@ -3,15 +3,14 @@
     python benchmarks/readme_tables.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` and is made from the folder
-``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written, or ``benchmarks/fitted.py``. ``<!-- variety:
-NAME -->`` stands before that of criteria with filter variety and without.
+``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written, or ``benchmarks/fitted.py``.
+``<!-- variety: NAME -->`` stands before that of criteria with filter variety and without.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,18 +72,23 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
 
 
 def fitted_table(folder: Path) -> str:
-    """What ``benchmarks/fitted.py`` measured: two rows for each way to prune, one column for each sparsity."""
-    cells: dict[tuple[str, str, float], list[float]] = {}
+    """What ``benchmarks/fitted.py`` measured: two rows for each way to prune, one column for each sparsity.
+
+    Networks that not everything has been done with yet are left out.
+    """
+    cells: dict[tuple[str, str, float], dict[str, float]] = {}
     with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             for column in ("pruned", "finetuned"):
-                cells.setdefault((line["variant"], column, float(line["sparsity"])), []).append(float(line[column]))
+                place = line["variant"], column, float(line["sparsity"])
+                cells.setdefault(place, {})[line["seed"]] = float(line[column])
+    seeds = set.intersection(*(set(cell) for cell in cells.values()))
     sparsities = sorted({sparsity for _, _, sparsity in cells})
     body = [["", "", *(f"{100 * s:g} %" for s in sparsities)], ["---", "---", *["--:"] * len(sparsities)]]
     for variant in dict.fromkeys(name for name, _, _ in cells):
         for column, title in (("pruned", "no training"), ("finetuned", "fine-tuned")):
-            found = [cells[variant, column, sparsity] for sparsity in sparsities]
-            texts = [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
+            found = [[cells[variant, column, sparsity][seed] for seed in seeds] for sparsity in sparsities]
+            texts = [str(Spread.of(values)) for values in found]
             body.append([variant if column == "pruned" else "", title, *texts])
     return "\n".join(f"| {' | '.join(row)} |" for row in body)
 

@@ -165,11 +165,12 @@ def _means(
     """What holds the mean of a layer's outputs: (tensor, its value in the dense network, its sign)."""
     if isinstance(mine.module.bias, Tensor) and isinstance(its.module.bias, Tensor):
         return [(mine.module.bias.detach(), its.module.bias.detach(), 1)]
+    modules, others = dict(model.named_modules()), dict(dense.named_modules())
     found = []
     for name in takers:
-        norm, other = model.get_submodule(name), dense.get_submodule(name)
-        if isinstance(norm.running_mean, Tensor) and isinstance(other.running_mean, Tensor):
-            found.append((norm.running_mean, other.running_mean, -1))
+        norm, other = (getattr(where.get(name), "running_mean", None) for where in (modules, others))
+        if isinstance(norm, Tensor) and isinstance(other, Tensor):
+            found.append((norm, other, -1))
     return found
 
 

@@ -314,3 +314,12 @@ def test_a_fitted_model_loads_what_was_saved() -> None:
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(X), model(X))
     assert report(other).prunable == report(model).prunable
+
+
+@pytest.mark.parametrize("batches", [None, BATCHES])
+def test_the_score_and_the_scope_decide_what_is_kept(batches: Any) -> None:
+    options: list[dict[str, Any]] = [{}, {"score": lamp}, {"scope": "layer"}]
+    found = [masks(prune_fitted(network(), sparsity=0.8, batches=batches, rounds=1, **each)) for each in options]
+    densities = [[float(mask.float().mean()) for mask in each.values()] for each in found]
+    assert densities[2] == pytest.approx([0.2] * 5, abs=0.02)
+    assert abs(densities[0][-1] - densities[1][-1]) > 0.02 and abs(densities[0][-1] - 0.2) > 0.05

@@ -204,17 +204,18 @@ def test_nothing_else_changes() -> None:
     assert not any(p.grad is not None for p in dense.parameters())
 
 
-def test_layers_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("room", "expected"), [(1, [1, 1, 1, 1]), (27**2 + 72**2, [2, 2]), (5300, [1, 3])])
+def test_layers_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch, room: int, expected: list[int]) -> None:
     dense = network()
     model = prune(copy.deepcopy(dense), magnitude, sparsity=0.6, scope="layer")
     twin = copy.deepcopy(model)
     reconstruct(model, dense, BATCHES)
-    monkeypatch.setattr(reconstruction, "_AT_ONCE", 1)
+    monkeypatch.setattr(reconstruction, "_AT_ONCE", room)
     parts: list[int] = []
     observe = reconstruction.observe
     monkeypatch.setattr(reconstruction, "observe", lambda m, w, i: (parts.append(len(w)), observe(m, w, i))[1])
     reconstruct(twin, dense, BATCHES)
-    assert parts == [1, 1, 1, 1]
+    assert parts == expected
     assert same(twin, snapshot(model))
 
 
@@ -282,6 +283,7 @@ def test_a_call_that_fails_changes_nothing(name: str, kind: type[Exception], tex
 def test_statistics_are_those_of_the_batches() -> None:
     model, twin = network(), network()
     model[5].eval(), twin[5].eval()
+    model[1].running_mean.fill_(7.0), model[1].num_batches_tracked.fill_(7)
     twin[5].p = 0.0
     x = X * 3 + 1
     torch.optim.swa_utils.update_bn([x[:16], x[16:]], twin)

@@ -421,3 +421,13 @@ def test_bad_input_is_refused_and_changes_nothing(make: Callable[[Any], Any], er
     assert list(before) == list(after)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
     assert report(model).prunable.nonzeros == TOTAL
+
+
+def test_something_can_be_done_after_each_round_that_prunes() -> None:
+    model = network()
+    seen: list[int] = []
+    prune(model, sparsity=0.75, rounds=2, after_round=lambda: seen.append(report(model).prunable.nonzeros))
+    assert seen == [TOTAL - round(0.5 * TOTAL), TOTAL - round(0.75 * TOTAL)]
+    seen.clear()
+    prune(model, sparsity=0.84, rounds=4, after_round=lambda: seen.append(report(model).prunable.nonzeros))
+    assert len(seen) == 1  # the others would leave more than there is

@@ -66,8 +66,9 @@ def measured(folder: Path) -> tuple[Study, Mapping[Run, Result]]:
     return study, rows
 
 
-def markdown(heads: list[str], body: list[list[str]]) -> str:
-    marks = ["---", *["--:"] * (len(heads) - 1)]
+def markdown(heads: list[str], body: list[list[str]], names: int = 1) -> str:
+    """A table in Markdown, of numbers but for the first columns."""
+    marks = ["---"] * names + ["--:"] * (len(heads) - names)
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, marks, *body])
 
 
@@ -84,13 +85,13 @@ def fitted_table(folder: Path) -> str:
                 cells.setdefault(place, {})[line["seed"]] = float(line[column])
     seeds = set.intersection(*(set(cell) for cell in cells.values()))
     sparsities = sorted({sparsity for _, _, sparsity in cells})
-    body = [["", "", *(f"{100 * s:g} %" for s in sparsities)], ["---", "---", *["--:"] * len(sparsities)]]
+    body = []
     for variant in dict.fromkeys(name for name, _, _ in cells):
         for column, title in (("pruned", "no training"), ("finetuned", "fine-tuned")):
             found = [[cells[variant, column, sparsity][seed] for seed in seeds] for sparsity in sparsities]
             texts = [str(Spread.of(values)) for values in found]
             body.append([variant if column == "pruned" else "", title, *texts])
-    return "\n".join(f"| {' | '.join(row)} |" for row in body)
+    return markdown(["", "", *(f"{100 * s:g} %" for s in sparsities)], body, names=2)
 
 
 def signed(spread: Spread | None) -> str:

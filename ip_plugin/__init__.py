@@ -6,6 +6,7 @@ and Condurache, CVPR 2022 (arXiv 2203.07808).
 """
 
 from . import errors
+from .checkpoint import load, save
 from .gauge import normalize
 from .masks import adopt_masks, masks, set_masks
 from .model import bake, interspace, prunable
@@ -19,11 +20,13 @@ __all__ = [
     "errors",
     "interspace",
     "join_optimizer",
+    "load",
     "masks",
     "normalize",
     "param_groups",
     "prunable",
     "report",
+    "save",
     "set_masks",
 ]
 __version__ = "0.1.0"

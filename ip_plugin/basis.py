@@ -24,6 +24,7 @@ BasisSpec: TypeAlias = Literal["standard", "orthonormal", "dct"] | Tensor
 MAX_CONDITION = 1e4
 
 _ROWS_AT_ONCE = 1 << 15
+_SINGULAR = 1e12
 
 
 def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -112,6 +113,20 @@ def check_condition(basis: Tensor) -> None:
             f"The condition number of a basis (its filters at unit norm) must be at most {MAX_CONDITION:g}.",
             f"{condition:.3g}: its filters are linearly dependent, or nearly so",
         )
+
+
+def check_regular(basis: Tensor, layer: str) -> None:
+    """Raise InvalidBasisError for the basis of a layer that is not finite, or singular as far as float64 can tell.
+
+    Less than `check_condition` asks for: training may lead to a basis that is ill-conditioned.
+    """
+    rule = "The basis of a layer must be finite and not singular."
+    remedy = "go back to an earlier state of the training; `model.state_dict()` holds anything"
+    if not bool(basis.isfinite().all()):
+        raise InvalidBasisError(rule, f"NaN or infinite values in that of {layer!r}", remedy)
+    norm = norms(basis.detach().double())
+    if not bool((norm > 0).all()) or float(torch.linalg.cond(basis.detach().double() / norm[:, None])) > _SINGULAR:
+        raise InvalidBasisError(rule, f"filters in that of {layer!r} that depend on each other, or are zero", remedy)
 
 
 def norms(basis: Tensor) -> Tensor:

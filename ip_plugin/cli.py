@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from . import __version__
+from . import __version__, bake, compact_file, load
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
 from .compare.nni_engine import NniEngine
@@ -21,9 +24,12 @@ from .compare.runs import Engine, here
 from .compare.study import compare as run_study
 from .compare.tasks import TASKS
 from .errors import InterspaceError
+from .files import replacing
+from .inspection import inspect
 
 T = TypeVar("T")
 DEFAULT = Study()
+THERE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -134,6 +140,48 @@ def compare(
         raise typer.Exit(130) from None
     if failures:
         raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_file(file: Annotated[Path, typer.Argument(help="What `ip_plugin.save` has written.", **THERE)]) -> None:
+    """Show what is in a compact file, and check all of it; the model is not needed."""
+    console = Console()
+    found = inspect(file)
+    (console if console.is_terminal else Console(width=160)).print(found)
+
+
+@app.command("bake")
+def bake_file(
+    file: Annotated[Path, typer.Argument(help="What `ip_plugin.save` has written.", **THERE)],
+    model: Annotated[
+        str, typer.Option(help="package.module:function that builds the plain model; it is imported and called.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="FILE.safetensors for safetensors, any other name for torch.save.")
+    ],
+) -> None:
+    """Write the state dict of the ordinary network that a compact file holds: kernels composed, masks applied."""
+    baked = bake(load(_built(model), file)).state_dict()
+    with replacing(output) as temporary:
+        if output.suffix == ".safetensors":
+            # safetensors refuses tensors that share memory, as tied weights do.
+            contents = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in baked.items()}
+            compact_file.safetensors().torch.save_file(contents, temporary)
+        else:
+            torch.save(baked, temporary)
+
+
+def _built(name: str) -> nn.Module:
+    """The model that a function builds, which is named as ``package.module:function``."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` does
+    try:
+        built = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise typer.BadParameter(f"{name!r}: {error}", param_hint="--model") from error
+    if not isinstance(built, nn.Module):
+        raise typer.BadParameter(f"{name!r} gives a {type(built).__name__}, not a module", param_hint="--model")
+    return built
 
 
 @app.command("criteria")

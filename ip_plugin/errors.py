@@ -619,3 +619,41 @@ class InvalidVarietyError(InterspaceError):
     def __init__(self, rule: str, found: str) -> None:
         advice = "pass scores (filters,), their kernels (filters, ...), a strength in [0, 1], similarity by one of both"
         super().__init__(rule, found, advice)
+
+
+class InvalidFileError(InterspaceError):
+    """A compact file that is broken, is none, or claims what cannot be."""
+
+    def __init__(self, found: str, remedy: str = "save the model again, or use another copy of the file") -> None:
+        super().__init__("A compact file must be whole, and as `ip_plugin.save` writes it.", found, remedy)
+
+
+class WrongModelError(InvalidFileError):
+    """A compact file, and a model that it was not saved from."""
+
+    def __init__(self, found: str) -> None:
+        InterspaceError.__init__(
+            self,
+            "The model must have the architecture of the file: the same tensors, with sizes at least as large.",
+            found,
+            "build the model as it was built before it was saved; `ip-plugin inspect FILE` shows what is in the file",
+        )
+
+
+class NotStorableError(InterspaceError):
+    """Something in a model that a compact file cannot hold."""
+
+    def __init__(self, name: str, found: str, remedy: str) -> None:
+        rule = "A compact file holds tensors with values: parameters and buffers."
+        super().__init__(rule, f"{name!r}: {found}", remedy)
+
+
+class StoredDtypeError(InterspaceError):
+    """`dtype` of `save` is not understood, or the values do not fit into it."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "`dtype` must be None, torch.float16 or torch.bfloat16, hold the values, and go without `resumable`.",
+            found,
+            "leave `dtype` out to store the values as they are; bfloat16 reaches as far as float32",
+        )

@@ -112,6 +112,17 @@ def add_mask(where: Target, kept: Tensor) -> None:
         mask_target(where, both)
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside of torch's wrappers: DistributedDataParallel, DataParallel, torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+            model = inside
+        else:
+            return model
+
+
 def is_prunable(module: nn.Module) -> bool:
     """Whether a module is a convolution or linear layer with a Parameter that can be pruned."""
     if not isinstance(module, (_ConvNd, nn.Linear)):

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
+from .contents import packed
 from .example_input import run
 from .layer import Layer, Target, combined, is_prunable, layers, output_filters
 from .reparametrization import Mask, held
@@ -42,8 +43,8 @@ class Row:
         basis: name of the first layer that uses the same basis; empty for a spatial layer.
         basis_parameters: numbers in the basis, counted at the first layer that uses it and 0 at the others.
         bytes_dense: size of all values.
-        bytes_sparse: size when stored sparse, or dense where that is smaller: non-zero values, their positions in the
-            smaller of a bit mask and 8-bit gaps, and the basis where it is counted.
+        bytes_sparse: size in the file that `ip_plugin.save` writes: the values that count, their positions, and the
+            basis where it is counted; dense where that is smaller.
         macs_dense: multiply-adds of the layer for the example input, as it is given (its batch included).
         macs_nonzero: those with a non-zero factor.
         macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
@@ -78,7 +79,8 @@ class Report:
         rows: one for each prunable layer, in model order.
         prunable: their sum.
         everything: the sum with biases, norms, other parameters and bases: ``parameters`` is what
-            ``model.parameters()`` yields, ``bytes_*`` are those of the state_dict without masks, buffers included.
+            ``model.parameters()`` yields, ``bytes_dense`` those of the state_dict without masks, buffers included;
+            ``bytes_sparse`` are those of a compact file without its header.
     """
 
     rows: tuple[Row, ...]
@@ -108,7 +110,7 @@ class Report:
         table = Table(title="What is left")
         table.add_column("layer", overflow="fold")
         table.add_column("space")
-        for header in ("shape", "parameters", "non-zeros", "sparsity", "basis", "bytes", "if stored sparse"):
+        for header in ("shape", "parameters", "non-zeros", "sparsity", "basis", "bytes", "in a compact file"):
             table.add_column(header, justify="right")
         with_macs = self.prunable.macs_dense is not None
         if with_macs:
@@ -168,6 +170,9 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     (18, 18, 162)
     """
     prunable = list(layers(model))
+    stored: dict[int, int] = {}
+    for place, content in packed(model):
+        stored[id(place.tensor)] = stored.get(id(place.tensor), 0) + content.nbytes
     positions = None if example_input is None else _positions(model, prunable, example_input)
     first_user: dict[int, str] = {}
     rows = []
@@ -177,19 +182,19 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
         if space is not None:
             basis = first_user.setdefault(id(space.basis), layer.name)
             counted = space.basis if basis == layer.name else None
-        row = _row(layer, basis, counted, None if positions is None else positions[layer.name])
+        bytes_stored = stored.pop(id(layer.coefficients)) + (0 if counted is None else _bytes(counted))
+        row = _row(layer, basis, counted, bytes_stored, None if positions is None else positions[layer.name])
         found = measure(output_filters(layer.module, _weight(layer))) if variety else None
         rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
     total = _sum("prunable", rows)
-    return Report(tuple(rows), total, _everything(model, prunable, total))
+    return Report(tuple(rows), total, _everything(model, prunable, total, sum(stored.values())))
 
 
-def _row(layer: Layer, basis: str, counted: Tensor | None, positions: int | None) -> Row:
+def _row(layer: Layer, basis: str, counted: Tensor | None, stored: int, positions: int | None) -> Row:
     coefficients, mask, space = layer.coefficients.detach(), layer.mask, layer.interspace
     left = coefficients != 0
     kept = left if mask is None else left & mask
     parameters, nonzeros = kept.numel(), int(kept.sum())
-    dense, basis_bytes = _bytes(coefficients), 0 if counted is None else _bytes(counted)
     transform = None
     if positions is not None:
         transform = 0
@@ -204,8 +209,8 @@ def _row(layer: Layer, basis: str, counted: Tensor | None, positions: int | None
         sparsity=1 - nonzeros / parameters if parameters else 0.0,
         basis=basis,
         basis_parameters=0 if counted is None else counted.numel(),
-        bytes_dense=dense,
-        bytes_sparse=min(dense, nonzeros * coefficients.element_size() + position_bytes(kept)) + basis_bytes,
+        bytes_dense=_bytes(coefficients),
+        bytes_sparse=stored,
         macs_dense=None if positions is None else positions * parameters,
         macs_nonzero=None if positions is None else positions * nonzeros,
         macs_basis=transform,
@@ -221,16 +226,6 @@ def _weight(layer: Layer) -> Tensor:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def position_bytes(kept: Tensor) -> int:
-    """Bytes for the positions of the non-zeros: a bit mask, or 8-bit gaps where those are smaller.
-
-    A gap counts the zeros before a non-zero; 255 means 255 zeros and that the gap goes on.
-    """
-    index = kept.flatten().nonzero().squeeze(1)
-    gaps = index.diff(prepend=index.new_full((1,), -1)) - 1
-    return min((kept.numel() + 7) // 8, int((1 + gaps // 255).sum()))
 
 
 def _sum(name: str, rows: Sequence[Row]) -> Row:
@@ -257,8 +252,8 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
     )
 
 
-def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row) -> Row:
-    """The prunable layers, and with them all other parameters, bases and buffers."""
+def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row, stored: int) -> Row:
+    """The prunable layers, and with them all other parameters, bases and buffers, which `stored` bytes hold."""
     masks = {id(parameter): mask for parameter, mask in _all_masks(model)}
     coefficients = {id(layer.coefficients) for layer in layers}
     basis = {id(layer.interspace.basis) for layer in layers if layer.interspace is not None}
@@ -282,7 +277,7 @@ def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row) -> Row
         nonzeros=nonzeros,
         sparsity=1 - nonzeros / parameters if parameters else 0.0,
         bytes_dense=prunable.bytes_dense + size,
-        bytes_sparse=prunable.bytes_sparse + size,
+        bytes_sparse=prunable.bytes_sparse + stored,
     )
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 OPTIONAL = ["torchvision", "torch_pruning", "nni", "lightning", "pytorch_lightning", "sklearn", "scipy", "matplotlib"]
-OPTIONAL += ["rich", "typer", "jinja2", "filelock", "pandas", "numba", "ip_plugin.adapters.torch_prune"]
+OPTIONAL += ["safetensors", "rich", "typer", "jinja2", "filelock", "pandas", "numba", "ip_plugin.adapters.torch_prune"]
 
 
 def newly_imported(statement: str) -> list[str]:

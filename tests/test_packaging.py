@@ -27,13 +27,18 @@ assert importlib.resources.files("ip_plugin.compare").joinpath("report.html.j2")
 assert importlib.metadata.version("ip-plugin") == ip_plugin.__version__
 assert ip_plugin.adapters.hosts()["torch"].load() is prune
 
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+def build():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+
+model = build()
 x = torch.randn(2, 3, 3, 3)
 expected = model(x)
 assert torch.equal(ip_plugin.interspace(model)(x), expected)
 prune.global_unstructured(ip_plugin.prunable(model), prune.L1Unstructured, amount=100)
 assert ip_plugin.report(model).prunable.nonzeros == 132
-ip_plugin.bake(model)
+ip_plugin.save(model, "model.safetensors")
+loaded = ip_plugin.load(build(), "model.safetensors")
+assert torch.equal(ip_plugin.bake(loaded)(x), ip_plugin.bake(model)(x))
 print("used")
 """
 
@@ -70,7 +75,7 @@ def test_the_metadata_name_extras_and_license(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"torch-pruning", "nni", "lightning", "compare", "all", "test"} <= set(metadata.get_all("Provides-Extra"))
     plain = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert sorted(r.split(">")[0] for r in plain) == ["rich", "torch"]
+    assert sorted(r.split(">")[0] for r in plain) == ["rich", "safetensors[torch]", "torch"]
 
 
 def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:

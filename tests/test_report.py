@@ -9,15 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from kinds import KINDS, every_kind
 from torch import nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune
-from ip_plugin.report import position_bytes
 
 
 def network() -> nn.Sequential:
@@ -184,28 +181,7 @@ def test_running_the_example_leaves_mode_statistics_and_gradients() -> None:
     assert not model[0]._forward_hooks
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=3000))
-def test_positions_take_the_smaller_of_bit_mask_and_gaps(kept: list[bool]) -> None:
-    gaps, zeros = 0, 0
-    for bit in kept:
-        if not bit:
-            zeros += 1
-            continue
-        gaps += 1
-        while zeros >= 255:
-            gaps, zeros = gaps + 1, zeros - 255
-        zeros = 0
-    assert position_bytes(torch.tensor(kept)) == min(-(-len(kept) // 8), gaps)
-
-
-@pytest.mark.parametrize(("gap", "expected"), [(0, 1), (254, 1), (255, 2), (509, 2), (510, 3), (100_000, 393)])
-def test_long_gaps_go_on(gap: int, expected: int) -> None:
-    kept = torch.zeros(200_000, dtype=torch.bool)
-    kept[gap] = True
-    assert position_bytes(kept) == expected
-
-
-def test_bytes_if_stored_sparse_are_values_positions_and_basis_or_dense() -> None:
+def test_bytes_in_a_compact_file_are_values_positions_and_basis_or_dense() -> None:
     model = interspace(network())
     mask = torch.zeros(16, 16, 3, 3, dtype=torch.bool)
     mask.view(-1)[::100] = True  # 24 values, 24 gaps of 99

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InvalidBatchError, InvalidLossError, NoBatchesError, NothingToPruneError
-from ..layer import Layer, layers
+from ..layer import Layer, inner, layers
 
 #: Called with (outputs, targets); returns a tensor of one element.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -27,13 +27,7 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[Layer]]:
     """The model inside of torch's wrappers, and its prunable layers."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = inside
-        else:
-            break
+    model = inner(model)
     found = list(layers(model))
     if not found:
         raise NothingToPruneError

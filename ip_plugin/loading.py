@@ -1,0 +1,226 @@
+"""A compact file on its way into a model: everything is read and checked before anything changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from . import host_masks
+from .compact_file import CompactFile, dtype_name
+from .contents import Place, as_integers, check_modules, owners, places
+from .errors import InvalidFileError, NotStorableError, WrongModelError
+from .layer import mask_target
+from .records import Record
+from .reparametrization import Interspace, Mask, enter, leave
+from .resizing import resized
+
+
+class Plan:
+    """What a file makes of a model.
+
+    Args:
+        model: not changed before `carry_out`.
+        file: not needed any more afterwards.
+
+    Raises:
+        InterspaceError: file and model do not go together, or the file is broken.
+    """
+
+    def __init__(self, model: nn.Module, file: CompactFile) -> None:
+        check_modules(model)
+        self._records = file.description.tensors
+        self._places = {place.name: place for place in places(model)}
+        self._module_names = {id(module): name for name, module in model.named_modules()}
+        self._match()
+        self._attributes = self._sizes(file.description.groups)
+        self._match_bases(file)
+        self._values: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        for name, record in self._records.items():
+            index = None if record.tied else file.positions(name)
+            if not record.tied:
+                self._values[name] = _like(_read(file, name, record, index), self._places[name].tensor)
+            if record.mask:
+                self._masks[name] = _mask(record, index if record.mask == "positions" else file.kept(name))
+        self._bases = [
+            nn.Parameter(file.basis(number), basis.trained) for number, basis in enumerate(file.description.bases)
+        ]
+
+    def _match(self) -> None:
+        """Names, kinds, dtypes and ties of the model's tensors are those of the file."""
+        missing = [name for name in self._places if name not in self._records]
+        unknown = [name for name in self._records if name not in self._places]
+        if missing or unknown:
+            of_model = f"{len(missing)} tensors of the model that are not in the file ({', '.join(missing[:3])})"
+            of_file = f"{len(unknown)} tensors of the file that are not in the model ({', '.join(unknown[:3])})"
+            raise WrongModelError(" and ".join(([of_model] if missing else []) + ([of_file] if unknown else [])))
+        owner = owners(list(self._places.values()))
+        for name, record in self._records.items():
+            place = self._places[name]
+            if is_lazy(place.tensor):
+                raise NotStorableError(name, "not initialised yet", "run the model once before")
+            kinds = [_kind(is_buffer) for is_buffer in (record.buffer, place.is_buffer)]
+            if kinds[0] != kinds[1]:
+                raise WrongModelError(f"{name!r}, {kinds[0]} in the file and {kinds[1]} in the model")
+            dtype: torch.dtype = getattr(torch, record.dtype)
+            if dtype != place.tensor.dtype and not (dtype.is_floating_point and place.tensor.is_floating_point()):
+                raise WrongModelError(f"{name!r}, {record.dtype} in the file and {dtype_name(place.tensor.dtype)} here")
+            others = self._records[owner[name]]
+            if (record.tied or name) != (others.tied or owner[name]):
+                raise WrongModelError(f"{name!r} and {owner[name]!r}, which are one tensor in the model alone")
+            if record.mask and isinstance(place.module, ParametrizationList):
+                raise InvalidFileError(f"{name!r}: a mask on what is not of a layer")
+
+    def _sizes(self, groups: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """The attributes of layers that were cut."""
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        cut: dict[int, nn.Module] = {}
+        for name, record in self._records.items():
+            place = self._places[name]
+            here = tuple(place.tensor.shape)
+            shapes.setdefault(id(place.module), {})[place.tensor_name] = record.shape
+            if record.shape != here:
+                smaller = len(here) == len(record.shape) and all(map(int.__le__, record.shape, here))
+                if not smaller:
+                    raise WrongModelError(f"{name!r} of shape {record.shape} in the file and {here} in the model")
+                cut[id(place.module)] = place.module
+        known = {self._module_names[id(place.module)]: place.module for place in self._places.values()}
+        for name in groups:
+            if not isinstance(known.get(name), _ConvNd):
+                raise WrongModelError(f"groups of {name!r}, which is no convolution of the model")
+        found = []
+        for name, module in known.items():
+            parts = groups.get(name, 1)
+            if id(module) not in cut:
+                if isinstance(module, _ConvNd) and module.groups != parts:
+                    raise WrongModelError(f"{name!r} with {parts} groups in the file and {module.groups} in the model")
+                continue
+            attributes = resized(module, shapes[id(module)], parts)
+            if isinstance(attributes, str):
+                raise WrongModelError(f"layer {name!r}, other sizes in the file: {attributes}")
+            found.append((module, attributes))
+        return found
+
+    def _match_bases(self, file: CompactFile) -> None:
+        """Every basis belongs to convolutions of its size."""
+        for name, record in self._records.items():
+            if record.basis is None:
+                continue
+            place = self._places[name]
+            alone = not record.tied and all(other.tied != name for other in self._records.values())
+            if not (isinstance(place.module, _ConvNd) and place.tensor_name == "weight" and alone):
+                raise InvalidFileError(f"{name!r}: a basis on what is not the weight of one convolution")
+            size, elements = file.basis_size(record.basis), math.prod(record.shape[2:])
+            if size != elements or size == 1:
+                raise InvalidFileError(f"{name!r}: {size} filters in the basis of kernels of {elements} elements")
+
+    def carry_out(self) -> None:
+        """Make the model what the file says."""
+        for module, attributes in self._attributes:
+            for name, value in attributes.items():
+                setattr(module, name, value)
+        for name, record in self._records.items():
+            self._strip(self._places[name], record)
+        tensors: dict[str, Tensor] = {}
+        for name, record in self._records.items():
+            place = self._places[name]
+            tensors[name] = tensors[record.tied] if record.tied else _assigned(place.tensor, self._values[name])
+            if tensors[name] is not place.tensor:
+                where = place.target
+                held = where.module._buffers if place.is_buffer else where.module._parameters
+                held[where.tensor_name] = tensors[name]  # type: ignore[assignment]
+        for number in range(len(self._bases)):
+            self._set_basis(number)
+        for name in self._records:
+            place = self._places[name]
+            if name in self._masks:
+                mask_target(place.target, self._masks[name])
+            elif place.parametrization is not None:
+                place.parametrization.mask = None
+
+    def _strip(self, place: Place, record: Record) -> None:
+        """Take off a tensor what the file does not put on it."""
+        if place.is_buffer:
+            return
+        host_masks.take_off(*place.target)
+        wanted = Interspace if record.basis is not None else Mask if record.mask else None
+        if place.parametrization is not None and type(place.parametrization) is not wanted:
+            leave(place.module, place.tensor_name, place.tensor.detach())
+
+    def _set_basis(self, number: int) -> None:
+        """Give the layers of a basis one Parameter: that which they share already, if they alone do."""
+        members = [self._places[name] for name, record in self._records.items() if record.basis == number]
+        parameter, values = self._bases[number], self._bases[number].data
+        there = [place.interspace.basis for place in members if place.interspace is not None]
+        elsewhere = [
+            place.interspace.basis
+            for name, place in self._places.items()
+            if place.interspace is not None and self._records[name].basis != number
+        ]
+        like = members[0].target.module._parameters[members[0].target.tensor_name]
+        assert like is not None
+        values = values.to(like.device)
+        if len({id(each) for each in there}) == 1 and all(each is not there[0] for each in elsewhere):
+            parameter = there[0]
+            parameter.requires_grad_(self._bases[number].requires_grad)
+        found = _assigned(parameter, values)
+        assert isinstance(found, nn.Parameter)
+        for place in members:
+            if place.interspace is None:
+                enter(place.module, place.tensor_name, Interspace(found, tuple(like.shape[2:])))
+            else:
+                place.interspace.basis = found
+                place.interspace.converted_at = None
+
+
+def _kind(is_buffer: bool) -> str:
+    return "a buffer" if is_buffer else "a parameter"
+
+
+def _read(file: CompactFile, name: str, record: Record, index: Tensor | None) -> Tensor:
+    """The values of a tensor, zeros where the file has none; in memory of their own."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    values = file.stored_values(name)
+    if index is None:
+        return values.to(dtype, copy=True).reshape(record.shape)
+    found = torch.zeros(record.numel, dtype=dtype)
+    as_integers(found).index_copy_(0, index, as_integers(values.to(dtype)))
+    return found.reshape(record.shape)
+
+
+def _mask(record: Record, index: Tensor | None) -> Tensor:
+    """A mask that keeps the entries at some positions; None stands for all of them."""
+    if index is None:
+        return torch.ones(record.shape, dtype=torch.bool)
+    return torch.zeros(record.numel, dtype=torch.bool).index_fill_(0, index, True).reshape(record.shape)
+
+
+def _like(values: Tensor, tensor: Tensor) -> Tensor:
+    """Values on the device and in the memory format of a tensor that they will replace."""
+    if tensor.is_meta:
+        return values
+    values = values.to(tensor.device)
+    if values.shape == tensor.shape:
+        if values.stride() == tensor.stride():
+            return values
+        return torch.empty_like(tensor, dtype=values.dtype, requires_grad=False).copy_(values)
+    for dim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dim and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
+            return values.contiguous(memory_format=last)
+    return values
+
+
+def _assigned(tensor: Tensor, values: Tensor) -> Tensor:
+    """A tensor with new values: the same object, unless it is on the meta device."""
+    if tensor.is_meta:
+        return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    if tensor.grad is not None and (tensor.grad.shape != values.shape or tensor.grad.dtype != values.dtype):
+        tensor.grad = None
+    tensor.data = values
+    return tensor

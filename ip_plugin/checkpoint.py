@@ -177,6 +177,5 @@ def load(model: Model, path: FilePath) -> Model:
     (True, {'': tensor([[[[ True, False, False]]]])})
     """
     with opened(Path(path)) as file:
-        plan = Plan(inner(model), file)
-    plan.carry_out()
+        Plan(inner(model), file).carry_out()
     return model

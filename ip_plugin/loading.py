@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Plan:
 
     Args:
         model: not changed before `carry_out`.
-        file: not needed any more afterwards.
+        file: open until `carry_out` is done: values are copied from its memory.
 
     Raises:
         InterspaceError: file and model do not go together, or the file is broken.
@@ -40,12 +40,12 @@ class Plan:
         self._match()
         self._attributes = self._sizes(file.description.groups)
         self._match_bases(file)
-        self._values: dict[str, Tensor] = {}
+        self._contents: dict[str, _Content] = {}
         self._masks: dict[str, Tensor] = {}
         for name, record in self._records.items():
             index = None if record.tied else file.positions(name)
             if not record.tied:
-                self._values[name] = _like(_read(file, name, record, index), self._places[name].tensor)
+                self._contents[name] = _content(file.stored_values(name), index, record, self._places[name].tensor)
             if record.mask:
                 self._masks[name] = _mask(record, index if record.mask == "positions" else file.kept(name))
         self._bases = [
@@ -130,7 +130,7 @@ class Plan:
         tensors: dict[str, Tensor] = {}
         for name, record in self._records.items():
             place = self._places[name]
-            tensors[name] = tensors[record.tied] if record.tied else _assigned(place.tensor, self._values[name])
+            tensors[name] = tensors[record.tied] if record.tied else _filled(place.tensor, self._contents[name])
             if tensors[name] is not place.tensor:
                 where = place.target
                 held = where.module._buffers if place.is_buffer else where.module._parameters
@@ -169,13 +169,12 @@ class Plan:
         if len({id(each) for each in there}) == 1 and all(each is not there[0] for each in elsewhere):
             parameter = there[0]
             parameter.requires_grad_(self._bases[number].requires_grad)
-        found = _assigned(parameter, values)
-        assert isinstance(found, nn.Parameter)
+        _replace(parameter, values)
         for place in members:
             if place.interspace is None:
-                enter(place.module, place.tensor_name, Interspace(found, tuple(like.shape[2:])))
+                enter(place.module, place.tensor_name, Interspace(parameter, tuple(like.shape[2:])))
             else:
-                place.interspace.basis = found
+                place.interspace.basis = parameter
                 place.interspace.converted_at = None
 
 
@@ -183,15 +182,51 @@ def _kind(is_buffer: bool) -> str:
     return "a buffer" if is_buffer else "a parameter"
 
 
-def _read(file: CompactFile, name: str, record: Record, index: Tensor | None) -> Tensor:
-    """The values of a tensor, zeros where the file has none; in memory of their own."""
+class _Content(NamedTuple):
+    """What a tensor is filled with: values, at some positions or at all of them; or another one that replaces it."""
+
+    values: Tensor
+    at: Tensor | None
+    replaces: bool
+
+
+def _content(values: Tensor, index: Tensor | None, record: Record, tensor: Tensor) -> _Content:
+    """Values in the dtype of the record and on the device of a tensor, whose own memory takes them if it can."""
     dtype: torch.dtype = getattr(torch, record.dtype)
-    values = file.stored_values(name)
+    values = values.to(dtype)
+    if tensor.dtype == dtype and tensor.shape == record.shape and tensor.is_contiguous() and not tensor.is_meta:
+        return _Content(values.to(tensor.device), None if index is None else index.to(tensor.device), False)
+    whole = torch.empty(record.shape, dtype=dtype)
+    _fill(whole, values, index)
+    return _Content(_like(whole, tensor), None, True)
+
+
+def _fill(tensor: Tensor, values: Tensor, index: Tensor | None) -> None:
+    """Write values into a contiguous tensor, zeros where there are none; as they are, bit for bit."""
     if index is None:
-        return values.to(dtype, copy=True).reshape(record.shape)
-    found = torch.zeros(record.numel, dtype=dtype)
-    as_integers(found).index_copy_(0, index, as_integers(values.to(dtype)))
-    return found.reshape(record.shape)
+        tensor.copy_(values.reshape(tensor.shape))
+    else:
+        flat = as_integers(tensor.view(-1).zero_())
+        flat.index_copy_(0, index, as_integers(values))
+
+
+def _filled(tensor: Tensor, content: _Content) -> Tensor:
+    """A tensor with its content: the same object, unless it is on the meta device."""
+    if tensor.is_meta:
+        values = content.values
+        return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    if content.replaces:
+        _replace(tensor, content.values)
+    else:
+        _fill(tensor.detach(), content.values, content.at)
+    return tensor
+
+
+def _replace(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor other memory; a gradient that does not fit it goes."""
+    if tensor.grad is not None and (tensor.grad.shape != values.shape or tensor.grad.dtype != values.dtype):
+        tensor.grad = None
+    tensor.data = values
 
 
 def _mask(record: Record, index: Tensor | None) -> Tensor:
@@ -207,20 +242,8 @@ def _like(values: Tensor, tensor: Tensor) -> Tensor:
         return values
     values = values.to(tensor.device)
     if values.shape == tensor.shape:
-        if values.stride() == tensor.stride():
-            return values
         return torch.empty_like(tensor, dtype=values.dtype, requires_grad=False).copy_(values)
     for dim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == dim and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
             return values.contiguous(memory_format=last)
     return values
-
-
-def _assigned(tensor: Tensor, values: Tensor) -> Tensor:
-    """A tensor with new values: the same object, unless it is on the meta device."""
-    if tensor.is_meta:
-        return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
-    if tensor.grad is not None and (tensor.grad.shape != values.shape or tensor.grad.dtype != values.dtype):
-        tensor.grad = None
-    tensor.data = values
-    return tensor

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as host
 
 import ip_plugin
-from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, normalize, report, set_masks
+from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, load, normalize, report, save, set_masks
 from ip_plugin.adapters import torch_prune
 
 
@@ -213,6 +214,30 @@ def test_join_optimizer_refuses_the_optimizer_of_another_model() -> None:
     model, other = interspace(network()), network()
     with pytest.raises(errors.OptimizerMismatchError, match="2 interspace layers, none"):
         join_optimizer(model, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+BAD_CHECKPOINTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "meta": (
+        lambda path: save(nn.Linear(2, 2, device="meta"), path), errors.NotStorableError, "'weight': on the meta",
+    ),
+    "dtype": (
+        lambda path: save(nn.Linear(2, 2), path, dtype=torch.int8), errors.StoredDtypeError, r"dtype=torch\.int8",
+    ),
+    "no compact file": (lambda path: load(nn.Linear(2, 2), path), errors.InvalidFileError, "has not written"),
+    "another model": (
+        lambda path: (save(nn.Linear(3, 2), path), load(nn.Linear(2, 2), path)), errors.WrongModelError,
+        r"'weight' of shape \(2, 3\) in the file and \(2, 2\) in the model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
+    call, error, text = BAD_CHECKPOINTS[name]
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(error, match=text) as caught:
+        call(tmp_path / "file")
+    assert "\nFound: " in str(caught.value) and "\nWhat to do: " in str(caught.value)
 
 
 @pytest.mark.parametrize("example", [torch.zeros(1, 2, 9, 9), (1, 2, 3), {"y": torch.zeros(1)}, "text"])

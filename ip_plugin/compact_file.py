@@ -22,11 +22,11 @@ from .records import Description, Record
 
 #: Dtypes that safetensors has a name for.
 NATIVE = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64", "bool": "BOOL",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
 }  # fmt: skip
-#: Dtypes that are stored as bytes.
-AS_BYTES = ("complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
+#: Dtypes that are stored as bytes: not all versions of safetensors have names for them.
+AS_BYTES = ("complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 _KEY = "ip_plugin"
 #: Before the digits of the checksum, in a JSON text within a JSON text.
 _MARK = rb"{\"crc32\":\""

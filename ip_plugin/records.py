@@ -103,7 +103,7 @@ class Description:
         if not (isinstance(tensors, dict) and isinstance(bases, list) and isinstance(groups, dict)):
             raise InvalidFileError("a description whose parts are of other kinds")
         for name, count in groups.items():
-            _require(is_count(count, 1) and count < _MOST, f"groups {count!r}", name)
+            _require(is_count(count, 1), f"groups {count!r}", name)
         found = Description(
             {name: _record(name, record) for name, record in tensors.items()},
             tuple(_typed(Basis, f"basis {i}", basis) for i, basis in enumerate(bases)),

@@ -186,7 +186,7 @@ class Holder(nn.Module):
             self.register_buffer(f"{name}_scalar", numbers[-1].clone())
             self.register_parameter(f"{name}_parameter", nn.Parameter(numbers.clone(), requires_grad=False))
         self.register_buffer("absent", None)
-        self.register_buffer("passing", torch.ones(3), persistent=False)
+        self.register_buffer("passing", torch.full((3,), float(fill)), persistent=False)
         big = torch.randn(3, 4, 5)
         self.register_buffer("transposed", big.transpose(0, 2))
         self.first, self.second = nn.Parameter(big[0, 0]), nn.Parameter(big[0, 0, 1:])  # they share memory
@@ -200,7 +200,7 @@ def test_every_dtype_and_layout_comes_back(tmp_path: Path) -> None:
     for (name, one), (_, two) in zip(fresh.state_dict().items(), model.state_dict().items(), strict=True):
         assert same_bits(one, two), name
     assert fresh.transposed.stride() == layout != (20, 5, 1)
-    assert torch.equal(fresh.passing, torch.ones(3)) and fresh.absent is None
+    assert torch.equal(fresh.passing, torch.zeros(3)) and fresh.absent is None
 
 
 def test_the_memory_format_is_the_models_own(tmp_path: Path) -> None:
@@ -271,6 +271,24 @@ def test_nothing_pruned_and_everything_pruned(amount: float, tmp_path: Path) -> 
     assert {n: int(m.sum()) for n, m in masks(fresh).items()} == {n: int(m.sum()) for n, m in masks(model).items()}
     assert len(masks(fresh)) == 3
     assert save(nn.Sequential(), tmp_path / "none") is None and len(load(nn.Sequential(), tmp_path / "none")) == 0
+
+
+def test_what_one_mask_hides_of_a_tied_weight_is_there_for_the_other_layer(tmp_path: Path) -> None:
+    model, index = Tied(), torch.arange(9)
+    host.l1_unstructured(model.embedding, "weight", amount=30)
+    save(model, tmp_path / "model")
+    fresh = load(Tied(), tmp_path / "model")
+    assert torch.equal(fresh(index), model(index)) and torch.equal(fresh.decoder.weight, model.decoder.weight)
+    assert int((fresh.embedding.weight == 0).sum()) == 30
+
+
+def test_a_tensor_with_few_zeros_is_stored_as_it_is(tmp_path: Path) -> None:
+    model = nn.Linear(10, 10)
+    model.weight.data[0, 0] = 0
+    save(model, tmp_path / "model")
+    assert [(line.name, line.positions, line.nbytes) for line in inspected(tmp_path / "model")] == [
+        ("weight", "all", 400), ("bias", "all", 40),
+    ]  # fmt: skip
 
 
 def test_entries_that_are_kept_and_zero_stay_trainable(tmp_path: Path) -> None:

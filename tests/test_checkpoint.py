@@ -218,6 +218,12 @@ def test_the_memory_format_is_the_models_own(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), last(x))
 
 
+def test_a_cut_layer_keeps_the_memory_format(tmp_path: Path) -> None:
+    save(nn.Conv2d(3, 5, 3), tmp_path / "model")
+    loaded = load(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), tmp_path / "model")
+    assert loaded.weight.shape == (5, 3, 3, 3) and loaded.weight.stride(1) == 1
+
+
 class Tied(nn.Module):
     def __init__(self, tie: bool = True) -> None:
         super().__init__()
@@ -347,6 +353,9 @@ def test_bases_stay_the_objects_that_an_optimizer_has(tmp_path: Path) -> None:
     load(model, tmp_path / "model")
     assert model[0].parametrizations.weight[0].basis is basis is model[2].parametrizations.weight[0].basis
     assert torch.equal(basis, saved)
+    save(interspace(small(), sharing="model", train_basis=False), tmp_path / "frozen")
+    load(model, tmp_path / "frozen")
+    assert model[2].parametrizations.weight[0].basis is basis and not basis.requires_grad
     # Two bases where there was one: neither layer may keep it, or both would train it.
     save(interspace(small()), tmp_path / "apart")
     load(model, tmp_path / "apart")

@@ -91,7 +91,7 @@ def test_own_scores_decide_within_copies(space: str) -> None:
     # Removed 0, 2, and of the orthogonal two that are left the one of the lower score, 3.
     assert given[:, 0, 0, 0].tolist() == [2.0, 5.0, 3.0, 4.0]
     assert all((slice_ == slice_.flatten()[0]).all() for slice_ in given)
-    for n in (1, 2, math.inf, -math.inf, "fro"):
+    for n in (1, 2, math.inf, -math.inf):
         model = copies(space)
         torch_prune.ln_structured(model[0], "weight", 2, n, 0, importance_scores=given)
         assert left(model) == [0, 1, 0, 1]

@@ -161,6 +161,8 @@ def bake_file(
     ],
 ) -> None:
     """Write the state dict of the ordinary network that a compact file holds: kernels composed, masks applied."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(output.parent)!r}", param_hint="--output")
     baked = bake(load(_built(model), file)).state_dict()
     with replacing(output) as temporary:
         if output.suffix == ".safetensors":

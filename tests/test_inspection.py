@@ -113,3 +113,9 @@ def test_masks_of_the_host_are_masks_of_ours(tmp_path: Path) -> None:
     save(model, tmp_path / "model")
     (line,) = (line for line in inspect(tmp_path / "model").lines if line.masked)
     assert (line.name, line.nonzeros, line.entries) == ("2.weight", 76, 576)
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(file: Path, tmp_path: Path) -> None:
+    command = ["bake", str(file), "--model", "checkpoint_workers:small", "-o", str(tmp_path / "none" / "out")]
+    run = CliRunner().invoke(cli.app, command)
+    assert run.exit_code == 2 and "there is no folder" in run.output

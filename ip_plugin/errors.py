@@ -657,3 +657,20 @@ class StoredDtypeError(InterspaceError):
             found,
             "leave `dtype` out to store the values as they are; bfloat16 reaches as far as float32",
         )
+
+
+class SparseExecutionError(InterspaceError):
+    """Something that a sparse network cannot run."""
+
+    def __init__(self, rule: str, found: str) -> None:
+        super().__init__(rule, found, "move model and inputs to the CPU, and to float32: model.cpu().float()")
+
+
+class SparseFallbackWarning(UserWarning):
+    """A network is run sparse layer by layer: what is between the layers cannot be seen."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The network is run sparse layer by layer, which is slower: torch.fx cannot follow its forward. "
+            f"Found: {reason}. What to do: keep Python that depends on values out of the forward, or live with it"
+        )

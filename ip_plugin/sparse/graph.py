@@ -1,0 +1,250 @@
+"""What a network computes, as `torch.fx` sees it, with what follows a convolution drawn into the convolution."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from ..layer import Layer, layers
+from ..model import bake
+from .convolution import Window
+from .layout import Floats
+from .plan import Entries
+
+
+@dataclass
+class Convolution:
+    """A convolution and what is done to its result at once.
+
+    Attributes:
+        name: of the module.
+        source: what it reads.
+        window, groups: as torch names them.
+        entries, bias: coefficients and bias, the norm that follows folded in.
+        inputs: how many channels it reads.
+        residual: what is added to the result.
+        limits: what that is clamped to.
+        done: the nodes that it stands for, in order; the last one's value is what it makes.
+    """
+
+    name: str
+    source: fx.Node
+    window: Window
+    groups: int
+    entries: Entries
+    bias: Floats
+    inputs: int
+    residual: fx.Node | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    done: list[fx.Node] = field(default_factory=list)
+
+    def weight(self) -> Tensor:
+        """Composed, for a dense run."""
+        kernels = self.entries.kernels(self.inputs, self.groups, math.prod(self.window.kernel))
+        return torch.from_numpy(kernels.reshape(*kernels.shape[:2], *self.window.kernel))
+
+    @property
+    def density(self) -> float:
+        """Share of the coefficients that are not zero."""
+        size = self.entries.channels * (self.inputs // self.groups) * math.prod(self.window.kernel)
+        return len(self.entries.values) / max(1, size)
+
+
+@dataclass
+class Network:
+    """A traced network.
+
+    Attributes:
+        module: the plain network, in evaluation mode.
+        convolutions: by the node whose value each makes.
+        drawn_in: nodes that belong to a convolution and make no value of their own.
+    """
+
+    module: fx.GraphModule
+    convolutions: dict[fx.Node, Convolution]
+    drawn_in: set[fx.Node]
+
+    def shapes(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
+        """Shapes of all values that are tensors, for inputs of these shapes."""
+        return {node: value.shape for node, value in _Values(self).of(inputs).items() if isinstance(value, Tensor)}
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
+    """The graph of a model, which is not changed; inputs tell what is of one shape.
+
+    Raises:
+        Exception: whatever `torch.fx` raises for a forward that it cannot follow.
+    """
+    sparse = {layer.name: _values(layer) for layer in layers(model) if takes(layer.module)}
+    plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
+    traced = fx.symbolic_trace(plain)
+    found = _drawn(traced, sparse, Network(traced, {}, set()).shapes(inputs))
+    for convolution in found.convolutions.values():  # so that dense weights are let go
+        for node in convolution.done:
+            if node.op == "call_module":
+                traced.set_submodule(str(node.target), nn.Identity())
+    return found
+
+
+class _Values(fx.Interpreter):
+    """Every value of a network; those of convolutions have the right shape only."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.module, garbage_collect_values=False)
+        self.network = network
+
+    @torch.no_grad()
+    def of(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+        self.run(*inputs)
+        return self.env
+
+    def run_node(self, n: fx.Node) -> Any:
+        convolution = self.network.convolutions.get(n)
+        if n in self.network.drawn_in:
+            return None
+        if convolution is None:
+            return super().run_node(n)
+        images, _, height, width = self.env[convolution.source].shape
+        return torch.zeros(images, convolution.entries.channels, *convolution.window.outputs(height, width))
+
+
+def takes(module: nn.Module) -> bool:
+    """Whether a module is a convolution that can be run sparse."""
+    if not isinstance(module, nn.Conv2d) or not (type(module) is nn.Conv2d or parametrize.is_parametrized(module)):
+        return False
+    spans = ((size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True))
+    even = not isinstance(module.padding, str) or not any(span % 2 for span in spans)
+    return module.padding_mode == "zeros" and module.weight.dtype == torch.float32 and even
+
+
+def _values(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """Masked coefficients ``(outputs, inputs / groups, taps)``, and the basis."""
+    values = layer.coefficients.detach()
+    if layer.mask is not None:
+        values = values * layer.mask
+    interspace = layer.interspace
+    basis = None if interspace is None else interspace.basis.detach()
+    return values.flatten(2), basis
+
+
+def _drawn(
+    traced: fx.GraphModule, sparse: dict[str, tuple[Tensor, Tensor | None]], shapes: dict[fx.Node, torch.Size]
+) -> Network:
+    modules = dict(traced.named_modules())
+    found: dict[fx.Node, Convolution] = {}
+    drawn_in: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or node.target not in sparse or len(node.args) != 1 or node.kwargs:
+            continue
+        module = modules[node.target]
+        assert isinstance(module, nn.Conv2d)
+        made = _convolution(node, module, *sparse[node.target], norm=_norm_after(node, modules))
+        last = made.done[-1]
+        other = _addend(last)
+        of_one_shape = other is not None and shapes.get(other) == shapes[last]
+        if other is not None and of_one_shape and other not in drawn_in and last not in _all_inputs(other, last):
+            made.residual = other
+            made.done.append(_only_user(last))  # type: ignore[arg-type]
+        limits = _clamp(_only_user(made.done[-1]), modules)
+        if limits is not None:
+            made.limits = limits
+            made.done.append(_only_user(made.done[-1]))  # type: ignore[arg-type]
+        found[made.done[-1]] = made
+        drawn_in.update(made.done[:-1])
+    return Network(traced, found, drawn_in)
+
+
+def _all_inputs(node: fx.Node, until: fx.Node) -> set[fx.Node]:
+    """What a node needs; whether that includes `until` decides whether it can be added to it at once."""
+    seen: set[fx.Node] = set()
+    left = [node]
+    while left:
+        each = left.pop()
+        if each not in seen:
+            seen.add(each)
+            if each is not until:
+                left.extend(each.all_input_nodes)
+    return seen
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.BatchNorm2d] | None:
+    user = _only_user(node)
+    if user is None or user.op != "call_module":
+        return None
+    norm = modules[str(user.target)]
+    return (user, norm) if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None else None
+
+
+def _convolution(
+    node: fx.Node, module: nn.Conv2d, values: Tensor, basis: Tensor | None, norm: tuple[fx.Node, nn.BatchNorm2d] | None
+) -> Convolution:
+    bias = torch.zeros(module.out_channels) if module.bias is None else module.bias.detach()
+    done = [node]
+    if norm is not None:
+        done.append(norm[0])
+        batch_norm = norm[1]
+        assert batch_norm.running_mean is not None
+        assert batch_norm.running_var is not None
+        scale = (batch_norm.running_var + batch_norm.eps).rsqrt()
+        if batch_norm.affine:
+            scale = scale * batch_norm.weight.detach()
+        shift = batch_norm.bias.detach() if batch_norm.affine else torch.zeros_like(scale)
+        bias = (bias - batch_norm.running_mean) * scale + shift
+        values = values * scale[:, None, None]
+    (kh, kw), (dh, dw), padding = module.kernel_size, module.dilation, module.padding
+    if isinstance(padding, str):
+        padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2) if padding == "same" else (0, 0)
+    (sh, sw), (ph, pw) = module.stride, padding
+    window = Window((kh, kw), (sh, sw), (ph, pw), (dh, dw))
+    filters = None if basis is None else np.array(basis.numpy(), np.float32)
+    entries = Entries.of(np.ascontiguousarray(values.numpy()), module.groups, filters)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return Convolution(
+        str(node.target), source, window, module.groups, entries, bias.float().numpy(), module.in_channels, done=done
+    )
+
+
+def _addend(node: fx.Node) -> fx.Node | None:
+    """What is added to a value that is used for nothing else; of the same shape."""
+    user = _only_user(node)
+    sums = (operator.add, operator.iadd, torch.add)
+    if user is None or not (user.target in sums or (user.op == "call_method" and user.target in ("add", "add_"))):
+        return None
+    if user.kwargs or len(user.args) != 2:
+        return None
+    others = [each for each in user.args if each is not node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    return others[0]
+
+
+def _clamp(node: fx.Node | None, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
+    """The bounds of an activation that is a clamp."""
+    if node is None:
+        return None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, nn.ReLU):
+            return 0.0, math.inf
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+            return module.min_val, module.max_val
+        return None
+    if len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
+        return None
+    if node.target in (F.relu, torch.relu, "relu", "relu_"):
+        return 0.0, math.inf
+    return (0.0, 6.0) if node.target is F.relu6 else None

@@ -1,0 +1,179 @@
+"""The compiled loops: a sparse convolution over flat rows of pixels.
+
+All arrays are flat. Activations are channel-major (`layout`): a tile is so many neighbouring pixels of one channel, and
+a tap of a kernel is an offset. `X` and `Y` are read and written beyond the images' ends by less than a tile.
+
+Every work item is a tile of pixels and a part of the output channels; items are dealt out to threads in fixed order,
+and each item adds in fixed order, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from .vectors import add, at_least, at_most, broadcast, fma, keep, load, multiply, store
+
+_jit: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+_parallel: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True, parallel=True)
+
+#: 32 lanes: what one pixel's nine taps are held in while basis filters are applied to them.
+_HALF = (0, 0)
+
+
+@_jit
+def _finish(lanes, values, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy):
+    """Add the residual, clamp, zero the gaps, store."""
+    if ldr > 0:
+        values = add(values, load(lanes, R, r0 + channel * ldr + pixel))
+    values = at_most(at_least(values, broadcast(lanes, low)), broadcast(lanes, high))
+    store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
+
+
+@_parallel
+def direct(
+    lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, low, high,
+    Y, y0, ldy
+):  # fmt: skip
+    """Rows of (offset, value): every non-zero reads its shifted input.
+
+    Args:
+        lanes: width of a tile.
+        tiles: how many.
+        parts, begin: part `p` has the rows ``begin[p]`` to ``begin[p + 1]``.
+        row_begin, channels: row `r` has the entries ``row_begin[r]`` to ``row_begin[r + 1]``, and makes one channel.
+        offsets, values: of entries.
+        bias: of channels.
+        bits: which pixels are stored; the rest becomes zero.
+        X, x0: input, and where its first pixel is.
+        R, r0, ldr: residual, its first pixel and the distance of channels, which is 0 where there is none.
+        low, high: what results are clamped to.
+        Y, y0, ldy: output.
+    """
+    width = 16 * len(lanes)
+    for item in numba.prange(tiles * parts):
+        tile = item // parts
+        part = item - tile * parts
+        pixel = tile * width
+        for row in range(begin[part], begin[part + 1]):
+            channel = np.intp(channels[row])
+            total = broadcast(lanes, bias[channel])
+            for j in range(row_begin[row], row_begin[row + 1]):
+                total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
+            _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
+
+
+@_jit
+def _respond_9(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses of nine taps: the taps stay in registers."""
+    width = 16 * len(lanes)
+    o0, o1, o2, o3, o4, o5, o6, o7, o8 = (
+        offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], offsets[5], offsets[6], offsets[7], offsets[8],
+    )  # fmt: skip
+    j = first
+    while j < last:
+        channel = source[j]
+        end = j + 1
+        while end < last and source[end] == channel:
+            end += 1
+        for part in range(0, width, 32):
+            z = pixel + channel + part
+            v0 = load(_HALF, X, z + o0)
+            v1 = load(_HALF, X, z + o1)
+            v2 = load(_HALF, X, z + o2)
+            v3 = load(_HALF, X, z + o3)
+            v4 = load(_HALF, X, z + o4)
+            v5 = load(_HALF, X, z + o5)
+            v6 = load(_HALF, X, z + o6)
+            v7 = load(_HALF, X, z + o7)
+            v8 = load(_HALF, X, z + o8)
+            for n in range(j, end):
+                g = np.intp(used[n]) * 9
+                p = multiply(broadcast(_HALF, G[g]), v0)
+                q = multiply(broadcast(_HALF, G[g + 1]), v1)
+                p = fma(broadcast(_HALF, G[g + 2]), v2, p)
+                q = fma(broadcast(_HALF, G[g + 3]), v3, q)
+                p = fma(broadcast(_HALF, G[g + 4]), v4, p)
+                q = fma(broadcast(_HALF, G[g + 5]), v5, q)
+                p = fma(broadcast(_HALF, G[g + 6]), v6, p)
+                q = fma(broadcast(_HALF, G[g + 7]), v7, q)
+                p = fma(broadcast(_HALF, G[g + 8]), v8, p)
+                store(buffer, b0 + (n - first) * width + part, add(p, q))
+        j = end
+
+
+@_jit
+def _respond(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses of any number of taps."""
+    width = 16 * len(lanes)
+    taps = len(offsets)
+    for n in range(first, last):
+        g = np.intp(used[n]) * taps
+        z = pixel + source[n]
+        total = multiply(broadcast(lanes, G[g]), load(lanes, X, z + offsets[0]))
+        for tap in range(1, taps):
+            total = fma(broadcast(lanes, G[g + tap]), load(lanes, X, z + offsets[tap]), total)
+        store(buffer, b0 + (n - first) * width, total)
+
+
+@_jit
+def _unfold(lanes, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Shifted copies: the responses of a standard basis."""
+    width = 16 * len(lanes)
+    for n in range(first, last):
+        store(buffer, b0 + (n - first) * width, load(lanes, X, pixel + source[n] + offsets[used[n]]))
+
+
+@_parallel
+def fused(
+    lanes, tiles, parts, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels, counts,
+    index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, scratch, responses
+):  # fmt: skip
+    """Responses of a chunk of input channels to the basis first, then rows of (response, value).
+
+    Args:
+        lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy: as in `direct`.
+        chunks: how many; part `p` has its chunks at ``p * chunks``.
+        respond_begin: chunk `c` of a part makes the responses ``respond_begin[c]`` to ``respond_begin[c + 1]``.
+        source, used: of responses: offset of the input channel, and which filter of the basis.
+        offsets: of taps.
+        G: the basis, row by row; empty for the standard one.
+        row_begin, entry_begin: where the rows, and the entries, of a chunk begin.
+        channels, counts: of rows: the output channel, and how many entries.
+        index, values: of entries: which response of the chunk.
+        scratch, responses: a row for each thread: sums of output channels after the first `responses` tiles.
+    """
+    width = 16 * len(lanes)
+    for item in numba.prange(tiles * parts):
+        tile = item // parts
+        part = item - tile * parts
+        pixel = tile * width
+        buffer = scratch[numba.get_thread_id()]
+        sums = responses * width
+        for chunk in range(part * chunks, (part + 1) * chunks):
+            first = np.intp(respond_begin[chunk])
+            last = np.intp(respond_begin[chunk + 1])
+            if len(G) == 0:
+                _unfold(lanes, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+            elif len(offsets) == 9:
+                _respond_9(lanes, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+            else:
+                _respond(lanes, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+            begins = chunk == part * chunks
+            ends = chunk == (part + 1) * chunks - 1
+            j = np.intp(entry_begin[chunk])
+            for row in range(row_begin[chunk], row_begin[chunk + 1]):
+                channel = np.intp(channels[row])
+                if begins:  # noqa: SIM108
+                    total = broadcast(lanes, bias[channel])
+                else:
+                    total = load(lanes, buffer, sums + channel * width)
+                for _ in range(counts[row]):
+                    total = fma(broadcast(lanes, values[j]), load(lanes, buffer, np.intp(index[j]) * width), total)
+                    j += 1
+                if ends:
+                    _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
+                else:
+                    store(buffer, sums + channel * width, total)

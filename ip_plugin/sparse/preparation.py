@@ -1,0 +1,80 @@
+"""`prepare`: a sparse network of a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import Tensor, nn
+
+from ..errors import SparseFallbackWarning
+from ..example_input import run
+from ..model import bake
+from .graph import takes, trace
+from .network import SparseNetwork, check_input
+from .tuning import Chooser
+
+
+def prepare(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, deterministic: bool = False) -> nn.Module:
+    """A network for inference on a CPU that computes what the model does, by non-zeros where that is faster.
+
+    2D convolutions are run sparse, in either space, with what follows them (BatchNorm, addition of a residual, ReLU) in
+    the same pass, and what is between them stays in one layout of memory; each is timed dense and in several sparse
+    ways. Everything else is left to torch. A model whose forward `torch.fx` cannot follow is run layer by layer, with a
+    warning.
+
+    Args:
+        model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.
+        example_input: what it is run on, a tensor or a tuple of arguments. Other shapes are prepared for as they come.
+        deterministic: choose by a rule instead of by timing: slower, but equal to the bit in every process.
+
+    Returns:
+        A module that takes what the model takes, without gradients.
+
+    Raises:
+        ExampleInputError: the model does not run on it.
+        SparseExecutionError: model or input are not float32 on the CPU.
+
+    >>> import torch
+    >>> from ip_plugin.methods import prune_fitted
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    >>> model = prune_fitted(model.eval(), sparsity=0.9)
+    >>> images = torch.randn(1, 3, 12, 12)
+    >>> network = prepare(model, images)
+    >>> bool((network(images) - model(images)).abs().max() < 1e-5)
+    True
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    for each in (*inputs, *(each for each in model.parameters() if each.is_floating_point())):
+        check_input(each.detach() if isinstance(each, nn.Parameter) else each)
+    run(model, inputs)
+    choose = Chooser(by_rule=deterministic)
+    try:
+        prepared: nn.Module = SparseNetwork(trace(model, inputs), choose)
+    except Exception as error:  # torch.fx raises whatever a forward raises that is given a stand-in
+        warnings.warn(SparseFallbackWarning(f"{type(error).__name__}: {error}".splitlines()[0]), stacklevel=2)
+        return _layer_by_layer(model, inputs, choose)
+    prepared.eval()(*inputs)
+    return prepared
+
+
+def _layer_by_layer(model: nn.Module, inputs: tuple[Tensor, ...], choose: Chooser) -> nn.Module:
+    """Each convolution is a sparse network of its own."""
+    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    seen: dict[nn.Module, Tensor] = {}
+    names: dict[str, nn.Module] = {}
+    hooks = []
+    for name, module in plain.named_modules(remove_duplicate=False):
+        if takes(module):
+            names[name] = module
+            hooks.append(module.register_forward_pre_hook(lambda each, given: seen.setdefault(each, given[0])))
+    run(plain, inputs)
+    for hook in hooks:
+        hook.remove()
+    made = {module: SparseNetwork(trace(nn.Sequential(module), (given,)), choose) for module, given in seen.items()}
+    bake(plain)
+    for name, module in names.items():
+        if module in made:
+            made[module](seen[module])
+            plain.set_submodule(name, made[module])
+    return plain

@@ -1,0 +1,113 @@
+"""Which way to run a convolution: chosen by timing once, or by a rule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .convolution import Places, SparseConvolution
+from .graph import Convolution
+from .layout import WIDEST
+from .plan import Choice
+
+#: How often each candidate is run; the fastest run counts.
+_RUNS = 5
+#: From this share of non-zeros on the rule runs a convolution dense.
+_DENSE = 0.5
+
+
+class Chooser:
+    """Chooses, and remembers for layers of one kind.
+
+    Args:
+        by_rule: do not time anything; the same choice on every machine and in every process.
+    """
+
+    def __init__(self, by_rule: bool) -> None:
+        self.by_rule = by_rule
+        self._known: dict[tuple[Any, ...], Choice | None] = {}
+
+    def __call__(self, convolution: Convolution, where: Places, packs: bool) -> Choice | None:
+        """How to run a convolution; None: by torch.
+
+        Args:
+            convolution: what is run.
+            where: layouts, and taps.
+            packs: whether the input must be packed first.
+        """
+        if self.by_rule:
+            return _rule(convolution, where)
+        filled = convolution.density
+        level = round(4 * math.log2(filled)) if filled else None
+        key = (
+            convolution.inputs, convolution.entries.channels, convolution.groups, convolution.window, where.source,
+            where.target, packs, level, convolution.entries.basis is None, torch.get_num_threads(),
+        )  # fmt: skip
+        if key not in self._known:
+            self._known[key] = _fastest(convolution, where, packs)
+        return self._known[key]
+
+
+def _candidates(convolution: Convolution, where: Places) -> Iterator[Choice]:
+    pixels = where.target.pixels
+    widths = [width for width in (32, 64, WIDEST) if width == 32 or width < 2 * pixels][-2:]
+    for width in widths:
+        tiles = -(-pixels // width)
+        threads = torch.get_num_threads()
+        for parts in {1, threads} if tiles < 8 * threads else {1}:
+            if convolution.entries.basis is None:
+                yield Choice("direct", width, parts)
+            if convolution.entries.basis is not None or len(where.offsets) > 1 or convolution.groups == 1:
+                yield Choice("fused", width, parts)
+
+
+def _rule(convolution: Convolution, where: Places) -> Choice | None:
+    if convolution.density >= _DENSE:
+        return None
+    width = 64 if where.target.pixels > 32 else 32
+    if convolution.entries.basis is None and (convolution.density < 0.03 or convolution.groups > 1):
+        return Choice("direct", width)
+    return Choice("fused", width)
+
+
+def _fastest(convolution: Convolution, where: Places, packs: bool) -> Choice | None:
+    outputs, inputs, weight = convolution.entries.channels, convolution.inputs, convolution.weight()
+    source, target = where.source.empty(inputs * where.channels), where.target.empty(outputs)
+    source[:] = np.random.default_rng(0).standard_normal(len(source), np.float32)
+    window = convolution.window
+    height = where.source.height if where.channels == 1 else where.target.height * window.stride[0]
+    width = where.source.width if where.channels == 1 else where.target.width * window.stride[1]
+    images = torch.randn(where.source.images, inputs, height, width)
+    bias = torch.from_numpy(convolution.bias)
+    view = where.target.view(target, outputs)
+
+    def dense() -> object:
+        made = F.conv2d(images, weight, bias, *window[1:], convolution.groups)
+        return made if made.shape != view.shape else view.copy_(made)
+
+    best, found = _time(dense), None
+    packing = _time(lambda: images.contiguous(memory_format=torch.channels_last)) if packs else 0.0
+    for choice in _candidates(convolution, where):
+        run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
+        scratch = np.empty(run.scratch_shape(), np.float32)
+        took = _time(partial(run, source, target, scratch)) + packing
+        if took < best:
+            best, found = took, choice
+    return found
+
+
+def _time(run: Callable[[], object]) -> float:
+    run()
+    took = []
+    for _ in range(_RUNS):
+        begin = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - begin)
+    return min(took)

@@ -1,0 +1,140 @@
+"""Vectors of many float32 lanes inside numba, as values of LLVM's vector types.
+
+LLVM splits them into the registers that the machine has. How many lanes there are is part of the type of the argument
+`lanes`: a tuple of `n` integers stands for ``16 n`` lanes; so a kernel at module level, which numba can cache, serves
+every width. Powers of two only: others are many times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+_FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
+
+
+class Vector(types.Type):
+    """Of `width` float32 lanes."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        super().__init__(name=f"Vector({width})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no types
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, ir.VectorType(_FLOAT, vector.width))
+
+
+def lanes(width: int) -> tuple[int, ...]:
+    """What stands for a width, a multiple of 16."""
+    return (0,) * (width // 16)
+
+
+def _vector(lanes: Any) -> Vector:
+    return Vector(16 * lanes.count)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, to: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
+
+
+def _register(vector: Vector) -> ir.VectorType:
+    return ir.VectorType(_FLOAT, vector.width)
+
+
+def _splat(builder: Any, value: Any, vector: Vector) -> Any:
+    undefined = ir.Constant(_register(vector), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_INT32, 0))
+    zeros = ir.Constant(ir.VectorType(_INT32, vector.width), [0] * vector.width)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(typing: Any, lanes: Any, array: Any, offset: Any) -> Any:
+    """Lanes from a flat float32 array, at an offset of any alignment."""
+    vector = _vector(lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], _register(vector))
+        loaded = builder.load(address)
+        loaded.align = 4
+        return loaded
+
+    return vector(lanes, array, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
+    """Lanes into a flat float32 array, at an offset of any alignment."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(values))
+        builder.store(arguments[2], address).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, values), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def broadcast(typing: Any, lanes: Any, value: Any) -> Any:
+    """One number in all lanes."""
+    vector = _vector(lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _splat(builder, arguments[1], vector)
+
+    return vector(lanes, types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typing: Any, factor: Any, other: Any, addend: Any) -> Any:
+    """``factor * other + addend``, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        register = _register(factor)
+        kind = ir.FunctionType(register, [register] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{factor.width}f32")
+        return builder.call(function, arguments)
+
+    return factor(factor, factor, factor), generate
+
+
+def _binary(generate: Callable[[Any, Any, Any], Any], summary: str) -> Any:
+    def operation(typing: Any, left: Any, right: Any) -> Any:
+        return left(left, left), lambda context, builder, signature, arguments: generate(builder, *arguments)
+
+    operation.__doc__ = summary
+    return intrinsic(operation)
+
+
+multiply = _binary(lambda builder, left, right: builder.fmul(left, right), "``left * right``")
+add = _binary(lambda builder, left, right: builder.fadd(left, right), "``left + right``")
+at_least = _binary(
+    lambda builder, left, right: builder.select(builder.fcmp_ordered("<", left, right), right, left),
+    "The larger of the two in each lane; NaN on the left stays.",
+)
+at_most = _binary(
+    lambda builder, left, right: builder.select(builder.fcmp_ordered(">", left, right), right, left),
+    "The smaller of the two in each lane; NaN on the left stays.",
+)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep(typing: Any, bits: Any, offset: Any, values: Any) -> Any:
+    """Lanes whose bit is set, the others zero; the bits begin at a byte of a uint8 array, lowest bit first."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = ir.IntType(values.width)
+        loaded = builder.load(_address(context, builder, signature.args[0], arguments[0], arguments[1], whole))
+        loaded.align = 1
+        mask = builder.bitcast(loaded, ir.VectorType(ir.IntType(1), values.width))
+        return builder.select(mask, arguments[2], ir.Constant(_register(values), [0.0] * values.width))
+
+    return values(bits, types.intp, values), generate

@@ -1,0 +1,167 @@
+"""Sparse convolutions against torch's dense ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from ip_plugin.sparse.convolution import SparseConvolution, Window, pack, places
+from ip_plugin.sparse.layout import Layout
+from ip_plugin.sparse.plan import Choice, Entries
+
+pairs = st.tuples(st.integers(0, 2), st.integers(0, 2))
+
+
+def run(
+    images: Tensor, coefficients: Tensor, basis: Tensor | None, bias: Tensor, window: Window, groups: int,
+    choice: Choice, gap: tuple[int, int] = (0, 0), limits: tuple[float, float] = (-math.inf, math.inf),
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Layout]:  # fmt: skip
+    """What a sparse convolution makes of images, the buffer it is in, and the layout."""
+    where = places(window, len(images), images.shape[2], images.shape[3], gap)
+    assert where is not None
+    entries = Entries.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
+    convolution = SparseConvolution(entries, bias.numpy(), where, choice, limits)
+    source, target = where.source.empty(images.shape[1] * where.channels), where.target.empty(len(coefficients))
+    target[where.target.first :] = math.nan
+    pack(images, where, window, source)
+    added = None
+    if residual is not None:
+        added = where.target.empty(len(coefficients))
+        where.target.view(added, len(coefficients)).copy_(residual)
+    convolution(source, target, np.full(convolution.scratch_shape(), math.nan, np.float32), added)
+    return where.target.view(target, len(coefficients)), torch.from_numpy(target), where.target
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, object]:
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (5, 5), (1, 3), (2, 2), (7, 7)]))
+    return {
+        "window": Window(
+            kernel, draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 2), (3, 2)])), draw(pairs),
+            draw(st.sampled_from([(1, 1), (2, 1)])),
+        ),
+        "groups": draw(st.integers(1, 3)), "inputs": draw(st.integers(1, 4)), "outputs": draw(st.integers(1, 5)),
+        "images": draw(st.integers(1, 3)), "size": (draw(st.integers(1, 17)), draw(st.integers(1, 17))),
+        "density": draw(st.sampled_from([0, 0.02, 0.3, 1])), "interspace": draw(st.booleans()),
+        "choice": Choice(
+            draw(st.sampled_from(["direct", "fused"])), draw(st.sampled_from([32, 64])),
+            draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])),
+        ),
+        "gap": draw(pairs), "seed": draw(st.integers(0, 99)), "residual": draw(st.booleans()),
+    }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=cases())
+def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore[type-arg]
+    window, groups, (height, width) = case["window"], case["groups"], case["size"]
+    made = window.outputs(height, width)
+    assume(min(made) >= 1)
+    generator = torch.Generator().manual_seed(case["seed"])
+    taps = math.prod(window.kernel)
+    coefficients = torch.randn(case["outputs"] * groups, case["inputs"], taps, generator=generator)
+    coefficients *= torch.rand(coefficients.shape, generator=generator) < case["density"]
+    basis = torch.randn(taps, taps, generator=generator) / taps**0.5 if case["interspace"] else None
+    choice = case["choice"] if basis is None else case["choice"]._replace(order="fused")
+    images = torch.randn(case["images"], case["inputs"] * groups, height, width, generator=generator)
+    bias = torch.randn(len(coefficients), generator=generator)
+    kernels = (coefficients if basis is None else coefficients @ basis).unflatten(2, window.kernel).double()
+    expected = F.conv2d(images.double(), kernels, bias.double(), *window[1:], groups)
+    residual = torch.randn(expected.shape, generator=generator) if case["residual"] else None
+    expected = expected if residual is None else expected + residual
+
+    got, buffer, layout = run(
+        images, coefficients, basis, bias, window, groups, choice, case["gap"], (-0.5, 2.0), residual
+    )
+
+    torch.testing.assert_close(got, expected.clamp(-0.5, 2.0).float(), rtol=1e-4, atol=1e-5)
+    outside = torch.ones(layout.pixels, dtype=torch.bool)
+    inside = torch.arange(layout.pixels).as_strided(
+        (layout.images, layout.height, layout.width), (layout.rows * layout.pitch, layout.pitch, 1)
+    )
+    outside[inside.reshape(-1)] = False
+    for channel in range(len(coefficients)):
+        begin = layout.first + channel * layout.stride
+        assert (buffer[begin : begin + layout.pixels][outside] == 0).all()
+
+
+@pytest.mark.parametrize("interspace", [False, True], ids=["spatial", "interspace"])
+def test_results_do_not_depend_on_the_number_of_threads(interspace: bool) -> None:
+    import numba
+
+    coefficients = torch.randn(24, 16, 9) * (torch.rand(24, 16, 9) < 0.2)
+    basis = torch.randn(9, 9) if interspace else None
+    images, bias = torch.randn(2, 16, 20, 20), torch.randn(24)
+    found = []
+    before = numba.get_num_threads()
+    try:
+        for threads in (1, 2):
+            numba.set_num_threads(min(threads, before))
+            window = Window((3, 3), padding=(1, 1))
+            found.append(run(images, coefficients, basis, bias, window, 1, Choice("fused", 64, 2, 2000))[0].clone())
+    finally:
+        numba.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_nan_goes_through_a_clamp_as_it_does_in_torch() -> None:
+    images = torch.tensor([math.nan, -1.0, 3.0, 9.0]).reshape(1, 1, 1, 4)
+    got, _, _ = run(
+        images, torch.ones(1, 1, 1), None, torch.zeros(1), Window((1, 1)), 1, Choice("direct", 32), limits=(0.0, 6.0)
+    )
+    torch.testing.assert_close(got, images.clamp(0, 6), equal_nan=True)
+
+
+def test_pixels_of_all_images_and_no_others_are_stored() -> None:
+    layout = Layout(images=2, height=2, width=3, rows=3, pitch=4, reach=5)
+    assert layout.pixels == 19
+    bits = np.unpackbits(layout.stored(), bitorder="little")
+    assert bits[:24].tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert not bits[24:].any()
+
+
+def test_a_buffer_begins_and_ends_with_zeros_that_may_be_read() -> None:
+    layout = Layout(images=1, height=2, width=3, rows=3, pitch=4, reach=5)
+    buffer = layout.empty(2)
+    assert layout.first >= layout.reach
+    assert len(buffer) == layout.size(2) >= layout.first + layout.stride + layout.pixels + 128 + layout.reach
+    buffer[:] = 1
+    layout.clear_gaps(buffer, 2)
+    for channel in range(2):
+        begin = layout.first + channel * layout.stride
+        assert (buffer[begin - layout.reach : begin] == 0).all()
+        assert (buffer[begin : begin + layout.pixels] == 1).all()
+        assert (buffer[begin + layout.pixels : begin + layout.pixels + layout.reach + 128] == 0).all()
+
+
+def test_entries_compose_to_the_kernels_that_they_came_from() -> None:
+    coefficients, basis = torch.randn(6, 2, 9) * (torch.rand(6, 2, 9) < 0.4), torch.randn(9, 9)
+    entries = Entries.of(coefficients.numpy(), 3, basis.numpy())
+    torch.testing.assert_close(torch.from_numpy(entries.kernels(6, 3, 9)), coefficients @ basis)
+    assert set(zip(entries.outputs.tolist(), entries.inputs.tolist(), strict=True)) == {
+        (o, 2 * (o // 2) + i) for o, i, n in coefficients.nonzero().tolist()
+    }
+
+
+@example(height=5, width=5, padding=1)
+@given(height=st.integers(3, 9), width=st.integers(3, 9), padding=st.integers(0, 2))
+def test_layers_behind_each_other_share_a_layout(height: int, width: int, padding: int) -> None:
+    window = Window((3, 3), padding=(padding, padding))
+    made = window.outputs(height, width)
+    first = places(window, 2, height, width, gap=(1, 1))
+    assert first is not None
+    second = places(Window((3, 3), padding=(1, 1)), 2, *made, source=first.target)
+    assert second is not None
+    assert second.source is first.target
+    assert places(Window((7, 7), padding=(3, 3)), 2, *made, source=first.target) is None  # not enough zeros
+    assert places(Window((3, 3), (2, 2), (1, 1)), 2, *made, source=first.target) is None

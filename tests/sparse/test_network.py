@@ -1,0 +1,228 @@
+"""Whole networks, run sparse, against torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import resnet, vgg
+
+pytest.importorskip("numba")
+
+from torch.nn.utils import prune as host
+
+from ip_plugin import bake, interspace
+from ip_plugin.errors import ExampleInputError, SparseExecutionError, SparseFallbackWarning
+from ip_plugin.methods import apply_masks, magnitude, select
+from ip_plugin.sparse import SparseNetwork, prepare
+
+SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
+
+
+def pruned(model: nn.Module, space: str, sparsity: float = 0.9) -> nn.Module:
+    """With BatchNorm statistics that are not those of an untrained network."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias):
+                nn.init.normal_(tensor, std=0.1)
+            for tensor in (module.running_var, module.weight):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    if space == "interspace":
+        interspace(model, basis="orthonormal", sharing="model")
+    return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope="layer")).eval()
+
+
+@torch.no_grad()
+def agrees(network: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
+    expected = model(*(each.clone() for each in inputs))
+    difference = (network(*inputs) - expected).abs().max() / expected.abs().max()
+    assert float(difference) < 1e-4
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "basic": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "bottleneck": lambda: resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=10, width_per_group=16),
+    "grouped": lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10, groups=8, width_per_group=4),
+    "vgg": lambda: nn.Sequential(vgg.make_layers([16, "M", 32, 32, "M", 64], batch_norm=True), nn.Flatten()),
+    "mobile": lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35),
+    "dense": lambda: torchvision.models.DenseNet(8, (2, 3, 2, 2), 16, num_classes=10),
+}
+
+
+@SPACES
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_torchvision(name: str, space: str) -> None:
+    model, images = pruned(NETWORKS[name](), space), torch.randn(2, 3, 40, 40)
+    network = prepare(model, images, deterministic=True)
+    agrees(network, model, images)
+    assert isinstance(network, SparseNetwork)
+    assert all(run.how != "dense" for run in network.runs(images) if run.density < 0.5)
+    assert len(network.runs(images)) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+class Block(nn.Module):
+    """A residual block whose stem is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = self.relu(self.norm(self.two(self.relu(self.one(x)))) + x)
+        return self.relu(self.two(x)) + self.one(x) + x.mean((2, 3), keepdim=True)
+
+
+@SPACES
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_values_that_are_used_more_than_once(space: str, deterministic: bool) -> None:
+    model = pruned(Block(), space, 0.7)
+    images = torch.randn(2, 3, 11, 9)
+    network = prepare(model, images, deterministic=deterministic)
+    agrees(network, model, images)
+    agrees(network, model, torch.randn(1, 3, 16, 5))  # another shape
+
+
+class Views(nn.Module):
+    """Results that are views of one another, and in-place changes to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.c, self.d = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = nn.functional.dropout(self.a(x), training=False)[:, :, ::1]
+        first, second = self.b(early).chunk(2, 1)
+        late = self.c(torch.cat([first, second], 1))
+        late += early.flip(3)
+        early.mul_(2)
+        return self.d(torch.cat([early, late.relu_()], 1))
+
+
+@SPACES
+def test_views_and_changes_in_place(space: str) -> None:
+    model = pruned(Views(), space, 0.5)
+    images = torch.randn(2, 4, 8, 12)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
+def test_a_sum_of_different_shapes_is_left_to_torch() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 1, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    model, images = pruned(Sum(), "interspace", 0.5), torch.randn(1, 3, 6, 6)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
+@SPACES
+def test_empty_layers_and_dense_ones(space: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    if space == "interspace":
+        interspace(model, basis="dct")
+    from ip_plugin import set_masks
+
+    set_masks(model, {"1": torch.zeros(8, 8, 3, 3, dtype=torch.bool)})
+    images = torch.randn(1, 3, 12, 12)
+    for deterministic in (False, True):
+        network = prepare(model, images, deterministic=deterministic)
+        agrees(network, model, images)
+    assert [run.how for run in network.runs(images)] == ["dense", "direct" if space == "spatial" else "fused", "dense"]
+    assert [run.density for run in network.runs(images)] == [1, 0, 1]
+
+
+def test_masks_of_the_host() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    for layer in (model[0], model[2]):
+        host.l1_unstructured(layer, "weight", 0.8)
+    images = torch.randn(1, 3, 12, 12)
+    network = prepare(model, images, deterministic=True)
+    agrees(network, model, images)
+    assert network.runs(images)[0].density == pytest.approx(0.2, abs=0.01)
+
+
+@SPACES
+def test_the_model_is_not_changed_and_not_needed(space: str) -> None:
+    model = pruned(Block(), space).train()
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    network = prepare(model, images, deterministic=True)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = copy.deepcopy(bake(copy.deepcopy(model)).eval())(images)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(network(images), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert not network(images).requires_grad
+
+
+def test_a_result_is_not_written_to_by_later_calls() -> None:
+    model = pruned(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), "spatial")
+    images = torch.randn(1, 3, 8, 8)
+    network = prepare(model, images)
+    first = network(images)
+    kept = first.clone()
+    network(torch.randn(1, 3, 8, 8))
+    assert torch.equal(first, kept)
+
+
+def test_calls_from_many_threads_at_once() -> None:
+    model = pruned(Block(), "interspace", 0.7)
+    images = [torch.randn(1 + number % 2, 3, 8, 8) for number in range(40)]
+    network = prepare(model, images[0])
+    with ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(network, images))
+    for each, made in zip(images, found, strict=True):
+        torch.testing.assert_close(made, model(each).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_by_rule_two_networks_agree_in_every_bit() -> None:
+    model = pruned(Block(), "interspace", 0.7)
+    images = torch.randn(2, 3, 8, 8)
+    one, two = (prepare(model, images, deterministic=True) for _ in range(2))
+    assert torch.equal(one(images), two(images))
+
+
+class Undecided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x) if x.sum() > -1e9 else x
+
+
+@SPACES
+def test_what_cannot_be_traced_is_run_layer_by_layer(space: str) -> None:
+    model = pruned(Undecided(), space)
+    images = torch.randn(1, 3, 8, 8)
+    with pytest.warns(SparseFallbackWarning, match="control flow"):
+        network = prepare(model, images, deterministic=True)
+    assert isinstance(network.a, SparseNetwork)
+    agrees(network, model, images)
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    model, images = pruned(Block(), "spatial"), torch.randn(1, 3, 8, 8)
+    with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
+        prepare(model, images.double())
+    with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
+        prepare(copy.deepcopy(model).double(), images)
+    with pytest.raises(ExampleInputError):
+        prepare(model, torch.randn(1, 4, 8, 8))
+    with pytest.raises(SparseExecutionError, match="list"):
+        prepare(model, images)([1.0])

@@ -2,10 +2,10 @@
 
     python benchmarks/sparse_layers.py
 
-Eight layers (64 to 512 channels, CIFAR and ImageNet shapes), batch 1 and 16, non-zeros at random places, the worst case.
-Dense is the fastest of: torch's convolution on NCHW and on channels_last, oneDNN with weights packed beforehand, and
-inductor; all take turns in one run. The sparse convolution reads and writes the layout that activations have inside of a
-sparse network. IP has an orthonormal basis; SP is the case without one. Printed are harmonic means over the layers.
+Eight layers (64 to 512 channels, CIFAR and ImageNet shapes), batch 1 and 16, non-zeros at random places, the worst
+case. Dense is the fastest of: torch's convolution on NCHW and on channels_last, oneDNN with weights packed beforehand,
+and inductor; all take turns in one run. The sparse convolution reads and writes the layout that activations have inside
+of a sparse network. IP has an orthonormal basis; SP is the case without one. Printed are harmonic means.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def main() -> None:
     for batch in arguments.batches:
         for channels, size in SHAPES:
             ways = dense(channels, size, batch)
-            cells = {(space, s): sparse(channels, size, batch, s, space) for space in ("SP", "IP") for s in arguments.sparsities}
-            variants: dict[str, Callable[[], object]] = {f"{space} {s:g}": run for (space, s), run in cells.items() if run}
+            grid = [(space, s) for space in ("SP", "IP") for s in arguments.sparsities]
+            cells = {(space, s): sparse(channels, size, batch, s, space) for space, s in grid}
+            variants = {f"{space} {s:g}": run for (space, s), run in cells.items() if run is not None}
             baseline = ways.pop("oneDNN, packed")
             with torch.no_grad():
                 ratios = side_by_side(baseline, {**ways, **variants}, rounds=arguments.rounds)
@@ -97,7 +98,8 @@ def main() -> None:
                 found.setdefault((space, s), []).append(faster)
                 line.append(f"{space} {s:g}: {faster:5.2f}")
             milliseconds = next(iter(ratios.values())).baseline * best
-            print(f"{channels:3} channels, {size:2}x{size:<2}, batch {batch:2}: {', '.join(line)}; dense {milliseconds:.2f} ms ({fastest})", flush=True)
+            layer = f"{channels:3} channels, {size:2}x{size:<2}, batch {batch:2}"
+            print(f"{layer}: {', '.join(line)}; dense {milliseconds:.2f} ms ({fastest})", flush=True)
     print()
     for (space, s), values in found.items():
         goal = f", at least {GOALS[s]}" if space == "IP" and s in GOALS else ""

@@ -3,20 +3,17 @@
     python benchmarks/sparse_networks.py
 
 ResNet-18 (CIFAR shape, batch 1 and 16) and ResNet-50 (224x224, batch 1), 95 % sparsity by magnitude with one threshold
-for all layers, in both spaces. Dense is the fastest of torch on NCHW, on channels_last, and inductor with frozen weights;
-all take turns in one run. Peak memory is that of a process which has the network prepared and runs it, above one that
-has imported the packages, against the same of the dense network.
+for all layers, in both spaces. Dense is the fastest of torch on NCHW, on channels_last, and inductor with frozen
+weights; all take turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchvision
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 
 import ip_plugin
 from ip_plugin.methods import apply_masks, magnitude, select
+from ip_plugin.sparse import prepare
 
 #: network, batch: the least that IP must reach.
 CASES = {("resnet18", 1): 2.5, ("resnet18", 16): 2.5, ("resnet50", 1): 1.7}
@@ -48,54 +46,13 @@ def network(name: str, space: str, sparsity: float) -> tuple[nn.Module, Callable
     return model.eval(), lambda batch: torch.randn(batch, 3, size, size)
 
 
-def peak(name: str, space: str, sparsity: float, batch: int) -> float:
-    """Peak memory in MiB of a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, space, str(sparsity), str(batch)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _peak(name: str, space: str, sparsity: float, batch: int) -> None:
-    """Build in a child, hand over by a file, so that building does not count."""
-    from ip_plugin.sparse import prepare
-
-    model, images = network(name, space, sparsity)
-    run = ip_plugin.bake(model).eval() if space == "dense" else prepare(model, images(batch))
-    example = images(batch)
-    del model
-    with torch.no_grad():
-        run(example)
-        reset()
-        before = resident()
-        for _ in range(3):
-            run(example)
-    print(resident("VmHWM") if before else 0)
-
-
-def reset() -> None:
-    """Forget the peak."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def resident(which: str = "VmRSS") -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(which))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sparsity", type=float, default=0.95)
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.peak:
-        name, space, sparsity, batch = arguments.peak
-        _peak(name, space, float(sparsity), int(batch))
-        return
-    from ip_plugin.sparse import prepare
-
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.sparsity:.0%} sparsity\n")
     for (name, batch), goal in CASES.items():
         model, images = network(name, "dense", 0)
@@ -105,8 +62,8 @@ def main() -> None:
         torch._inductor.config.freezing = True
         compiled = torch.compile(copy.deepcopy(model))
         variants: dict[str, Callable[[], object]] = {
-            "channels_last": lambda last=last, example=last_example: last(example),
-            "inductor": lambda compiled=compiled, example=example: compiled(example),
+            "channels_last": partial(last, last_example),
+            "inductor": partial(compiled, example),
         }
         ways = [*variants]
         for space in ("SP", "IP"):
@@ -114,9 +71,9 @@ def main() -> None:
             began = time.perf_counter()
             run = prepare(sparse_model, example)
             print(f"{name}, batch {batch}, {space}: prepared in {time.perf_counter() - began:.1f} s")
-            variants[space] = lambda run=run, example=example: run(example)
+            variants[space] = partial(run, example)
         with torch.no_grad():
-            ratios = side_by_side(lambda: model(example), variants, rounds=arguments.rounds)
+            ratios = side_by_side(partial(model, example), variants, rounds=arguments.rounds)
         best = min(1.0, *(ratios[way].ratio for way in ways))
         line = ", ".join(f"{space} {best / ratios[space].ratio:.2f}" for space in ("SP", "IP"))
         print(f"{name}, batch {batch}: times faster than the fastest dense network: {line} (IP: at least {goal})")
@@ -125,5 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main()

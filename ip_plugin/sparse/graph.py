@@ -12,13 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
+from ..errors import SparseExecutionError
 from ..layer import Layer, layers
 from ..model import bake
 from .convolution import Window
 from .layout import Floats
 from .plan import Entries
+
+#: Names of functions that change an argument, besides those that end with an underscore.
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem")
 
 
 @dataclass
@@ -88,10 +92,10 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
     plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     traced = fx.symbolic_trace(plain)
     found = _drawn(traced, sparse, Network(traced, {}, set()).shapes(inputs))
-    for convolution in found.convolutions.values():  # so that dense weights are let go
-        for node in convolution.done:
-            if node.op == "call_module":
-                traced.set_submodule(str(node.target), nn.Identity())
+    ours = found.drawn_in | set(found.convolutions)
+    left = {node.target for node in traced.graph.nodes if node.op == "call_module" and node not in ours}
+    for target in {str(node.target) for node in ours if node.op == "call_module"} - left:
+        traced.set_submodule(target, nn.Identity())  # lets dense weights go
     return found
 
 
@@ -113,13 +117,20 @@ class _Values(fx.Interpreter):
             return None
         if convolution is None:
             return super().run_node(n)
-        images, _, height, width = self.env[convolution.source].shape
+        shape = self.env[convolution.source].shape
+        if len(shape) != 4 or 0 in shape:
+            raise SparseExecutionError("A sparse network must be given batches of images.", f"shape {tuple(shape)}")
+        images, _, height, width = shape
         return torch.zeros(images, convolution.entries.channels, *convolution.window.outputs(height, width))
 
 
 def takes(module: nn.Module) -> bool:
     """Whether a module is a convolution that can be run sparse."""
-    if not isinstance(module, nn.Conv2d) or not (type(module) is nn.Conv2d or parametrize.is_parametrized(module)):
+    if not isinstance(module, nn.Conv2d) or any(
+        getattr(type(module), name) is not getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")
+    ):
+        return False
+    if module._forward_hooks or not all(isinstance(h, BasePruningMethod) for h in module._forward_pre_hooks.values()):
         return False
     spans = ((size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True))
     even = not isinstance(module.padding, str) or not any(span % 2 for span in spans)
@@ -145,35 +156,42 @@ def _drawn(
     for node in traced.graph.nodes:
         if node.op != "call_module" or node.target not in sparse or len(node.args) != 1 or node.kwargs:
             continue
+        if len(shapes[node]) != 4 or 0 in shapes[node]:
+            continue
         module = modules[node.target]
         assert isinstance(module, nn.Conv2d)
         made = _convolution(node, module, *sparse[node.target], norm=_norm_after(node, modules))
         last = made.done[-1]
-        other = _addend(last)
+        user, other = _addend(last)
+        free = other is not None and other not in drawn_in and user not in drawn_in and user not in found
         of_one_shape = other is not None and shapes.get(other) == shapes[last]
-        if other is not None and of_one_shape and other not in drawn_in and last not in _all_inputs(other, last):
+        if user is not None and free and of_one_shape and _may_wait(last, user, modules):
             made.residual = other
-            made.done.append(_only_user(last))  # type: ignore[arg-type]
-        limits = _clamp(_only_user(made.done[-1]), modules)
-        if limits is not None:
+            made.done.append(user)
+        user = _only_user(made.done[-1])
+        limits = None if user is None else _clamp(user, modules)
+        if user is not None and limits is not None and _may_wait(made.done[-1], user, modules):
             made.limits = limits
-            made.done.append(_only_user(made.done[-1]))  # type: ignore[arg-type]
+            made.done.append(user)
         found[made.done[-1]] = made
         drawn_in.update(made.done[:-1])
     return Network(traced, found, drawn_in)
 
 
-def _all_inputs(node: fx.Node, until: fx.Node) -> set[fx.Node]:
-    """What a node needs; whether that includes `until` decides whether it can be added to it at once."""
-    seen: set[fx.Node] = set()
-    left = [node]
-    while left:
-        each = left.pop()
-        if each not in seen:
-            seen.add(each)
-            if each is not until:
-                left.extend(each.all_input_nodes)
-    return seen
+def _may_wait(node: fx.Node, user: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node can as well be computed where its user is: nothing between them changes a value in place."""
+    between = node.next
+    while between is not user:
+        if between.op == "call_module":
+            changes = bool(getattr(modules[str(between.target)], "inplace", False))
+        else:
+            name = between.target if isinstance(between.target, str) else getattr(between.target, "__name__", "")
+            changes = name.endswith("_") or name in _IN_PLACE or "out" in between.kwargs
+            changes = changes or bool(between.kwargs.get("inplace")) or any(each is True for each in between.args)
+        if changes and between.op not in ("placeholder", "get_attr"):
+            return False
+        between = between.next
+    return True
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -218,24 +236,23 @@ def _convolution(
     )
 
 
-def _addend(node: fx.Node) -> fx.Node | None:
-    """What is added to a value that is used for nothing else; of the same shape."""
+def _addend(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The sum that a value is used in, and for nothing else, and what is added to it."""
     user = _only_user(node)
-    sums = (operator.add, operator.iadd, torch.add)
-    if user is None or not (user.target in sums or (user.op == "call_method" and user.target in ("add", "add_"))):
-        return None
-    if user.kwargs or len(user.args) != 2:
-        return None
+    if user is None or user.kwargs or len(user.args) != 2:
+        return None, None
+    sums = (operator.add, torch.add) if user.op == "call_function" else ("add",)
+    in_place = (operator.iadd,) if user.op == "call_function" else ("add_",)
     others = [each for each in user.args if each is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node):
-        return None
-    return others[0]
+    if user.op not in ("call_function", "call_method") or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None, None
+    if user.target in sums or (user.target in in_place and user.args[0] is node):  # else it changes the other value
+        return user, others[0]
+    return None, None
 
 
-def _clamp(node: fx.Node | None, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
+def _clamp(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
     """The bounds of an activation that is a clamp."""
-    if node is None:
-        return None
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, nn.ReLU):

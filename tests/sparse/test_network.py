@@ -226,3 +226,83 @@ def test_what_cannot_be_run_is_refused() -> None:
         prepare(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(SparseExecutionError, match="list"):
         prepare(model, images)([1.0])
+
+
+class InPlace(nn.Module):
+    """Values that are changed in place between a convolution and what would be drawn into it."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        y = self.a(x)
+        if self.which == "source":
+            x.mul_(3)
+            return nn.functional.relu(y)
+        if self.which == "module":
+            z = self.relu(x)
+            return y + z
+        if self.which == "addend":
+            y = y + x
+            x *= 2
+            return y.relu()
+        if self.which == "other":  # the addend is what changes
+            z = self.b(x)
+            x += y
+            return x * z
+        x.add_(y)
+        return torch.add(x, self.b(x))
+
+
+@SPACES
+@pytest.mark.parametrize("which", ["source", "module", "addend", "other", "method"])
+def test_what_changes_in_place_is_not_moved(which: str, space: str) -> None:
+    model, images = pruned(InPlace(which), space, 0.5), torch.randn(1, 3, 8, 8)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
+def test_modules_that_are_used_elsewhere_as_well_stay() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(input=self.relu(self.norm(self.a(x)))) + self.relu(self.norm(x - 1)) + self.b(x)
+
+    model, images = pruned(Shared(), "interspace", 0.5), torch.randn(1, 4, 8, 8)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
+def test_convolutions_that_do_more_are_left_to_torch() -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = pruned(
+        nn.Sequential(Doubled(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding_mode="reflect")), "interspace"
+    )
+    handle = model[1].register_forward_hook(lambda module, given, made: made + 1)
+    images = torch.randn(1, 3, 12, 12)
+    network = prepare(model, images, deterministic=True)
+    agrees(network, model, images)
+    assert network.runs(images) == []
+    handle.remove()
+
+
+def test_an_empty_batch_and_a_single_image_are_refused_or_left_to_torch() -> None:
+    model, images = (
+        pruned(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), "interspace"),
+        torch.randn(1, 3, 12, 12),
+    )
+    network = prepare(model, images, deterministic=True)
+    for wrong in (images[0], images[:0]):
+        with pytest.raises(SparseExecutionError, match="batches of images"):
+            network(wrong)
+    agrees(network, model, images)
+    agrees(prepare(model, images[0], deterministic=True), model, images[0])

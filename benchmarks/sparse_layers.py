@@ -66,7 +66,7 @@ def sparse(channels: int, size: int, batch: int, sparsity: float, space: str) ->
     run = SparseConvolution(entries, bias, where, choice, (0.0, np.inf))
     source, target = where.source.empty(channels), where.target.empty(channels)
     where.source.view(source, channels).normal_()
-    return partial(run, source, target, np.empty(run.scratch_shape(), np.float32))
+    return partial(run, source, target, run.scratch())
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from . import kernels, plan
-from .layout import Floats, Layout
+from .layout import Floats, Layout, aligned
 from .plan import Choice, Entries, Ints, Plan
 from .vectors import lanes
 
@@ -116,6 +116,11 @@ class SparseConvolution:
         self._bits = where.target.stored()
         self._tiles = -(-where.target.pixels // choice.width)
         self._nothing = np.empty(0, np.float32)
+
+    def scratch(self) -> Floats:
+        """Memory for one call at a time."""
+        rows, columns = self.scratch_shape()
+        return aligned(rows * columns).reshape(rows, columns)
 
     def scratch_shape(self) -> tuple[int, int]:
         """Of what a call needs to work with, float32; not to be used by two calls at once."""

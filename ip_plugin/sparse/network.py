@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numba
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -109,7 +108,7 @@ class _Workspace:
         self.buffers = [aligned(size) for size in program.slots]
         sparse = [step for step in program.steps if isinstance(step, _Sparse)]
         shapes = [step.run.scratch_shape() for step in sparse]
-        whole = np.empty(max((rows * columns for rows, columns in shapes), default=0), np.float32)
+        whole = aligned(max((rows * columns for rows, columns in shapes), default=0))
         self.scratch = {
             step.node: whole[: rows * columns].reshape(rows, columns)
             for step, (rows, columns) in zip(sparse, shapes, strict=True)

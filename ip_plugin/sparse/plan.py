@@ -62,7 +62,7 @@ class Choice(NamedTuple):
     order: Literal["direct", "fused"]
     width: int
     parts: int = 1
-    budget: int = 40_000
+    budget: int = 160_000
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from .plan import Choice
 
 #: How often each candidate is run; the fastest run counts.
 _RUNS = 5
+#: Bytes of responses at a time: a part of what a second-level cache holds.
+_BUDGETS = (160_000, 320_000)
 #: From this share of non-zeros on the rule runs a convolution dense.
 _DENSE = 0.5
 
@@ -64,8 +66,10 @@ def _candidates(convolution: Convolution, where: Places) -> Iterator[Choice]:
         for parts in {1, threads} if tiles < 8 * threads else {1}:
             if convolution.entries.basis is None:
                 yield Choice("direct", width, parts)
-            if convolution.entries.basis is not None or len(where.offsets) > 1 or convolution.groups == 1:
-                yield Choice("fused", width, parts)
+            if convolution.entries.basis is not None:
+                yield from (Choice("fused", width, parts, budget) for budget in _BUDGETS)
+            elif len(where.offsets) > 1 or convolution.groups == 1:
+                yield Choice("fused", width, parts, 40_000)
 
 
 def _rule(convolution: Convolution, where: Places) -> Choice | None:
@@ -96,7 +100,7 @@ def _fastest(convolution: Convolution, where: Places, packs: bool) -> Choice | N
     packing = _time(lambda: images.contiguous(memory_format=torch.channels_last)) if packs else 0.0
     for choice in _candidates(convolution, where):
         run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
-        scratch = np.empty(run.scratch_shape(), np.float32)
+        scratch = run.scratch()
         took = _time(partial(run, source, target, scratch)) + packing
         if took < best:
             best, found = took, choice

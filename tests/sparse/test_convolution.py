@@ -38,7 +38,7 @@ def run(
     if residual is not None:
         added = where.target.empty(len(coefficients))
         where.target.view(added, len(coefficients)).copy_(residual)
-    convolution(source, target, np.full(convolution.scratch_shape(), math.nan, np.float32), added)
+    convolution(source, target, np.full_like(convolution.scratch(), math.nan), added)
     return where.target.view(target, len(coefficients)), torch.from_numpy(target), where.target
 
 

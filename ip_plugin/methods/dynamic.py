@@ -93,10 +93,10 @@ class _DynamicSparse:
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
             return
-        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).abs().flatten()
+        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).flatten()
         stays = mask.flatten()
         kept = stays.nonzero().squeeze(1)
-        stays = stays.index_fill(0, kept[strength[kept].topk(count, largest=False, sorted=False).indices], False)
+        stays = stays.index_fill(0, kept[strength[kept].abs_().topk(count, largest=False, sorted=False).indices], False)
         (grown,) = keep_largest([growth.flatten().masked_fill(stays, -math.inf)], count)
         mask.copy_((stays | grown).reshape(mask.shape))
         stays = stays.reshape(mask.shape)
@@ -217,7 +217,7 @@ class RigL(_DynamicSparse):
             for gradient in gradients:  # equal to the last bit, or the masks would drift apart
                 dist.broadcast(gradient, 0, group=self.model.process_group)
         return [
-            (layer, _per_unit_norm(layer, gradient).abs()) for layer, gradient in zip(found, gradients, strict=True)
+            (layer, _per_unit_norm(layer, gradient).abs_()) for layer, gradient in zip(found, gradients, strict=True)
         ]
 
 

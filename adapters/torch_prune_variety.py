@@ -24,7 +24,7 @@ from torch.nn.utils import prune as host
 from ip_plugin import host_masks
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
 from ip_plugin.gauge import compared, unit_gauge
-from ip_plugin.layer import Target, combined, target
+from ip_plugin.layer import Target, mask_of, target
 from ip_plugin.reparametrization import ours_in
 from ip_plugin.variety import Similarity, check_similarity, removal_order
 
@@ -72,7 +72,7 @@ def ln_structured(
     where = _checked(module, name, dim)
     values = host_masks.parameter(*where).detach()
     if importance_scores is None:
-        scores = unit_gauge(_masked(values, _mask(where)), ours_in(where.module))
+        scores = unit_gauge(_masked(values, mask_of(where)), ours_in(where.module))
     elif importance_scores.shape == values.shape:
         scores = importance_scores.detach()
     else:
@@ -124,7 +124,7 @@ def varied_scores(
     """
     where = _checked(module, name, dim)
     check_similarity(similarity)
-    tensor, mask = host_masks.parameter(*where).detach(), _mask(where)
+    tensor, mask = host_masks.parameter(*where).detach(), mask_of(where)
     if scores.shape != tensor.shape[dim : dim + 1]:
         found = f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}"
         raise InvalidVarietyError("There must be one score for each slice.", found)
@@ -144,11 +144,6 @@ def _checked(module: nn.Module, name: str, dim: int) -> Target:
         rule = "Slices that are compared must be those along dimension 0 or 1 of a tensor of at least two."
         raise InvalidVarietyError(rule, f"dim {dim!r} of {name!r}, shape {tuple(shape)}")
     return where
-
-
-def _mask(where: Target) -> Tensor | None:
-    parametrization = ours_in(where.module)
-    return combined(None if parametrization is None else parametrization.mask, host_masks.mask(*where))
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from . import host_masks
 from .errors import AlreadyParametrizedError, NotStorableError
-from .layer import Target, combined, is_prunable, target
+from .layer import Target, is_prunable, mask_of, target
 from .positions import Positions, encode
 from .reparametrization import Interspace, Mask, held, ours, ours_in, parametrizations
 
@@ -51,11 +51,8 @@ class Place:
 
     @property
     def mask(self) -> Tensor | None:
-        """What our mask and the host's keep together; None if there is neither."""
-        if self.is_buffer:
-            return None
-        found = self.parametrization
-        return combined(None if found is None else found.mask, host_masks.mask(*self.target))
+        """What `mask_of` finds; None of a buffer."""
+        return None if self.is_buffer else mask_of(self.target)
 
     @property
     def prunable(self) -> bool:

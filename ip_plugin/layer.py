@@ -36,6 +36,12 @@ def combined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first & second
 
 
+def mask_of(where: Target) -> Tensor | None:
+    """What our mask and the host's keep together of a target; None if there is neither."""
+    found = ours_in(where.module)
+    return combined(None if found is None else found.mask, host_masks.mask(*where))
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution or linear layer whose weight or coefficients can be pruned."""
@@ -72,9 +78,8 @@ class Layer:
 
     @property
     def mask(self) -> Tensor | None:
-        """What our mask and the host's keep together; None if there is neither."""
-        found = self.parametrization
-        return combined(None if found is None else found.mask, host_masks.mask(*self.target))
+        """What `mask_of` finds."""
+        return mask_of(self.target)
 
     def set_mask(self, mask: Tensor) -> None:
         """Make `mask` our mask of this layer, instead of every mask there was."""

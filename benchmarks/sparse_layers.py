@@ -60,7 +60,9 @@ def sparse(channels: int, size: int, batch: int, sparsity: float, space: str) ->
     where = places(WINDOW, batch, size, size, gap=(1, 1))
     assert where is not None
     node: torch.fx.Node = None  # type: ignore[assignment]  # there is no graph
-    choice = tuning.Chooser(by_rule=False)(Convolution("layer", node, WINDOW, 1, entries, bias, channels), where, False)
+    choice = tuning.Chooser(by_rule=False)(
+        Convolution("layer", node, WINDOW, 1, entries, bias, channels), where, (size, size), False
+    )
     if choice is None:
         return None
     run = SparseConvolution(entries, bias, where, choice, (0.0, np.inf))

@@ -44,13 +44,13 @@ class Places(NamedTuple):
         source: of the input; of one phase, where the stride is not 1.
         target: of the output.
         offsets: of taps, from the pixel of the output.
-        channels: how many images of the source belong to one channel of the input.
+        phases: how many images of the source belong to one channel of the input.
     """
 
     source: Layout
     target: Layout
     offsets: Ints
-    channels: int
+    phases: int
 
 
 def places(
@@ -112,7 +112,7 @@ class SparseConvolution:
     ) -> None:  # fmt: skip
         self.entries, self.bias, self.where, self.choice = entries, bias, where, choice
         self.limits = np.float32(limits[0]), np.float32(limits[1])
-        self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * where.channels, choice)
+        self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * where.phases, choice)
         self._bits = where.target.stored()
         self._tiles = -(-where.target.pixels // choice.width)
         self._nothing = np.empty(0, np.float32)
@@ -127,7 +127,7 @@ class SparseConvolution:
         if self.choice.order == "direct":
             return 0, 0
         size = (self.plan.responses + self.entries.channels) * self.choice.width
-        return numba.config.NUMBA_NUM_THREADS, size + 16
+        return numba.config.NUMBA_NUM_THREADS, size
 
     def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
         """Read one buffer, write the other."""
@@ -145,13 +145,13 @@ class SparseConvolution:
 def pack(images: Tensor, where: Places, window: Window, buffer: Floats) -> None:
     """Copy images ``(images, channels, height, width)`` into a buffer of zeros, by phases where the stride is not 1."""
     channels = images.shape[1]
-    if where.channels == 1:
+    if where.phases == 1:
         where.source.view(buffer, channels).copy_(images)
         return
     source, (down, right), (top, left) = where.source, window.stride, window.padding
     for y in range(down):
         for x in range(right):
-            view = source.view(buffer, channels * where.channels)[:, y * right + x :: where.channels]
+            view = source.view(buffer, channels * where.phases)[:, y * right + x :: where.phases]
             # first row and column of the images that are of this phase, and where they go
             row, column = (y - top) % down, (x - left) % right
             part = images[:, :, row::down, column::right]

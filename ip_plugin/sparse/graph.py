@@ -63,6 +63,10 @@ class Convolution:
         return len(self.entries.values) / max(1, size)
 
 
+class UntraceableError(Exception):
+    """A forward that `torch.fx` cannot follow, and why."""
+
+
 @dataclass
 class Network:
     """A traced network.
@@ -86,12 +90,16 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
     """The graph of a model, which is not changed; inputs tell what is of one shape.
 
     Raises:
-        Exception: whatever `torch.fx` raises for a forward that it cannot follow.
+        UntraceableError: `torch.fx` cannot follow the forward.
     """
     sparse = {layer.name: _values(layer) for layer in layers(model) if takes(layer.module)}
     plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
-    traced = fx.symbolic_trace(plain)
-    found = _drawn(traced, sparse, Network(traced, {}, set()).shapes(inputs))
+    try:
+        traced = fx.symbolic_trace(plain)
+        shapes = Network(traced, {}, set()).shapes(inputs)
+    except Exception as error:  # whatever a forward raises that is given a stand-in
+        raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    found = _drawn(traced, sparse, shapes)
     ours = found.drawn_in | set(found.convolutions)
     left = {node.target for node in traced.graph.nodes if node.op == "call_module" and node not in ours}
     for target in {str(node.target) for node in ours if node.op == "call_module"} - left:
@@ -134,7 +142,10 @@ def takes(module: nn.Module) -> bool:
         return False
     spans = ((size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True))
     even = not isinstance(module.padding, str) or not any(span % 2 for span in spans)
-    return module.padding_mode == "zeros" and module.weight.dtype == torch.float32 and even
+    narrow = (
+        math.prod(module.kernel_size) <= 256 and max(module.in_channels, module.out_channels) < 1 << 16
+    )  # as plans are
+    return module.padding_mode == "zeros" and module.weight.dtype == torch.float32 and even and narrow
 
 
 def _values(layer: Layer) -> tuple[Tensor, Tensor | None]:

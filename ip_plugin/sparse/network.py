@@ -22,6 +22,8 @@ from .graph import Convolution, Network
 from .layout import Layout, aligned
 
 _FREE = (-math.inf, math.inf)
+#: Offsets into buffers are of 32 bits.
+_FARTHEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,9 @@ class SparseNetwork(nn.Module):
                 found.append(Run(name, density, choice.order, choice.width, choice.parts, step.run.plan.bytes))
         return found
 
-    def train(self, mode: bool = True) -> SparseNetwork:
+    def train(self, mode: bool = True) -> SparseNetwork:  # noqa: ARG002
         """Stays in evaluation mode."""
-        return super().train(False) if mode else super().train(mode)
+        return super().train(False)
 
     def _program(self, inputs: tuple[Tensor, ...]) -> _Program:
         key = tuple(each.shape for each in inputs)
@@ -257,11 +259,13 @@ def _sparse(
         gap = max(gap[0], here[0]), max(gap[1], here[1])
         where = places(convolution.window, images, height, width, gap)
         assert where is not None
-    choice = choose(convolution, where, packs)
+    if channels * where.phases * where.source.stride > _FARTHEST:
+        return None
+    choice = choose(convolution, where, (height, width), packs)
     if choice is None:
         return None
     if packs:
-        source = new(where.source, channels * where.channels)
+        source = new(where.source, channels * where.phases)
     target = new(where.target, shapes[node][1])
     residual, packs_residual = None, False
     if convolution.residual is not None:

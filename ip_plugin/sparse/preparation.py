@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SparseFallbackWarning
 from ..example_input import run
 from ..model import bake
-from .graph import takes, trace
+from .graph import UntraceableError, takes, trace
 from .network import SparseNetwork, check_input
 from .tuning import Chooser
 
@@ -50,31 +50,38 @@ def prepare(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, det
     run(model, inputs)
     choose = Chooser(by_rule=deterministic)
     try:
-        prepared: nn.Module = SparseNetwork(trace(model, inputs), choose)
-    except Exception as error:  # torch.fx raises whatever a forward raises that is given a stand-in
-        warnings.warn(SparseFallbackWarning(f"{type(error).__name__}: {error}".splitlines()[0]), stacklevel=2)
+        network = trace(model, inputs)
+    except UntraceableError as error:
+        warnings.warn(SparseFallbackWarning(str(error)), stacklevel=2)
         return _layer_by_layer(model, inputs, choose)
-    prepared.eval()(*inputs)
+    prepared = SparseNetwork(network, choose).eval()
+    prepared(*inputs)
     return prepared
 
 
 def _layer_by_layer(model: nn.Module, inputs: tuple[Tensor, ...], choose: Chooser) -> nn.Module:
-    """Each convolution is a sparse network of its own."""
+    """Each convolution that is called with one argument is a sparse network of its own."""
     plain = copy.deepcopy(model).eval().requires_grad_(False)
+    names = {name: module for name, module in plain.named_modules(remove_duplicate=False) if takes(module)}
     seen: dict[nn.Module, Tensor] = {}
-    names: dict[str, nn.Module] = {}
-    hooks = []
-    for name, module in plain.named_modules(remove_duplicate=False):
-        if takes(module):
-            names[name] = module
-            hooks.append(module.register_forward_pre_hook(lambda each, given: seen.setdefault(each, given[0])))
+    others: set[nn.Module] = set()
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        if named:
+            others.add(module)
+        else:
+            seen[module] = arguments[0]
+
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in set(names.values())]
     run(plain, inputs)
     for hook in hooks:
         hook.remove()
-    made = {module: SparseNetwork(trace(nn.Sequential(module), (given,)), choose) for module, given in seen.items()}
+    made: dict[nn.Module, SparseNetwork] = {}
+    for module in seen.keys() - others:
+        made[module] = SparseNetwork(trace(nn.Sequential(module), (seen[module],)), choose).eval()
+        made[module](seen[module])
     bake(plain)
     for name, module in names.items():
         if module in made:
-            made[module](seen[module])
             plain.set_submodule(name, made[module])
     return plain

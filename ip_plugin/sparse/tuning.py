@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .convolution import Places, SparseConvolution
+from .convolution import Places, SparseConvolution, pack
 from .graph import Convolution
 from .layout import WIDEST
 from .plan import Choice
@@ -36,12 +35,13 @@ class Chooser:
         self.by_rule = by_rule
         self._known: dict[tuple[Any, ...], Choice | None] = {}
 
-    def __call__(self, convolution: Convolution, where: Places, packs: bool) -> Choice | None:
+    def __call__(self, convolution: Convolution, where: Places, size: tuple[int, int], packs: bool) -> Choice | None:
         """How to run a convolution; None: by torch.
 
         Args:
             convolution: what is run.
             where: layouts, and taps.
+            size: height and width of the input.
             packs: whether the input must be packed first.
         """
         if self.by_rule:
@@ -53,7 +53,7 @@ class Chooser:
             where.target, packs, level, convolution.entries.basis is None, torch.get_num_threads(),
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = _fastest(convolution, where, packs)
+            self._known[key] = _fastest(convolution, where, size, packs)
         return self._known[key]
 
 
@@ -81,27 +81,23 @@ def _rule(convolution: Convolution, where: Places) -> Choice | None:
     return Choice("fused", width)
 
 
-def _fastest(convolution: Convolution, where: Places, packs: bool) -> Choice | None:
+def _fastest(convolution: Convolution, where: Places, size: tuple[int, int], packs: bool) -> Choice | None:
     outputs, inputs, weight = convolution.entries.channels, convolution.inputs, convolution.weight()
-    source, target = where.source.empty(inputs * where.channels), where.target.empty(outputs)
-    source[:] = np.random.default_rng(0).standard_normal(len(source), np.float32)
-    window = convolution.window
-    height = where.source.height if where.channels == 1 else where.target.height * window.stride[0]
-    width = where.source.width if where.channels == 1 else where.target.width * window.stride[1]
-    images = torch.randn(where.source.images, inputs, height, width)
-    bias = torch.from_numpy(convolution.bias)
+    source, target = where.source.empty(inputs * where.phases), where.target.empty(outputs)
+    images = torch.randn(where.source.images, inputs, *size, generator=torch.Generator().manual_seed(0))
+    window, bias = convolution.window, torch.from_numpy(convolution.bias)
     view = where.target.view(target, outputs)
+    packing = partial(pack, images, where, window, source)
 
     def dense() -> object:
-        made = F.conv2d(images, weight, bias, *window[1:], convolution.groups)
-        return made if made.shape != view.shape else view.copy_(made)
+        return view.copy_(F.conv2d(images, weight, bias, *window[1:], convolution.groups))
 
     best, found = _time(dense), None
-    packing = _time(lambda: images.contiguous(memory_format=torch.channels_last)) if packs else 0.0
+    took_packing = _time(packing)
     for choice in _candidates(convolution, where):
         run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
         scratch = run.scratch()
-        took = _time(partial(run, source, target, scratch)) + packing
+        took = _time(partial(run, source, target, scratch)) + (took_packing if packs else 0.0)
         if took < best:
             best, found = took, choice
     return found

@@ -31,7 +31,7 @@ def run(
     assert where is not None
     entries = Entries.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
     convolution = SparseConvolution(entries, bias.numpy(), where, choice, limits)
-    source, target = where.source.empty(images.shape[1] * where.channels), where.target.empty(len(coefficients))
+    source, target = where.source.empty(images.shape[1] * where.phases), where.target.empty(len(coefficients))
     target[where.target.first :] = math.nan
     pack(images, where, window, source)
     added = None

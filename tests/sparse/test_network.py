@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -306,3 +308,40 @@ def test_an_empty_batch_and_a_single_image_are_refused_or_left_to_torch() -> Non
             network(wrong)
     agrees(network, model, images)
     agrees(prepare(model, images[0], deterministic=True), model, images[0])
+
+
+def test_layer_by_layer_a_convolution_may_be_called_in_any_way() -> None:
+    class Odd(Undecided):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            z = self.a(x[:, :, 1:])
+            return super().forward(x) + y + self.b(input=y) + z.mean()
+
+    model, images = pruned(Odd(), "interspace"), torch.randn(1, 3, 8, 8)
+    with pytest.warns(SparseFallbackWarning):
+        network = prepare(model, images, deterministic=True)
+    assert isinstance(network.a, SparseNetwork) and not isinstance(network.b, SparseNetwork)
+    agrees(network, model, images)
+
+
+def test_what_plans_have_no_room_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned(nn.Sequential(nn.Conv2d(1, 2, 17, padding=8), nn.Conv2d(2, 2, 3)), "spatial")
+    images = torch.randn(1, 1, 20, 20)
+    network = prepare(model, images, deterministic=True)
+    assert [run.layer for run in network.runs(images)] == ["1"]
+    agrees(network, model, images)
+    monkeypatch.setattr("ip_plugin.sparse.network._FARTHEST", 100)
+    assert [run.how for run in prepare(model, images, deterministic=True).runs(images)] == ["dense"]
+
+
+def test_preparing_leaves_the_random_state() -> None:
+    model, images = pruned(Block(), "interspace", 0.7), torch.randn(1, 3, 8, 8)
+    before = torch.get_rng_state()
+    prepare(model, images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_numba_the_error_says_what_to_install() -> None:
+    script = "import sys; sys.modules['numba'] = None; import ip_plugin.sparse"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "pip install 'ip-plugin[sparse]'" in run.stderr.splitlines()[-1]

@@ -96,6 +96,17 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
 
 
 @pytest.mark.parametrize("interspace", [False, True], ids=["spatial", "interspace"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_many_chunks_of_few_entries(interspace: bool, parts: int) -> None:
+    coefficients = torch.randn(12, 20, 9) * (torch.rand(12, 20, 9) < 0.05)
+    basis = torch.randn(9, 9) if interspace else None
+    images, bias, window = torch.randn(1, 20, 7, 7), torch.randn(12), Window((3, 3), padding=(1, 1))
+    got, _, _ = run(images, coefficients, basis, bias, window, 1, Choice("fused", 32, parts, 500))
+    kernels = (coefficients if basis is None else coefficients @ basis).unflatten(2, (3, 3))
+    torch.testing.assert_close(got, F.conv2d(images, kernels, bias, padding=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interspace", [False, True], ids=["spatial", "interspace"])
 def test_results_do_not_depend_on_the_number_of_threads(interspace: bool) -> None:
     import numba
 
@@ -128,6 +139,8 @@ def test_pixels_of_all_images_and_no_others_are_stored() -> None:
     bits = np.unpackbits(layout.stored(), bitorder="little")
     assert bits[:24].tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     assert not bits[24:].any()
+    without_gaps = np.unpackbits(Layout(2, 2, 3, 2, 3, 0).stored(), bitorder="little")
+    assert without_gaps[:12].all() and not without_gaps[12:].any()
 
 
 def test_a_buffer_begins_and_ends_with_zeros_that_may_be_read() -> None:
@@ -164,4 +177,6 @@ def test_layers_behind_each_other_share_a_layout(height: int, width: int, paddin
     assert second is not None
     assert second.source is first.target
     assert places(Window((7, 7), padding=(3, 3)), 2, *made, source=first.target) is None  # not enough zeros
+    for tight in (first.target._replace(rows=made[0]), first.target._replace(pitch=made[1])):
+        assert places(Window((3, 3), padding=(1, 1)), 2, *made, source=tight) is None
     assert places(Window((3, 3), (2, 2), (1, 1)), 2, *made, source=first.target) is None

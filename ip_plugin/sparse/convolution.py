@@ -32,9 +32,9 @@ class Window(NamedTuple):
         return made[0], made[1]
 
     @property
-    def phases(self) -> int:
-        """Into how many images of every n-th row and column the input is dealt out."""
-        return math.prod(self.stride)
+    def steps(self) -> bool:
+        """Whether the stride is not 1, so that the input is dealt out into phases: every n-th row and column."""
+        return self.stride != (1, 1)
 
 
 class Places(NamedTuple):
@@ -44,13 +44,14 @@ class Places(NamedTuple):
         source: of the input; of one phase, where the stride is not 1.
         target: of the output.
         offsets: of taps, from the pixel of the output.
-        phases: how many images of the source belong to one channel of the input.
+        phases: what of a channel of the input is read: remainders of padded rows and columns. Each is stored like a
+            channel, one after the other.
     """
 
     source: Layout
     target: Layout
     offsets: Ints
-    phases: int
+    phases: tuple[tuple[int, int], ...]
 
 
 def places(
@@ -70,10 +71,10 @@ def places(
     out_height, out_width = window.outputs(height, width)
     grid = np.meshgrid(np.arange(window.kernel[0]), np.arange(window.kernel[1]), indexing="ij")
     taps = np.stack(grid, -1).reshape(-1, 2) * np.array(window.dilation)
-    if window.phases == 1:
+    if not window.steps:
         rows = max(height + max(window.padding[0], gap[0]), out_height + gap[0])
         pitch = max(width + max(window.padding[1], gap[1]), out_width + gap[1])
-        shifts, phase = taps - np.array(window.padding), np.zeros(len(taps), np.int64)
+        shifts, phase, phases = taps - np.array(window.padding), np.zeros(len(taps), np.int64), ((0, 0),)
         if source is not None:
             if source.rows < rows or source.pitch < pitch:
                 return None
@@ -82,7 +83,9 @@ def places(
         if source is not None:
             return None
         shifts = taps // np.array(window.stride)
-        phase = taps % np.array(window.stride) @ np.array([window.stride[1], 1])
+        remainders = [(int(y), int(x)) for y, x in taps % np.array(window.stride)]
+        phases = tuple(sorted(set(remainders)))
+        phase = np.array([phases.index(each) for each in remainders])
         height, width = out_height + int(shifts[:, 0].max()), out_width + int(shifts[:, 1].max())
         rows, pitch = max(height, out_height + gap[0]), max(width, out_width + gap[1])
     far = shifts @ np.array([pitch, 1])
@@ -92,7 +95,7 @@ def places(
     elif source.reach < reach:
         return None
     target = Layout(images, out_height, out_width, rows, pitch, source.reach)
-    return Places(source, target, far + phase * source.stride, window.phases)
+    return Places(source, target, far + phase * source.stride, phases)
 
 
 class SparseConvolution:
@@ -112,7 +115,7 @@ class SparseConvolution:
     ) -> None:  # fmt: skip
         self.entries, self.bias, self.where, self.choice = entries, bias, where, choice
         self.limits = np.float32(limits[0]), np.float32(limits[1])
-        self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * where.phases, choice)
+        self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * len(where.phases), choice)
         self._bits = where.target.stored()
         self._tiles = -(-where.target.pixels // choice.width)
         self._nothing = np.empty(0, np.float32)
@@ -143,18 +146,33 @@ class SparseConvolution:
 
 
 def pack(images: Tensor, where: Places, window: Window, buffer: Floats) -> None:
-    """Copy images ``(images, channels, height, width)`` into a buffer of zeros, by phases where the stride is not 1."""
-    channels = images.shape[1]
-    if where.phases == 1:
-        where.source.view(buffer, channels).copy_(images)
-        return
-    source, (down, right), (top, left) = where.source, window.stride, window.padding
-    for y in range(down):
-        for x in range(right):
-            view = source.view(buffer, channels * where.phases)[:, y * right + x :: where.phases]
-            # first row and column of the images that are of this phase, and where they go
-            row, column = (y - top) % down, (x - left) % right
-            part = images[:, :, row::down, column::right]
-            at_row, at_column = (row + top - y) // down, (column + left - x) // right
-            part = part[:, :, : source.height - at_row, : source.width - at_column]
-            view[:, :, at_row : at_row + part.shape[2], at_column : at_column + part.shape[3]].copy_(part)
+    """Copy images ``(images, channels, height, width)`` into a buffer, by phases where the stride is not 1."""
+    source, (down, right) = where.source, window.stride
+    if not window.steps:
+        return copy(images, source, buffer)
+    parts = []
+    for y, x in where.phases:
+        # first row and column of the images that are of this phase, and where they go
+        row, column = (y - window.padding[0]) % down, (x - window.padding[1]) % right
+        at_row, at_column = (row + window.padding[0] - y) // down, (column + window.padding[1] - x) // right
+        rows = min(-(-(images.shape[2] - row) // down), source.height - at_row)
+        columns = min(-(-(images.shape[3] - column) // right), source.width - at_column)
+        parts.append((row, column, at_row, at_column, max(0, rows), max(0, columns)))
+    _deal(images, source, buffer, window.stride, np.array(parts))
+    return None
+
+
+def copy(images: Tensor, layout: Layout, buffer: Floats) -> None:
+    """Copy images ``(images, channels, height, width)`` into a buffer, with zeros around them."""
+    _deal(images, layout, buffer, (1, 1), np.array([(0, 0, 0, 0, *images.shape[2:])]))
+
+
+def _deal(images: Tensor, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(images.shape, images.stride(), strict=True))
+    flat = images.detach().as_strided((extent,), (1,)).numpy()
+    (count, channels, _, _), (of_image, of_channel, of_row, of_column) = images.shape, images.stride()
+    buffer[channels * len(parts) * layout.stride : layout.size(channels * len(parts))] = 0
+    kernels.deal(
+        count, channels, parts, flat, of_image, of_channel, of_row, of_column, *steps,
+        buffer, layout.first, layout.stride, layout.rows * layout.pitch, layout.pitch,
+    )  # fmt: skip

@@ -193,16 +193,28 @@ def _may_wait(node: fx.Node, user: fx.Node, modules: dict[str, nn.Module]) -> bo
     """Whether a node can as well be computed where its user is: nothing between them changes a value in place."""
     between = node.next
     while between is not user:
-        if between.op == "call_module":
-            changes = bool(getattr(modules[str(between.target)], "inplace", False))
-        else:
-            name = between.target if isinstance(between.target, str) else getattr(between.target, "__name__", "")
-            changes = name.endswith("_") or name in _IN_PLACE or "out" in between.kwargs
-            changes = changes or bool(between.kwargs.get("inplace")) or any(each is True for each in between.args)
-        if changes and between.op not in ("placeholder", "get_attr"):
+        if changes_a_value(between, modules):
             return False
         between = between.next
     return True
+
+
+def changes_a_value(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node may change what it is given, in place."""
+    if node.op in ("placeholder", "get_attr"):
+        return False
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    changes = name.endswith("_") or name in _IN_PLACE or "out" in node.kwargs
+    return changes or bool(node.kwargs.get("inplace")) or any(each is True for each in node.args)
+
+
+def passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node's value is what it is given."""
+    if node.op != "call_module" or len(node.args) != 1:
+        return False
+    return type(modules[str(node.target)]) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

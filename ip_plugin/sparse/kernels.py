@@ -14,22 +14,62 @@ from typing import Any
 import numba
 import numpy as np
 
-from .vectors import add, at_least, at_most, broadcast, fma, keep, load, multiply, store
+from .vectors import add, at_least, at_most, broadcast, evens, fma, keep, leading, load, multiply, store
 
 _jit: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+_inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
 _parallel: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True, parallel=True)
 
 #: 32 lanes: what one pixel's nine taps are held in while basis filters are applied to them.
 _HALF = (0, 0)
+#: 16 lanes: what is copied at a time.
+_ROW = (0,)
 
 
-@_jit
+@_inline
 def _finish(lanes, values, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy):
     """Add the residual, clamp, zero the gaps, store."""
     if ldr > 0:
         values = add(values, load(lanes, R, r0 + channel * ldr + pixel))
     values = at_most(at_least(values, broadcast(lanes, low)), broadcast(lanes, high))
     store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
+
+
+@_jit
+def _copy_row(count, X, x, step, Y, y):
+    """Every `step`-th number, then zeros up to whole vectors."""
+    for k in range(0, count, 16):
+        at = x + k * step
+        if step == 1 and at + 16 <= len(X):
+            store(Y, y + k, leading(count - k, load(_ROW, X, at)))
+        elif step == 2 and at + 32 <= len(X):
+            store(Y, y + k, leading(count - k, evens(load(_ROW, X, at), load(_ROW, X, at + 16))))
+        else:
+            for lane in range(16):
+                Y[y + k + lane] = X[at + lane * step] if k + lane < count else np.float32(0)
+
+
+@_parallel
+def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
+    """Deal images out by every n-th row and column; zeros around them.
+
+    Args:
+        images, channels: how many.
+        parts: of each phase: first row and column of the input, row and column where they go, how many of both.
+        X, of_image, of_channel, of_row, of_column: input, and the distances of what it has.
+        down, right: which rows and columns belong to a phase.
+        Y, y0, ldy, ldi, pitch: output, its first pixel, distances of channels, images and rows.
+    """
+    for channel in numba.prange(channels):
+        for part in range(len(parts)):
+            row, column, at_row, at_column, rows, columns = parts[part]
+            begin = (channel * len(parts) + part) * ldy
+            Y[begin : begin + ldy] = np.float32(0)
+            for image in range(images):
+                x = image * of_image + channel * of_channel + row * of_row + column * of_column
+                y = begin + y0 + image * ldi + at_row * pitch + at_column
+                for r in range(rows):  # in this order: the zeros behind a row may lie in the next one
+                    _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
 
 
 @_parallel
@@ -52,8 +92,8 @@ def direct(
         low, high: what results are clamped to.
         Y, y0, ldy: output.
     """
-    width = 16 * len(lanes)
     for item in numba.prange(tiles * parts):
+        width = 16 * len(lanes)
         tile = item // parts
         part = item - tile * parts
         pixel = tile * width
@@ -65,7 +105,7 @@ def direct(
             _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
 
 
-@_jit
+@_inline
 def _respond_9(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of nine taps: the taps stay in registers."""
     width = 16 * len(lanes)
@@ -104,7 +144,7 @@ def _respond_9(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b
         j = end
 
 
-@_jit
+@_inline
 def _respond(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of any number of taps."""
     width = 16 * len(lanes)
@@ -118,7 +158,7 @@ def _respond(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0)
         store(buffer, b0 + (n - first) * width, total)
 
 
-@_jit
+@_inline
 def _unfold(lanes, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Shifted copies: the responses of a standard basis."""
     width = 16 * len(lanes)
@@ -145,8 +185,8 @@ def fused(
         index, values: of entries: which response of the chunk.
         scratch, responses: a row for each thread: sums of output channels after the first `responses` tiles.
     """
-    width = 16 * len(lanes)
     for item in numba.prange(tiles * parts):
+        width = 16 * len(lanes)
         tile = item // parts
         part = item - tile * parts
         pixel = tile * width
@@ -163,16 +203,17 @@ def fused(
                 _respond(lanes, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
-            j = np.intp(entry_begin[chunk])
+            j = np.uintp(entry_begin[chunk])
             for row in range(row_begin[chunk], row_begin[chunk + 1]):
                 channel = np.intp(channels[row])
                 if begins:  # noqa: SIM108
                     total = broadcast(lanes, bias[channel])
                 else:
                     total = load(lanes, buffer, sums + channel * width)
-                for _ in range(counts[row]):
+                end = j + np.uintp(counts[row])
+                while j < end:
                     total = fma(broadcast(lanes, values[j]), load(lanes, buffer, np.intp(index[j]) * width), total)
-                    j += 1
+                    j += np.uintp(1)
                 if ends:
                     _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
                 else:

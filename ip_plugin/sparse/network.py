@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from ..errors import SparseExecutionError
 from . import tuning
-from .convolution import SparseConvolution, pack, places
-from .graph import Convolution, Network
+from .convolution import SparseConvolution, copy, pack, places
+from .graph import Convolution, Network, changes_a_value, passes
 from .layout import Layout, aligned
 
 _FREE = (-math.inf, math.inf)
@@ -162,8 +162,8 @@ class SparseNetwork(nn.Module):
         """
         for each in inputs:
             check_input(each)
-        program = self._program(inputs)
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        program = self._program(inputs)
         with _one_at_a_time(), program.workspace() as workspace:
             return _execute(self._network, program, workspace, inputs)
 
@@ -217,7 +217,7 @@ def _compile(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
     gaps: dict[tuple[int, ...], tuple[int, int]] = {}
     for each in network.convolutions.values():
         size, (rows, columns) = shapes[each.source][2:], gaps.get(shapes[each.source][2:], (0, 0))
-        if each.window.phases == 1:
+        if not each.window.steps:
             gaps[size] = max(rows, each.window.padding[0]), max(columns, each.window.padding[1])
 
     steps: list[_Step] = []
@@ -228,16 +228,30 @@ def _compile(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
         slots.append(layout.size(channels))
         return _Laid(len(slots) - 1, layout, channels)
 
+    modules = dict(network.module.named_modules())
+    copied: set[fx.Node] = set()
     for node in network.module.graph.nodes:
         if node in network.drawn_in:
             continue
         convolution = network.convolutions.get(node)
-        step = None if convolution is None else _sparse(node, convolution, shapes, gaps, laid, new, choose)
-        if step is not None:
-            steps.append(step)
-            laid[node] = step.target
-        else:
-            steps.append(_Torch(node) if convolution is None else _Dense(node, convolution, convolution.weight()))
+        if convolution is None:
+            steps.append(_Torch(node))
+            if changes_a_value(node, modules):  # which a copy does not see
+                laid = {each: at for each, at in laid.items() if each not in copied}
+            given = node.args[0] if passes(node, modules) else None
+            if given in laid:
+                laid[node] = laid[given]
+                copied.update({node} if given in copied else ())
+            continue
+        step = _sparse(node, convolution, shapes, gaps, laid, new, choose)
+        if step is None:
+            steps.append(_Dense(node, convolution, convolution.weight()))
+            continue
+        steps.append(step)
+        laid[node] = step.target
+        if step.packs[0] and not convolution.window.steps:
+            laid[convolution.source] = step.source
+            copied.add(convolution.source)
     program = _Program(steps, slots, _last_uses(steps))
     return _shared(network, program, inputs)
 
@@ -259,13 +273,13 @@ def _sparse(
         gap = max(gap[0], here[0]), max(gap[1], here[1])
         where = places(convolution.window, images, height, width, gap)
         assert where is not None
-    if channels * where.phases * where.source.stride > _FARTHEST:
+    if channels * len(where.phases) * where.source.stride > _FARTHEST:
         return None
     choice = choose(convolution, where, (height, width), packs)
     if choice is None:
         return None
     if packs:
-        source = new(where.source, channels * where.phases)
+        source = new(where.source, channels * len(where.phases))
     target = new(where.target, shapes[node][1])
     residual, packs_residual = None, False
     if convolution.residual is not None:
@@ -385,15 +399,13 @@ def _run_sparse(step: _Sparse, workspace: _Workspace, values: dict[fx.Node, Any]
     convolution, run = step.convolution, step.run
     source, target = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
     if step.packs[0]:
-        if step.source.shared:
-            source[: step.source.layout.size(step.source.channels)] = 0
         pack(values[convolution.source], run.where, convolution.window, source)
     residual = None
     if step.residual is not None:
         residual = workspace.buffers[step.residual.slot]
         if step.packs[1]:
             assert convolution.residual is not None
-            workspace.view(step.residual).copy_(values[convolution.residual])
+            copy(values[convolution.residual], step.residual.layout, residual)
     if step.target.shared:
         step.target.layout.clear_gaps(target, step.target.channels)
     run(source, target, workspace.scratch[step.node], residual)

@@ -62,7 +62,7 @@ class Choice(NamedTuple):
     order: Literal["direct", "fused"]
     width: int
     parts: int = 1
-    budget: int = 160_000
+    budget: int = 80_000
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,15 @@ def _parts(entries: Entries, parts: int) -> Ints:
     """First output channel of each part, and the end: parts of about equally many entries and channels."""
     work = np.bincount(entries.outputs, minlength=entries.channels) + 1
     done = np.concatenate([[0], np.cumsum(work)])
-    return np.searchsorted(done, np.linspace(0, done[-1], parts + 1)).astype(np.int64).clip(0, entries.channels)
+    bounds = np.searchsorted(done, np.linspace(0, done[-1], parts + 1))
+    return bounds.clip(0, entries.channels)
 
 
 def _direct(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan:
     counts = np.bincount(entries.outputs, minlength=entries.channels)
     arrays = (
         _parts(entries, choice.parts),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
         np.arange(entries.channels, dtype=np.uint16),
         (entries.inputs.astype(np.int64) * stride + offsets[entries.filters]).astype(np.int32),
         entries.values,
@@ -160,8 +161,8 @@ def _fused(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan
         (whole["used"] % taps).astype(np.uint8),
         offsets,
         basis,
-        np.array(row_begin, np.int32),
-        np.array(entry_begin, np.int64),
+        np.array(row_begin, np.uint32),
+        np.array(entry_begin, np.uint32),
         whole["channels"].astype(np.uint16),
         whole["counts"].astype(np.uint16),
         whole["index"].astype(np.uint16),

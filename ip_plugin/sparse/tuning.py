@@ -18,8 +18,8 @@ from .plan import Choice
 
 #: How often each candidate is run; the fastest run counts.
 _RUNS = 5
-#: Bytes of responses at a time: a part of what a second-level cache holds.
-_BUDGETS = (160_000, 320_000)
+#: Bytes of responses at a time: about a first-level cache, or parts of a second-level one.
+_BUDGETS = (40_000, 80_000, 160_000, 320_000)
 #: From this share of non-zeros on the rule runs a convolution dense.
 _DENSE = 0.5
 
@@ -57,19 +57,24 @@ class Chooser:
         return self._known[key]
 
 
-def _candidates(convolution: Convolution, where: Places) -> Iterator[Choice]:
-    pixels = where.target.pixels
-    widths = [width for width in (32, 64, WIDEST) if width == 32 or width < 2 * pixels][-2:]
-    for width in widths:
+def _shapes(convolution: Convolution, where: Places) -> Iterator[Choice]:
+    """What differs in order, width and parts."""
+    pixels, threads = where.target.pixels, torch.get_num_threads()
+    for width in (32, 64, WIDEST):
+        if width > 32 and width >= 2 * pixels:
+            continue
         tiles = -(-pixels // width)
-        threads = torch.get_num_threads()
         for parts in {1, threads} if tiles < 8 * threads else {1}:
             if convolution.entries.basis is None:
                 yield Choice("direct", width, parts)
-            if convolution.entries.basis is not None:
-                yield from (Choice("fused", width, parts, budget) for budget in _BUDGETS)
-            elif len(where.offsets) > 1 or convolution.groups == 1:
-                yield Choice("fused", width, parts, 40_000)
+            if convolution.entries.basis is not None or len(where.offsets) > 1 or convolution.groups == 1:
+                yield Choice("fused", width, parts)
+
+
+def _budgets(choice: Choice) -> Iterator[Choice]:
+    """The same with other budgets."""
+    if choice.order == "fused":
+        yield from (choice._replace(budget=budget) for budget in _BUDGETS if budget != choice.budget)
 
 
 def _rule(convolution: Convolution, where: Places) -> Choice | None:
@@ -83,7 +88,7 @@ def _rule(convolution: Convolution, where: Places) -> Choice | None:
 
 def _fastest(convolution: Convolution, where: Places, size: tuple[int, int], packs: bool) -> Choice | None:
     outputs, inputs, weight = convolution.entries.channels, convolution.inputs, convolution.weight()
-    source, target = where.source.empty(inputs * where.phases), where.target.empty(outputs)
+    source, target = where.source.empty(inputs * len(where.phases)), where.target.empty(outputs)
     images = torch.randn(where.source.images, inputs, *size, generator=torch.Generator().manual_seed(0))
     window, bias = convolution.window, torch.from_numpy(convolution.bias)
     view = where.target.view(target, outputs)
@@ -92,15 +97,15 @@ def _fastest(convolution: Convolution, where: Places, size: tuple[int, int], pac
     def dense() -> object:
         return view.copy_(F.conv2d(images, weight, bias, *window[1:], convolution.groups))
 
-    best, found = _time(dense), None
-    took_packing = _time(packing)
-    for choice in _candidates(convolution, where):
+    def sparse(choice: Choice) -> float:
         run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
-        scratch = run.scratch()
-        took = _time(partial(run, source, target, scratch)) + (took_packing if packs else 0.0)
-        if took < best:
-            best, found = took, choice
-    return found
+        return _time(partial(run, source, target, run.scratch()))
+
+    times = {choice: sparse(choice) for choice in _shapes(convolution, where)}
+    found = min(times, key=times.__getitem__)
+    times.update((choice, sparse(choice)) for choice in _budgets(found))
+    found = min(times, key=times.__getitem__)
+    return found if times[found] + (_time(packing) if packs else 0.0) < _time(dense) else None
 
 
 def _time(run: Callable[[], object]) -> float:

@@ -138,3 +138,30 @@ def keep(typing: Any, bits: Any, offset: Any, values: Any) -> Any:
         return builder.select(mask, arguments[2], ir.Constant(_register(values), [0.0] * values.width))
 
     return values(bits, types.intp, values), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def leading(typing: Any, count: Any, values: Any) -> Any:
+    """The first so many lanes, the others zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        integers = ir.VectorType(_INT32, values.width)
+        limit = builder.insert_element(
+            ir.Constant(integers, ir.Undefined), builder.trunc(arguments[0], _INT32), ir.Constant(_INT32, 0)
+        )
+        limit = builder.shuffle_vector(limit, limit, ir.Constant(integers, [0] * values.width))
+        inside = builder.icmp_signed("<", ir.Constant(integers, list(range(values.width))), limit)
+        return builder.select(inside, arguments[1], ir.Constant(_register(values), [0.0] * values.width))
+
+    return values(types.intp, values), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def evens(typing: Any, low: Any, high: Any) -> Any:
+    """Every second lane of the one, then of the other, the first one included."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        places = ir.Constant(ir.VectorType(_INT32, low.width), list(range(0, 2 * low.width, 2)))
+        return builder.shuffle_vector(*arguments, places)
+
+    return low(low, low), generate

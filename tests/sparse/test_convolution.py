@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from ip_plugin.sparse.convolution import SparseConvolution, Window, pack, places
+from ip_plugin.sparse.convolution import SparseConvolution, Window, copy, pack, places
 from ip_plugin.sparse.layout import Layout
 from ip_plugin.sparse.plan import Choice, Entries
 
@@ -31,13 +31,14 @@ def run(
     assert where is not None
     entries = Entries.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
     convolution = SparseConvolution(entries, bias.numpy(), where, choice, limits)
-    source, target = where.source.empty(images.shape[1] * where.phases), where.target.empty(len(coefficients))
+    source, target = where.source.empty(images.shape[1] * len(where.phases)), where.target.empty(len(coefficients))
     target[where.target.first :] = math.nan
+    source[:] = math.nan
     pack(images, where, window, source)
     added = None
     if residual is not None:
-        added = where.target.empty(len(coefficients))
-        where.target.view(added, len(coefficients)).copy_(residual)
+        added = np.full_like(target, math.nan)
+        copy(residual, where.target, added)
     convolution(source, target, np.full_like(convolution.scratch(), math.nan), added)
     return where.target.view(target, len(coefficients)), torch.from_numpy(target), where.target
 
@@ -58,6 +59,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
             draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])),
         ),
         "gap": draw(pairs), "seed": draw(st.integers(0, 99)), "residual": draw(st.booleans()),
+        "lies": draw(st.sampled_from(["as usual", "channels last", "sliced"])),
     }  # fmt: skip
 
 
@@ -74,6 +76,10 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
     basis = torch.randn(taps, taps, generator=generator) / taps**0.5 if case["interspace"] else None
     choice = case["choice"] if basis is None else case["choice"]._replace(order="fused")
     images = torch.randn(case["images"], case["inputs"] * groups, height, width, generator=generator)
+    if case["lies"] == "channels last":
+        images = images.to(memory_format=torch.channels_last)
+    elif case["lies"] == "sliced":
+        images = F.pad(images, (1, 2, 2, 1), value=math.nan)[:, :, 2:-1, 1:-2]
     bias = torch.randn(len(coefficients), generator=generator)
     kernels = (coefficients if basis is None else coefficients @ basis).unflatten(2, window.kernel).double()
     expected = F.conv2d(images.double(), kernels, bias.double(), *window[1:], groups)

@@ -71,10 +71,12 @@ def places(
     out_height, out_width = window.outputs(height, width)
     grid = np.meshgrid(np.arange(window.kernel[0]), np.arange(window.kernel[1]), indexing="ij")
     taps = np.stack(grid, -1).reshape(-1, 2) * np.array(window.dilation)
+    phases: tuple[tuple[int, int], ...] = ((0, 0),)
+    phase = np.zeros(len(taps), np.int64)
     if not window.steps:
         rows = max(height + max(window.padding[0], gap[0]), out_height + gap[0])
         pitch = max(width + max(window.padding[1], gap[1]), out_width + gap[1])
-        shifts, phase, phases = taps - np.array(window.padding), np.zeros(len(taps), np.int64), ((0, 0),)
+        shifts = taps - np.array(window.padding)
         if source is not None:
             if source.rows < rows or source.pitch < pitch:
                 return None
@@ -143,6 +145,16 @@ class SparseConvolution:
             kernels.direct(*head, *common)
         else:
             kernels.fused(*head, *common, scratch, self.plan.responses)
+
+
+def pool(window: Window, source: Layout, channels: int, target: Layout, read: Floats, write: Floats) -> None:
+    """Max pooling from one buffer into another."""
+    write[channels * target.stride : target.size(channels)] = 0
+    kernels.largest(
+        source.images, channels, source.height, source.width, *window[:4],
+        read, source.first, source.stride, source.rows * source.pitch, source.pitch,
+        target.height, target.width, write, target.first, target.stride, target.rows * target.pitch, target.pitch,
+    )  # fmt: skip
 
 
 def pack(images: Tensor, where: Places, window: Window, buffer: Floats) -> None:

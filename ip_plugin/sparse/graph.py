@@ -75,11 +75,13 @@ class Network:
         module: the plain network, in evaluation mode.
         convolutions: by the node whose value each makes.
         drawn_in: nodes that belong to a convolution and make no value of their own.
+        poolings: windows of max poolings.
     """
 
     module: fx.GraphModule
     convolutions: dict[fx.Node, Convolution]
     drawn_in: set[fx.Node]
+    poolings: dict[fx.Node, Window] = field(default_factory=dict)
 
     def shapes(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
         """Shapes of all values that are tensors, for inputs of these shapes."""
@@ -95,7 +97,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
     sparse = {layer.name: _values(layer) for layer in layers(model) if takes(layer.module)}
     plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     try:
-        traced = fx.symbolic_trace(plain)
+        traced = _without_copies(fx.symbolic_trace(plain))
         shapes = Network(traced, {}, set()).shapes(inputs)
     except Exception as error:  # whatever a forward raises that is given a stand-in
         raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -105,6 +107,19 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
     for target in {str(node.target) for node in ours if node.op == "call_module"} - left:
         traced.set_submodule(target, nn.Identity())  # lets dense weights go
     return found
+
+
+def _without_copies(traced: fx.GraphModule) -> fx.GraphModule:
+    """Without the nodes whose value is what they are given."""
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or len(node.args) != 1:
+            continue
+        module = traced.get_submodule(str(node.target))
+        if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not module._forward_hooks:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
 
 
 class _Values(fx.Interpreter):
@@ -186,7 +201,19 @@ def _drawn(
             made.done.append(user)
         found[made.done[-1]] = made
         drawn_in.update(made.done[:-1])
-    return Network(traced, found, drawn_in)
+    poolings = {node: window for node in traced.graph.nodes if (window := _pooling(node, modules)) is not None}
+    return Network(traced, found, drawn_in, poolings)
+
+
+def _pooling(node: fx.Node, modules: dict[str, nn.Module]) -> Window | None:
+    """The window of a max pooling."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    module = modules[str(node.target)]
+    if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices or module._forward_hooks:
+        return None
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return Window(*((each, each) if isinstance(each, int) else (each[0], each[1]) for each in sizes))
 
 
 def _may_wait(node: fx.Node, user: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -208,13 +235,6 @@ def changes_a_value(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     changes = name.endswith("_") or name in _IN_PLACE or "out" in node.kwargs
     return changes or bool(node.kwargs.get("inplace")) or any(each is True for each in node.args)
-
-
-def passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node's value is what it is given."""
-    if node.op != "call_module" or len(node.args) != 1:
-        return False
-    return type(modules[str(node.target)]) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

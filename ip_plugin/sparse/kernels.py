@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from .vectors import add, at_least, at_most, broadcast, evens, fma, keep, leading, load, multiply, store
+from .vectors import add, at_least, at_most, broadcast, evens, fma, keep, larger, leading, load, multiply, store
 
 _jit: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
 _inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
@@ -35,7 +35,7 @@ def _finish(lanes, values, channel, pixel, bits, tile, R, r0, ldr, low, high, Y,
     store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
 
 
-@_jit
+@_inline
 def _copy_row(count, X, x, step, Y, y):
     """Every `step`-th number, then zeros up to whole vectors."""
     for k in range(0, count, 16):
@@ -70,6 +70,46 @@ def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, do
                 y = begin + y0 + image * ldi + at_row * pitch + at_column
                 for r in range(rows):  # in this order: the zeros behind a row may lie in the next one
                     _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
+
+
+@_parallel
+def largest(
+    images, channels, height, width, kernel, stride, padding, dilation, X, x0, ldx, ldi, pitch,
+    out_height, out_width, Y, y0, ldy, ldo, out_pitch
+):  # fmt: skip
+    """Max pooling, with zeros around its images.
+
+    Args:
+        images, channels, height, width: of the input.
+        kernel, stride, padding, dilation: as torch names them; two numbers each, rows first.
+        X, x0, ldx, ldi, pitch: input, its first pixel, distances of channels, images and rows.
+        out_height, out_width: of the output.
+        Y, y0, ldy, ldo, out_pitch: output, likewise.
+    """
+    for channel in numba.prange(channels):
+        lowest = np.float32(-np.inf)
+        span = (out_width - 1) * stride[1] + 1
+        line = np.full(max(width, span) + 2 * padding[1] + kernel[1] * dilation[1] + 32, lowest)
+        wide = np.empty(span + 48, np.float32)
+        Y[channel * ldy : (channel + 1) * ldy] = np.float32(0)
+        for image in range(images):
+            for y in range(out_height):
+                for x in range(0, width, 16):
+                    found = broadcast(_ROW, lowest)
+                    for k in range(kernel[0]):
+                        row = y * stride[0] - padding[0] + k * dilation[0]
+                        if 0 <= row < height:
+                            at = x0 + channel * ldx + image * ldi + row * pitch + x
+                            found = larger(found, load(_ROW, X, at))
+                    store(line, padding[1] + x, found)
+                line[padding[1] + width :] = lowest
+                for x in range(0, span, 16):
+                    found = load(_ROW, line, x)
+                    for k in range(1, kernel[1]):
+                        found = larger(found, load(_ROW, line, x + k * dilation[1]))
+                    store(wide, x, found)
+                at = y0 + channel * ldy + image * ldo + y * out_pitch
+                _copy_row(out_width, wide, 0, stride[1], Y, at)
 
 
 @_parallel

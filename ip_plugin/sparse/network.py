@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from ..errors import SparseExecutionError
 from . import tuning
-from .convolution import SparseConvolution, copy, pack, places
-from .graph import Convolution, Network, changes_a_value, passes
+from .convolution import SparseConvolution, Window, copy, pack, places, pool
+from .graph import Convolution, Network, changes_a_value
 from .layout import Layout, aligned
 
 _FREE = (-math.inf, math.inf)
@@ -54,6 +54,24 @@ class _Sparse:
     residual: _Laid | None
     packs: tuple[bool, bool]
 
+    @property
+    def laid(self) -> tuple[_Laid | None, ...]:
+        return self.source, self.target, self.residual
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A step: a max pooling from one buffer into another."""
+
+    node: fx.Node
+    window: Window
+    source: _Laid
+    target: _Laid
+
+    @property
+    def laid(self) -> tuple[_Laid | None, ...]:
+        return self.source, self.target
+
 
 @dataclass(frozen=True)
 class _Dense:
@@ -71,7 +89,7 @@ class _Torch:
     node: fx.Node
 
 
-_Step = _Sparse | _Dense | _Torch
+_Step = _Sparse | _Pool | _Dense | _Torch
 
 
 @dataclass
@@ -171,7 +189,7 @@ class SparseNetwork(nn.Module):
         """How each convolution is run for inputs of these shapes, in order."""
         found = []
         for step in self._program(inputs).steps:
-            if isinstance(step, _Torch):
+            if isinstance(step, (_Torch, _Pool)):
                 continue
             name, density = step.convolution.name, step.convolution.density
             if isinstance(step, _Dense):
@@ -234,14 +252,15 @@ def _compile(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
         if node in network.drawn_in:
             continue
         convolution = network.convolutions.get(node)
+        if convolution is None and node in network.poolings and node.args[0] in laid:
+            pooled = _pool(node, network.poolings[node], shapes, gaps, laid, new)
+            steps.append(pooled)
+            laid[node] = pooled.target
+            continue
         if convolution is None:
             steps.append(_Torch(node))
             if changes_a_value(node, modules):  # which a copy does not see
                 laid = {each: at for each, at in laid.items() if each not in copied}
-            given = node.args[0] if passes(node, modules) else None
-            if given in laid:
-                laid[node] = laid[given]
-                copied.update({node} if given in copied else ())
             continue
         step = _sparse(node, convolution, shapes, gaps, laid, new, choose)
         if step is None:
@@ -292,8 +311,20 @@ def _sparse(
     return _Sparse(node, convolution, run, source, target, residual, (packs, packs_residual))
 
 
+def _pool(
+    node: fx.Node, window: Window, shapes: dict[fx.Node, torch.Size], gaps: dict[tuple[int, ...], tuple[int, int]],
+    laid: dict[fx.Node, _Laid], new: Callable[[Layout, int], _Laid],
+) -> _Pool:  # fmt: skip
+    source = laid[node.all_input_nodes[0]]
+    images, channels, height, width = shapes[node]
+    rows, columns = gaps.get((height, width), (0, 0))
+    pitch = width + columns
+    layout = Layout(images, height, width, height + rows, pitch, rows * pitch + columns)
+    return _Pool(node, window, source, new(layout, channels))
+
+
 def _reads(step: _Step) -> list[fx.Node]:
-    if isinstance(step, _Torch):
+    if isinstance(step, (_Torch, _Pool)):
         return step.node.all_input_nodes
     return [each for each in (step.convolution.source, step.convolution.residual) if each is not None]
 
@@ -318,8 +349,8 @@ def _shared(network: Network, program: _Program, inputs: tuple[Tensor, ...]) -> 
     number = {step.node: place for place, step in enumerate(program.steps)}
     use: dict[fx.Node, int] = {each: number[step] for step, nodes in program.last.items() for each in nodes}
     for place, step in enumerate(program.steps):
-        if isinstance(step, _Sparse):
-            for laid in (step.source, step.target, step.residual):
+        if isinstance(step, (_Sparse, _Pool)):
+            for laid in step.laid:
                 if laid is not None:
                     begins[laid.slot] = min(begins[laid.slot], place)
                     ends[laid.slot] = max(ends[laid.slot], place)
@@ -351,13 +382,13 @@ def _shared(network: Network, program: _Program, inputs: tuple[Tensor, ...]) -> 
         slot = place_of[laid.slot]
         return replace(laid, slot=slot, shared=tenants[slot] > 1)
 
-    steps = [
-        replace(
-            step, source=moved(step.source), target=moved(step.target),
-            residual=None if step.residual is None else moved(step.residual),
-        ) if isinstance(step, _Sparse) else step
-        for step in program.steps
-    ]  # fmt: skip
+    steps: list[_Step] = []
+    for step in program.steps:
+        if isinstance(step, (_Sparse, _Pool)):
+            step = replace(step, source=moved(step.source), target=moved(step.target))
+        if isinstance(step, _Sparse) and step.residual is not None:
+            step = replace(step, residual=moved(step.residual))
+        steps.append(step)
     return _Program(steps, sizes, program.last)
 
 
@@ -379,6 +410,10 @@ def _execute(
         node = step.node
         if isinstance(step, _Sparse):
             values[node] = _run_sparse(step, workspace, values)
+        elif isinstance(step, _Pool):
+            read, write = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
+            pool(step.window, step.source.layout, step.source.channels, step.target.layout, read, write)
+            values[node] = workspace.view(step.target)
         elif isinstance(step, _Dense):
             values[node] = _run_dense(step, values)
         elif node.op == "placeholder":

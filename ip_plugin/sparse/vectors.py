@@ -124,6 +124,12 @@ at_most = _binary(
     lambda builder, left, right: builder.select(builder.fcmp_ordered(">", left, right), right, left),
     "The smaller of the two in each lane; NaN on the left stays.",
 )
+larger = _binary(
+    lambda builder, left, right: builder.select(
+        builder.or_(builder.fcmp_ordered(">", right, left), builder.fcmp_unordered("uno", right, right)), right, left
+    ),
+    "The larger of the two in each lane; NaN on either side stays.",
+)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -92,6 +92,75 @@ def test_values_that_are_used_more_than_once(space: str, deterministic: bool) ->
     agrees(network, model, torch.randn(1, 3, 16, 5))  # another shape
 
 
+class Pools(nn.Module):
+    """Max poolings of results of either sign, of what is odd in size, and one that is left to torch."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
+        self.first, self.last = nn.MaxPool2d(3, 2, 1), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.first(self.a(x))
+        late = self.last(self.b(nn.functional.relu(early)))
+        return torch.cat([early.flatten(1), late.flatten(1), self.c(late).flatten(1)], 1)
+
+
+@SPACES
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.MaxPool2d((2, 3), (1, 2), (1, 1), (2, 1)),
+        nn.MaxPool2d(2, 1),
+        nn.MaxPool2d(5, 3),
+        nn.MaxPool2d(2, ceil_mode=True),
+    ],
+    ids=["dilated", "stride 1", "stride 3", "ceil"],
+)
+def test_max_poolings(last: nn.Module, space: str) -> None:
+    model = pruned(Pools(last), space, 0.7)
+    for size in ((11, 14), (33, 37)):
+        images = torch.randn(2, 3, *size)
+        agrees(prepare(model, images, deterministic=True), model, images)
+
+
+def test_nan_goes_through_a_max_pooling_as_it_does_in_torch() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(1, 1, 1)).eval()
+    images = torch.randn(1, 1, 9, 21)
+    network = prepare(model, images, deterministic=True)
+    for row, column in ((0, 0), (4, 7), (8, 20), (3, 16)):
+        marked = images.clone()
+        marked[0, 0, row, column] = torch.nan
+        with torch.no_grad():
+            torch.testing.assert_close(network(marked), model(marked), equal_nan=True)
+
+
+class ReadTwice(nn.Module):
+    """What two convolutions read, with or without a change between them; through modules that change nothing."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.same, self.drop, self.changes = nn.Identity(), nn.Dropout(), changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        first = self.a(self.same(x))
+        if self.changes:
+            x.mul_(2)
+        return self.c(self.drop(first)) + self.b(self.drop(x))
+
+
+@SPACES
+@pytest.mark.parametrize("changes", [False, True])
+def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, space: str) -> None:
+    model, images = pruned(ReadTwice(changes), space, 0.7), torch.randn(1, 4, 8, 8)
+    network = prepare(model, images, deterministic=True)
+    agrees(network, model, images)
+    steps = network._program((images,)).steps
+    assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == (2 if changes else 1)
+
+
 class Views(nn.Module):
     """Results that are views of one another, and in-place changes to them."""
 

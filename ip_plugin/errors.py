@@ -666,6 +666,14 @@ class SparseExecutionError(InterspaceError):
         super().__init__(rule, found, "move model and inputs to the CPU, and to float32: model.cpu().float()")
 
 
+class InvalidResponsesError(InterspaceError):
+    """`responses` of `prepare` is not understood."""
+
+    def __init__(self, found: str) -> None:
+        rule = "`responses` must be torch.float32 or torch.bfloat16."
+        super().__init__(rule, found, "leave it out for results that are exact to float32")
+
+
 class SparseFallbackWarning(UserWarning):
     """A network is run sparse layer by layer: what is between the layers cannot be seen."""
 

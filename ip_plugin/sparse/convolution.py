@@ -131,7 +131,8 @@ class SparseConvolution:
         """Of what a call needs to work with, float32; not to be used by two calls at once."""
         if self.choice.order == "direct":
             return 0, 0
-        size = (self.plan.responses + self.entries.channels) * self.choice.width
+        choice = self.choice
+        size = self.plan.responses * choice.response + self.entries.channels * choice.width
         return numba.config.NUMBA_NUM_THREADS, size
 
     def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:

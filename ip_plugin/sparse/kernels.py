@@ -14,7 +14,22 @@ from typing import Any
 import numba
 import numpy as np
 
-from .vectors import add, at_least, at_most, broadcast, evens, fma, keep, larger, leading, load, multiply, store
+from .vectors import (
+    add,
+    at_least,
+    at_most,
+    broadcast,
+    evens,
+    fma,
+    get,
+    keep,
+    larger,
+    leading,
+    load,
+    multiply,
+    put,
+    store,
+)
 
 _jit: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
 _inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
@@ -146,9 +161,10 @@ def direct(
 
 
 @_inline
-def _respond_9(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+def _respond_9(lanes, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of nine taps: the taps stay in registers."""
     width = 16 * len(lanes)
+    size = width >> len(narrow)
     o0, o1, o2, o3, o4, o5, o6, o7, o8 = (
         offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], offsets[5], offsets[6], offsets[7], offsets[8],
     )  # fmt: skip
@@ -180,14 +196,14 @@ def _respond_9(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b
                 p = fma(broadcast(_HALF, G[g + 6]), v6, p)
                 q = fma(broadcast(_HALF, G[g + 7]), v7, q)
                 p = fma(broadcast(_HALF, G[g + 8]), v8, p)
-                store(buffer, b0 + (n - first) * width + part, add(p, q))
+                put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), add(p, q))
         j = end
 
 
 @_inline
-def _respond(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+def _respond(lanes, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of any number of taps."""
-    width = 16 * len(lanes)
+    size = 16 * len(lanes) >> len(narrow)
     taps = len(offsets)
     for n in range(first, last):
         g = np.intp(used[n]) * taps
@@ -195,26 +211,27 @@ def _respond(lanes, G, first, last, source, used, offsets, X, pixel, buffer, b0)
         total = multiply(broadcast(lanes, G[g]), load(lanes, X, z + offsets[0]))
         for tap in range(1, taps):
             total = fma(broadcast(lanes, G[g + tap]), load(lanes, X, z + offsets[tap]), total)
-        store(buffer, b0 + (n - first) * width, total)
+        put(narrow, buffer, b0 + (n - first) * size, total)
 
 
 @_inline
-def _unfold(lanes, first, last, source, used, offsets, X, pixel, buffer, b0):
+def _unfold(lanes, narrow, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Shifted copies: the responses of a standard basis."""
-    width = 16 * len(lanes)
+    size = 16 * len(lanes) >> len(narrow)
     for n in range(first, last):
-        store(buffer, b0 + (n - first) * width, load(lanes, X, pixel + source[n] + offsets[used[n]]))
+        put(narrow, buffer, b0 + (n - first) * size, load(lanes, X, pixel + source[n] + offsets[used[n]]))
 
 
 @_parallel
 def fused(
-    lanes, tiles, parts, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels, counts,
-    index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, scratch, responses
+    lanes, tiles, parts, narrow, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels,
+    counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, scratch, responses
 ):  # fmt: skip
     """Responses of a chunk of input channels to the basis first, then rows of (response, value).
 
     Args:
         lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy: as in `direct`.
+        narrow: how responses are kept: an empty tuple for float32, one number for bfloat16.
         chunks: how many; part `p` has its chunks at ``p * chunks``.
         respond_begin: chunk `c` of a part makes the responses ``respond_begin[c]`` to ``respond_begin[c + 1]``.
         source, used: of responses: offset of the input channel, and which filter of the basis.
@@ -231,16 +248,17 @@ def fused(
         part = item - tile * parts
         pixel = tile * width
         buffer = scratch[numba.get_thread_id()]
-        sums = responses * width
+        size = width >> len(narrow)
+        sums = responses * size
         for chunk in range(part * chunks, (part + 1) * chunks):
             first = np.intp(respond_begin[chunk])
             last = np.intp(respond_begin[chunk + 1])
             if len(G) == 0:
-                _unfold(lanes, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _unfold(lanes, narrow, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             elif len(offsets) == 9:
-                _respond_9(lanes, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond_9(lanes, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             else:
-                _respond(lanes, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond(lanes, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
             j = np.uintp(entry_begin[chunk])
@@ -252,7 +270,8 @@ def fused(
                     total = load(lanes, buffer, sums + channel * width)
                 end = j + np.uintp(counts[row])
                 while j < end:
-                    total = fma(broadcast(lanes, values[j]), load(lanes, buffer, np.intp(index[j]) * width), total)
+                    response = get(lanes, narrow, buffer, np.intp(index[j]) * size)
+                    total = fma(broadcast(lanes, values[j]), response, total)
                     j += np.uintp(1)
                 if ends:
                     _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)

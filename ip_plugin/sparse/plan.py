@@ -57,12 +57,19 @@ class Choice(NamedTuple):
         width: pixels of a tile.
         parts: into how many parts the output channels are divided.
         budget: bytes of responses at a time.
+        narrow: whether responses to a basis are kept as bfloat16.
     """
 
     order: Literal["direct", "fused"]
     width: int
     parts: int = 1
     budget: int = 80_000
+    narrow: bool = False
+
+    @property
+    def response(self) -> int:
+        """Numbers of float32 that a tile of one response takes."""
+        return self.width // 2 if self.narrow else self.width
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def _direct(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Pla
 def _fused(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan:
     taps = len(offsets)
     bounds = _parts(entries, choice.parts)
-    most = max(taps, choice.budget // (4 * choice.width))
+    most = max(taps, choice.budget // (4 * choice.response))
     pieces = []
     for first, last in pairwise(bounds):
         begin, end = np.searchsorted(entries.outputs, (first, last))
@@ -155,6 +162,7 @@ def _fused(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan
     whole = {name: np.concatenate(parts) for name, parts in made.items()}
     basis = np.empty(0, np.float32) if entries.basis is None else np.ascontiguousarray(entries.basis).reshape(-1)
     arrays = (
+        (0,) if choice.narrow else (),
         chunks,
         np.array(respond_begin, np.int32),
         (whole["used"] // taps * stride).astype(np.int32),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFallbackWarning
+from ..errors import InvalidResponsesError, SparseFallbackWarning
 from ..example_input import run
 from ..model import bake
 from .graph import UntraceableError, takes, trace
@@ -15,7 +16,13 @@ from .network import SparseNetwork, check_input
 from .tuning import Chooser
 
 
-def prepare(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, deterministic: bool = False) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    deterministic: bool = False,
+    responses: torch.dtype = torch.float32,
+) -> nn.Module:
     """A network for inference on a CPU that computes what the model does, by non-zeros where that is faster.
 
     2D convolutions are run sparse, in either space, with what follows them (BatchNorm, addition of a residual, ReLU) in
@@ -27,12 +34,15 @@ def prepare(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, det
         model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.
         example_input: what it is run on, a tensor or a tuple of arguments. Other shapes are prepared for as they come.
         deterministic: choose by a rule instead of by timing: slower, but equal to the bit in every process.
+        responses: how responses to a basis are kept while a layer is run: float32, or bfloat16, which takes half of
+            the cache; they are rounded to 8 bits then, sums and all else are of float32.
 
     Returns:
         A module that takes what the model takes, without gradients.
 
     Raises:
         ExampleInputError: the model does not run on it.
+        InvalidResponsesError: `responses` is another type.
         SparseExecutionError: model or input are not float32 on the CPU.
 
     >>> import torch
@@ -44,11 +54,13 @@ def prepare(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, det
     >>> bool((network(images) - model(images)).abs().max() < 1e-5)
     True
     """
+    if responses not in (torch.float32, torch.bfloat16):
+        raise InvalidResponsesError(f"responses={responses}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     for each in (*inputs, *(each for each in model.parameters() if each.is_floating_point())):
         check_input(each.detach() if isinstance(each, nn.Parameter) else each)
     run(model, inputs)
-    choose = Chooser(by_rule=deterministic)
+    choose = Chooser(by_rule=deterministic, narrow=responses == torch.bfloat16)
     try:
         network = trace(model, inputs)
     except UntraceableError as error:

@@ -29,10 +29,11 @@ class Chooser:
 
     Args:
         by_rule: do not time anything; the same choice on every machine and in every process.
+        narrow: keep responses to a basis as bfloat16.
     """
 
-    def __init__(self, by_rule: bool) -> None:
-        self.by_rule = by_rule
+    def __init__(self, by_rule: bool, narrow: bool = False) -> None:
+        self.by_rule, self.narrow = by_rule, narrow
         self._known: dict[tuple[Any, ...], Choice | None] = {}
 
     def __call__(self, convolution: Convolution, where: Places, size: tuple[int, int], packs: bool) -> Choice | None:
@@ -45,7 +46,7 @@ class Chooser:
             packs: whether the input must be packed first.
         """
         if self.by_rule:
-            return _rule(convolution, where)
+            return _rule(convolution, where, self.narrow)
         filled = convolution.density
         level = round(4 * math.log2(filled)) if filled else None
         key = (
@@ -53,11 +54,11 @@ class Chooser:
             where.target, packs, level, convolution.entries.basis is None, torch.get_num_threads(),
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = _fastest(convolution, where, size, packs)
+            self._known[key] = _fastest(convolution, where, size, packs, self.narrow)
         return self._known[key]
 
 
-def _shapes(convolution: Convolution, where: Places) -> Iterator[Choice]:
+def _shapes(convolution: Convolution, where: Places, narrow: bool) -> Iterator[Choice]:
     """What differs in order, width and parts."""
     pixels, threads = where.target.pixels, torch.get_num_threads()
     for width in (32, 64, WIDEST):
@@ -68,7 +69,7 @@ def _shapes(convolution: Convolution, where: Places) -> Iterator[Choice]:
             if convolution.entries.basis is None:
                 yield Choice("direct", width, parts)
             if convolution.entries.basis is not None or len(where.offsets) > 1 or convolution.groups == 1:
-                yield Choice("fused", width, parts)
+                yield Choice("fused", width, parts, narrow=narrow and convolution.entries.basis is not None)
 
 
 def _budgets(choice: Choice) -> Iterator[Choice]:
@@ -77,16 +78,18 @@ def _budgets(choice: Choice) -> Iterator[Choice]:
         yield from (choice._replace(budget=budget) for budget in _BUDGETS if budget != choice.budget)
 
 
-def _rule(convolution: Convolution, where: Places) -> Choice | None:
+def _rule(convolution: Convolution, where: Places, narrow: bool) -> Choice | None:
     if convolution.density >= _DENSE:
         return None
     width = 64 if where.target.pixels > 32 else 32
     if convolution.entries.basis is None and (convolution.density < 0.03 or convolution.groups > 1):
         return Choice("direct", width)
-    return Choice("fused", width)
+    return Choice("fused", width, narrow=narrow and convolution.entries.basis is not None)
 
 
-def _fastest(convolution: Convolution, where: Places, size: tuple[int, int], packs: bool) -> Choice | None:
+def _fastest(
+    convolution: Convolution, where: Places, size: tuple[int, int], packs: bool, narrow: bool
+) -> Choice | None:
     outputs, inputs, weight = convolution.entries.channels, convolution.inputs, convolution.weight()
     source, target = where.source.empty(inputs * len(where.phases)), where.target.empty(outputs)
     images = torch.randn(where.source.images, inputs, *size, generator=torch.Generator().manual_seed(0))
@@ -101,7 +104,7 @@ def _fastest(convolution: Convolution, where: Places, size: tuple[int, int], pac
         run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
         return _time(partial(run, source, target, run.scratch()))
 
-    times = {choice: sparse(choice) for choice in _shapes(convolution, where)}
+    times = {choice: sparse(choice) for choice in _shapes(convolution, where, narrow)}
     found = min(times, key=times.__getitem__)
     times.update((choice, sparse(choice)) for choice in _budgets(found))
     found = min(times, key=times.__getitem__)

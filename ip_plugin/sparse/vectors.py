@@ -82,6 +82,61 @@ def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
     return types.void(array, types.intp, values), generate
 
 
+def _blocks(width: int, begin: int) -> list[list[int]]:
+    """Numbers of lanes in blocks of 16, every second block."""
+    return [list(range(at, at + 16)) for at in range(begin, width, 32)]
+
+
+def _places(blocks: list[list[int]]) -> ir.Constant:
+    flat = [place for block in blocks for place in block]
+    return ir.Constant(ir.VectorType(_INT32, len(flat)), flat)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put(typing: Any, narrow: Any, array: Any, offset: Any, values: Any) -> Any:
+    """Store lanes as float32, or, if `narrow` is a tuple of one number, as bfloat16: two lanes in the place of one.
+
+    Of 32 lanes the first 16 are the low halves of 16 numbers, the others the high ones, each rounded to nearest.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        made = arguments[3]
+        if signature.args[0].count:
+            whole = ir.VectorType(_INT32, values.width)
+            half = ir.VectorType(_INT32, values.width // 2)
+            bits = builder.add(builder.bitcast(made, whole), ir.Constant(whole, [0x8000] * values.width))
+            low, high = (builder.shuffle_vector(bits, bits, _places(_blocks(values.width, at))) for at in (0, 16))
+            low = builder.lshr(low, ir.Constant(half, [16] * half.count))
+            high = builder.and_(high, ir.Constant(half, [0xFFFF0000] * half.count))
+            made = builder.or_(low, high)
+        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], made.type)
+        builder.store(made, address).align = 4
+        return context.get_dummy_value()
+
+    return types.void(narrow, array, types.intp, values), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def get(typing: Any, lanes: Any, narrow: Any, array: Any, offset: Any) -> Any:
+    """Load what `put` has stored."""
+    vector = _vector(lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count = vector.width // 2 if signature.args[1].count else vector.width
+        kind = ir.VectorType(_INT32, count)
+        loaded = builder.load(_address(context, builder, signature.args[2], arguments[2], arguments[3], kind))
+        loaded.align = 4
+        if signature.args[1].count:
+            low = builder.shl(loaded, ir.Constant(kind, [16] * count))
+            high = builder.and_(loaded, ir.Constant(kind, [0xFFFF0000] * count))
+            blocks = [list(range(at, at + 16)) for at in range(0, count, 16)]
+            mixed = [place for block in blocks for place in (block, [count + lane for lane in block])]
+            loaded = builder.shuffle_vector(low, high, _places(mixed))
+        return builder.bitcast(loaded, _register(vector))
+
+    return vector(lanes, narrow, array, types.intp), generate
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def broadcast(typing: Any, lanes: Any, value: Any) -> Any:
     """One number in all lanes."""

@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "density": draw(st.sampled_from([0, 0.02, 0.3, 1])), "interspace": draw(st.booleans()),
         "choice": Choice(
             draw(st.sampled_from(["direct", "fused"])), draw(st.sampled_from([32, 64])),
-            draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])),
+            draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])), draw(st.booleans()),
         ),
         "gap": draw(pairs), "seed": draw(st.integers(0, 99)), "residual": draw(st.booleans()),
         "lies": draw(st.sampled_from(["as usual", "channels last", "sliced"])),
@@ -90,7 +90,13 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
         images, coefficients, basis, bias, window, groups, choice, case["gap"], (-0.5, 2.0), residual
     )
 
-    torch.testing.assert_close(got, expected.clamp(-0.5, 2.0).float(), rtol=1e-4, atol=1e-5)
+    expected = expected.clamp(-0.5, 2.0)
+    allowed = 1e-5 + 1e-4 * expected.abs()
+    if choice.narrow and choice.order == "fused":  # half a unit of bfloat16 in the last place of every response
+        filters = (torch.eye(taps) if basis is None else basis).unflatten(1, window.kernel).unsqueeze(1)
+        responses = F.conv2d(images, filters.repeat(images.shape[1], 1, 1, 1), None, *window[1:], images.shape[1])
+        allowed += 2**-8 * F.conv2d(responses.abs(), coefficients.abs().flatten(1)[..., None, None], groups=groups)
+    assert ((got - expected).abs() <= allowed).all()
     outside = torch.ones(layout.pixels, dtype=torch.bool)
     inside = torch.arange(layout.pixels).as_strided(
         (layout.images, layout.height, layout.width), (layout.rows * layout.pitch, layout.pitch, 1)

@@ -19,7 +19,7 @@ pytest.importorskip("numba")
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace
-from ip_plugin.errors import ExampleInputError, SparseExecutionError, SparseFallbackWarning
+from ip_plugin.errors import ExampleInputError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 
@@ -298,6 +298,22 @@ def test_what_cannot_be_run_is_refused() -> None:
         prepare(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(SparseExecutionError, match="list"):
         prepare(model, images)([1.0])
+    with pytest.raises(InvalidResponsesError, match="float16"):
+        prepare(model, images, responses=torch.float16)
+
+
+def test_narrow_responses_are_rounded_and_nothing_else() -> None:
+    model, images = pruned(Block(), "interspace", 0.7), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images)
+    narrow = prepare(model, images, deterministic=True, responses=torch.bfloat16)(images)
+    largest = float(expected.abs().max())
+    assert 1e-4 < float((narrow - expected).abs().max()) / largest < 2e-2
+    model = pruned(Block(), "spatial", 0.7)  # has no responses to a basis
+    wide, narrow = (
+        prepare(model, images, deterministic=True, responses=dtype)(images) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(wide, narrow)
 
 
 class InPlace(nn.Module):

@@ -163,7 +163,6 @@ class SparseNetwork(nn.Module):
         for each in inputs:
             check_input(each)
         program = self._program(inputs)
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         with _one_at_a_time(), program.workspace() as workspace:
             return _execute(self._network, program, workspace, inputs)
 
@@ -186,11 +185,20 @@ class SparseNetwork(nn.Module):
         return super().train(False)
 
     def _program(self, inputs: tuple[Tensor, ...]) -> _Program:
+        _share_threads()
         key = tuple(each.shape for each in inputs)
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = _compile(self._network, inputs, self._choose)
             return self._programs[key]
+
+
+def _share_threads() -> None:
+    """Give numba as many threads as torch has. OpenMP has one number for both, which numba sets when it begins."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 _SERIAL = threading.Lock()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from ip_plugin import timing
 
 UNSTEADY = 0.10
 
@@ -51,15 +52,8 @@ def side_by_side(
         RuntimeError: the baseline moved by more than 10 % in each of the attempts.
     """
     for attempt in range(attempts):
-        times: dict[str, list[float]] = {name: [] for name in ("baseline", *variants)}
-        for turn in range(warmup + rounds):
-            for name, step in (("baseline", baseline), *variants.items()):
-                timed = step() if prepared else step
-                assert callable(timed)
-                started = time.perf_counter()
-                timed()
-                if turn >= warmup:
-                    times[name].append(time.perf_counter() - started)
+        calls = {"baseline": baseline, **variants}
+        times = timing.side_by_side(calls, rounds=rounds, warmup=warmup, prepared=prepared)
         plain = times.pop("baseline")
         halves = [statistics.median(plain[: rounds // 2]), statistics.median(plain[rounds // 2 :])]
         drift = max(halves) / min(halves) - 1

@@ -18,6 +18,7 @@ from torch import nn
 from . import __version__, bake, compact_file, load
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
+from .compare.deployment import check_alone
 from .compare.nni_engine import NniEngine
 from .compare.processes import Processes
 from .compare.runs import Engine, here
@@ -86,6 +87,13 @@ def compare(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.settings.lr,
     basis_lr: Annotated[float, typer.Option(help="That of the bases, as a multiple.")] = DEFAULT.settings.basis_lr,
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
+    deploy: Annotated[
+        bool,
+        typer.Option("--deploy", help="Also measure each network's compact file, and its latency when run sparse."),
+    ] = False,
+    deploy_threads: Annotated[
+        int | None, typer.Option(help="Threads that latencies are measured with. Without it: 1.", min=1)
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
     engine: Annotated[str, typer.Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
     jobs: Annotated[int, typer.Option(help="Runs at once, of the local engine; they share the threads.", min=1)] = 1,
@@ -105,6 +113,8 @@ def compare(
     Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on
     two cores. Stopped and started again, it goes on where it was, with either engine.
     """
+    if deploy_threads is not None and not deploy:
+        raise typer.BadParameter("is an option of --deploy", param_hint="--deploy-threads")
     study = Study(
         settings=Settings(
             task=task,
@@ -117,12 +127,15 @@ def compare(
             lr=lr,
             basis_lr=basis_lr,
             device=device,
+            deploy_threads=(deploy_threads or 1) if deploy else None,
         ),
         criteria=_values(criteria, str, "criteria"),
         sparsities=_values(sparsities, float, "sparsities"),
         spaces=_values(spaces, str, "spaces"),  # type: ignore[arg-type]
         seeds=_values(seeds, int, "seeds"),
     )
+    if jobs > 1 or engine == "nni":
+        check_alone(study.settings.deploy_threads, f"--jobs {jobs}" if jobs > 1 else "--engine nni")
     console = Console()
     cells: Engine = here if jobs == 1 else Processes(jobs)
     if engine == "nni" and jobs > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,9 @@ class Row:
             N * N for each position and each input or output channel, whichever are fewer.
         mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
             `ip_plugin.variety.Variety`; None in sums, where fewer than two filters are left, and where not asked for.
+        runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, or ``"dense"``, which is what it does with
+            all that it does not take; more than one, comma-separated, where calls differ. None in other models and in
+            sums. `bytes_sparse` is then the size in memory of what the layer is run with.
     """
 
     layer: str
@@ -69,6 +72,25 @@ class Row:
     mean_similarity: float | None = None
     largest_similarity: float | None = None
     effective_rank: float | None = None
+    runs: str | None = None
+
+
+class Prepared(nn.Module):
+    """A module that runs layers without holding them as modules: a network of `ip_plugin.sparse`.
+
+    Attributes:
+        plain: what it leaves to torch, under the names of the model.
+    """
+
+    plain: nn.Module
+
+    def rows(self, calls: Sequence[tuple[Tensor, ...]]) -> list[Row]:
+        """What is left of the layers that it runs itself, and how it runs them.
+
+        Args:
+            calls: the inputs of each call of it; if there is none, multiply-adds are None.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,18 @@ class Report:
         table = Table(title="What is left")
         table.add_column("layer", overflow="fold")
         table.add_column("space")
-        for header in ("shape", "parameters", "non-zeros", "sparsity", "basis", "bytes", "in a compact file"):
+        prepared = any(row.runs is not None for row in self.rows)
+        if prepared:
+            table.add_column("runs")
+        for header in (
+            "shape",
+            "parameters",
+            "non-zeros",
+            "sparsity",
+            "basis",
+            "bytes",
+            "as run" if prepared else "in a compact file",
+        ):
             table.add_column(header, justify="right")
         with_macs = self.prunable.macs_dense is not None
         if with_macs:
@@ -123,7 +156,8 @@ class Report:
         for row in (*self.rows, self.prunable, self.everything):
             if row is self.prunable:
                 table.add_section()
-            cells = [row.layer, row.space, "x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.nonzeros:,}"]
+            cells = [row.layer, row.space, *([row.runs or ""] if prepared else [])]
+            cells += ["x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.nonzeros:,}"]
             basis = f"{row.basis_parameters:,}" if row.basis_parameters else "shared" if row.basis else ""
             cells += [f"{row.sparsity:.2%}", basis]
             cells += [f"{row.bytes_dense:,}", f"{row.bytes_sparse:,}"]
@@ -152,8 +186,11 @@ def _plain(row: Row) -> dict[str, Any]:
 def report(model: nn.Module, example_input: Any = None, *, variety: bool = False) -> Report:
     """Measure what is left of a model: in either space, with our masks or `torch.nn.utils.prune`'s, or baked.
 
+    Of what `ip_plugin.sparse.prepare` has made it also says how each layer is run; biases and norms that went into the
+    convolutions are not counted there.
+
     Args:
-        model: not changed; with an example input it is run once, in evaluation mode and without gradients.
+        model: not changed; with an example input it is run, in evaluation mode and without gradients.
         example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; without it there are no
             multiply-adds.
         variety: say how different each layer's filters are (takes seconds for a ResNet-50).
@@ -173,7 +210,9 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     stored: dict[int, int] = {}
     for place, content in packed(model):
         stored[id(place.tensor)] = stored.get(id(place.tensor), 0) + content.nbytes
-    positions = None if example_input is None else _positions(model, prunable, example_input)
+    prepared = {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
+    calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in prepared}
+    positions = None if example_input is None else _positions(model, prunable, example_input, prepared, calls)
     first_user: dict[int, str] = {}
     rows = []
     for layer in prunable:
@@ -186,8 +225,12 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
         row = _row(layer, basis, counted, bytes_stored, None if positions is None else positions[layer.name])
         found = measure(output_filters(layer.module, _weight(layer))) if variety else None
         rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
+    own = {name: module.rows(calls[name]) for name, module in prepared.items()}
+    if own:
+        rows = _prepared_rows(model, rows, own)
     total = _sum("prunable", rows)
-    return Report(tuple(rows), total, _everything(model, prunable, total, sum(stored.values())))
+    bases = sum(row.basis_parameters for found in own.values() for row in found)
+    return Report(tuple(rows), total, _everything(model, prunable, total, sum(stored.values()), bases))
 
 
 def _row(layer: Layer, basis: str, counted: Tensor | None, stored: int, positions: int | None) -> Row:
@@ -217,6 +260,37 @@ def _row(layer: Layer, basis: str, counted: Tensor | None, stored: int, position
     )
 
 
+def _prepared_rows(model: nn.Module, left: Iterable[Row], own: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Rows of the layers that are left to torch, and those that prepared modules, by their names, run themselves.
+
+    In the order of the modules, under their names in the model that was prepared.
+    """
+
+    def named(name: str) -> str:
+        for prefix in own:
+            inside = f"{prefix}.plain." if prefix else "plain."
+            if name.startswith(inside):
+                return _joined(prefix, name.removeprefix(inside))
+        return name
+
+    rows = {_joined(name, row.layer): row for name, found in own.items() for row in found}
+    for row in left:
+        dense = dataclasses.replace(row, bytes_sparse=row.bytes_dense, runs="dense")
+        there = rows.get(named(row.layer))
+        if there is not None:  # only some of its calls are left to torch
+            counts = ("bytes_sparse", "macs_dense", "macs_nonzero", "macs_basis")
+            sums = {each: _total((getattr(there, each), getattr(dense, each))) for each in counts}
+            runs = ", ".join(dict.fromkeys((there.runs or "", "dense")))
+            dense = dataclasses.replace(there, runs=runs, **sums)  # type: ignore[arg-type]
+        rows[named(row.layer)] = dense
+    order = {named(name): number for number, (name, _) in reversed(list(enumerate(model.named_modules())))}
+    return [dataclasses.replace(rows[name], layer=name) for name in sorted(rows, key=order.__getitem__)]
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
 def _weight(layer: Layer) -> Tensor:
     """What the layer computes with: composed and masked, in the interspace."""
     weight = layer.module.weight
@@ -229,10 +303,6 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _sum(name: str, rows: Sequence[Row]) -> Row:
-    def total(values: Iterable[int | None]) -> int | None:
-        found = list(values)
-        return None if None in found else sum(value or 0 for value in found)
-
     parameters = sum(row.parameters for row in rows)
     nonzeros = sum(row.nonzeros for row in rows)
     return Row(
@@ -246,18 +316,26 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
         basis_parameters=sum(row.basis_parameters for row in rows),
         bytes_dense=sum(row.bytes_dense for row in rows),
         bytes_sparse=sum(row.bytes_sparse for row in rows),
-        macs_dense=total(row.macs_dense for row in rows),
-        macs_nonzero=total(row.macs_nonzero for row in rows),
-        macs_basis=total(row.macs_basis for row in rows),
+        macs_dense=_total(row.macs_dense for row in rows),
+        macs_nonzero=_total(row.macs_nonzero for row in rows),
+        macs_basis=_total(row.macs_basis for row in rows),
     )
 
 
-def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row, stored: int) -> Row:
-    """The prunable layers, and with them all other parameters, bases and buffers, which `stored` bytes hold."""
+def _total(values: Iterable[int | None]) -> int | None:
+    found = list(values)
+    return None if None in found else sum(value or 0 for value in found)
+
+
+def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row, stored: int, bases: int) -> Row:
+    """The prunable layers, and with them all other parameters, bases and buffers, which `stored` bytes hold.
+
+    So many numbers are in `bases` that are no Parameters.
+    """
     masks = {id(parameter): mask for parameter, mask in _all_masks(model)}
     coefficients = {id(layer.coefficients) for layer in layers}
     basis = {id(layer.interspace.basis) for layer in layers if layer.interspace is not None}
-    parameters, nonzeros, size = prunable.parameters, prunable.nonzeros, 0
+    parameters, nonzeros, size = prunable.parameters + bases, prunable.nonzeros + bases, 0
     for parameter in model.parameters():
         if id(parameter) in coefficients:
             continue
@@ -306,8 +384,14 @@ def _buffers(model: nn.Module) -> Iterator[Tensor]:
                 yield buffer
 
 
-def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) -> dict[str, int]:
-    """How often each layer applies its weight: output positions (input positions where transposed) times batch."""
+def _positions(
+    model: nn.Module, layers: Sequence[Layer], example_input: Any,
+    prepared: Mapping[str, Prepared], calls: Mapping[str, list[tuple[Tensor, ...]]],
+) -> dict[str, int]:  # fmt: skip
+    """How often each layer applies its weight: output positions (input positions where transposed) times batch.
+
+    What prepared modules are called with is added to `calls`.
+    """
     counts = dict.fromkeys((layer.name for layer in layers), 0)
     owners = {id(layer.coefficients): layer for layer in layers}
 
@@ -324,7 +408,13 @@ def _positions(model: nn.Module, layers: Sequence[Layer], example_input: Any) ->
 
         return count
 
-    hooks = []
+    if prepared:
+        run(model, example_input)  # shapes that are new are prepared for here, which runs layers, too
+
+    def noter(name: str) -> Callable[..., None]:
+        return lambda _, args: calls[name].append(args)
+
+    hooks = [module.register_forward_pre_hook(noter(name)) for name, module in prepared.items()]
     for module in model.modules():
         if is_prunable(module):
             owner = owners[id(Layer("", module).coefficients)]  # of a tied weight, the layer that lists it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import subprocess
@@ -56,8 +57,9 @@ def test_contributing_maps_every_file() -> None:
 def test_dependencies_point_one_way() -> None:
     """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
     names = (
-        "errors amounts files seeds ranking basis fitting variety reparametrization host_masks layer model masks gauge "
-        "optimizer example_input positions contents report records compact_file resizing loading checkpoint inspection"
+        "errors amounts files seeds timing ranking basis fitting variety reparametrization host_masks layer model "
+        "masks gauge optimizer example_input positions contents report records compact_file resizing loading "
+        "checkpoint inspection"
     )
     order = names.split()
     modules = {p.stem for p in (ROOT / "ip_plugin").glob("*.py")} - {"__init__", "__main__", "cli"}
@@ -123,3 +125,37 @@ def test_the_example_of_sparse_training_keeps_equally_many_numbers(method: str, 
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(rf"{method}: [\d.]+ %, 281[0-2] of 56224 numbers left\n", run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "numba"), [([], True), (["--interspace"], True), (["--interspace"], False)], ids=str
+)
+def test_the_example_of_deployment_measures_what_it_says(arguments: list[str], numba: bool, tmp_path: Path) -> None:
+    if numba:
+        pytest.importorskip("numba")
+    else:
+        (tmp_path / "numba.py").write_text("raise ImportError('not installed')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "examples" / "deploy.py", "--epochs", "1", "--finetune-epochs", "0", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr
+    dense, sparse, factor = re.search(r"bytes +([\d,]+) +([\d,]+) +([\d.]+) times smaller", run.stdout).groups()  # type: ignore[union-attr]
+    sizes = [int(each.replace(",", "")) for each in (dense, sparse)]
+    # 592,032 weights, and biases and norms
+    assert 4 * 592_000 < sizes[0] < 4 * 605_000
+    assert sizes[1] < sizes[0] / 10 and float(factor) == round(sizes[0] / sizes[1], 1)
+    assert "loaded: outputs differ by " in run.stdout
+    measured = re.search(r"latency +([\d.]+) ms +([\d.]+) ms +[\d.]+ times (faster|slower)", run.stdout)
+    assert (measured is not None) == numba
+    if measured is not None:
+        assert (float(measured[2]) < float(measured[1])) == (measured[3] == "faster") or measured[1] == measured[2]
+        assert "run sparse: outputs differ by " in run.stdout
+        assert re.findall(r"layer (\d+): [\d.]+% zeros, run (?:direct|fused|dense)", run.stdout) == [
+            "0",
+            "3",
+            "7",
+            "10",
+            "15",
+        ]
+    else:
+        assert "The latency is not measured: sparse networks need numba (not installed); run: pip install" in run.stdout

@@ -12,6 +12,7 @@ import torch
 from ip_plugin.errors import InvalidStudyError
 
 from . import criteria as known_criteria
+from . import deployment
 from .tasks import TASKS
 
 Space = Literal["spatial", "interspace"]
@@ -45,6 +46,8 @@ class Settings:
         batch_size, lr, weight_decay: of SGD with momentum 0.9 and a one-cycle schedule; bases have no weight decay.
         basis_lr: learning rate of the bases, as a multiple of `lr`.
         device: as torch names it.
+        deploy_threads: measure bytes and latency of every pruned network, with so many threads of the CPU; None does
+            not. Needs the extra ``sparse``, and an engine that runs one cell at a time.
     """
 
     task: str = "digits"
@@ -59,6 +62,7 @@ class Settings:
     weight_decay: float = 5e-4
     basis_lr: float = 1.0
     device: str = "cpu"
+    deploy_threads: int | None = None
 
     def __post_init__(self) -> None:
         _require("task", self.task in TASKS, self.task, f"one of {', '.join(TASKS)}")
@@ -73,6 +77,8 @@ class Settings:
         for name in ("finetune_epochs", "weight_decay", "basis_lr"):
             _require(name, getattr(self, name) >= 0, getattr(self, name), "a number of at least 0")
         _require("lr", self.lr > 0, self.lr, "a number above 0")
+        if self.deploy_threads is not None:
+            deployment.check_threads(self.deploy_threads)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:

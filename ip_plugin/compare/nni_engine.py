@@ -23,6 +23,7 @@ from ip_plugin.errors import ExperimentError, InvalidStudyError, TrialFailedErro
 
 from . import nni_trial
 from .config import Run, Settings
+from .deployment import check_alone
 from .nni_experiment import portal, running
 from .results import versions
 from .runs import Outcomes, Result
@@ -80,7 +81,9 @@ class NniEngine:
         Raises:
             ExperimentError: NNI could not start, or broke off.
             PortInUseError: the port asked for is in use.
+            InvalidStudyError: latencies are to be measured.
         """
+        check_alone(settings.deploy_threads, "the engine nni, whose trials may run together")
         if not runs:
             return
         with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:

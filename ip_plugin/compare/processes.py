@@ -16,6 +16,7 @@ import torch
 from ip_plugin.errors import TrialFailedError
 
 from .config import Run, Settings
+from .deployment import check_alone
 from .runs import EpochDone, Outcomes, Result, execute
 from .training import Memory
 
@@ -34,7 +35,13 @@ class Processes:
     def __call__(
         self, runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone
     ) -> Outcomes:
-        """Run cells, and yield each with its result or with what went wrong, as they finish."""
+        """Run cells, and yield each with its result or with what went wrong, as they finish.
+
+        Raises:
+            InvalidStudyError: latencies are to be measured, and there is more than one job.
+        """
+        if self.jobs > 1:
+            check_alone(settings.deploy_threads, f"{self.jobs} jobs at once")
         threads = max(1, torch.get_num_threads() // self.jobs)
         waiting = deque(runs)
         workers: dict[Connection, _Worker] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ip_plugin.adapters import cuts_channels
 
+from . import costs as deployed
 from . import criteria
 from . import pairs as variety
 from .config import Run, Space, Study
@@ -126,17 +127,25 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
 
 def variety_table(pairs: Sequence[variety.Pair]) -> Table:
     """The table of criteria with variety and without, for a terminal."""
+    title = "With filter variety and without: accuracy, pairs of equal seed, a paired t-test"
+    return _table(title, variety.HEADERS, [variety.cells(pair) for pair in pairs])
+
+
+def cost_table(study: Study, costs: Sequence[deployed.Cost]) -> Table:
+    """The table of bytes and latencies, for a terminal."""
+    return _table(deployed.title(study), deployed.HEADERS, [deployed.cells(cost) for cost in costs])
+
+
+def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    found = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-        title="With filter variety and without: accuracy, pairs of equal seed, a paired t-test",
-    )  # fmt: skip
-    for index, header in enumerate(variety.HEADERS):
-        found.add_column(header, **({"overflow": "fold"} if index == 0 else {"justify": "right", "no_wrap": True}))
-    for pair in pairs:
-        found.add_row(*variety.cells(pair))
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
+    found.add_column(headers[0], overflow="fold", min_width=len(headers[0]))
+    for header in headers[1:]:
+        found.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
     return found
 
 
@@ -219,7 +228,14 @@ def image(figure: Figure, kind: str) -> bytes:
     return out.getvalue()
 
 
-def page(study: Study, lines: Sequence[Line], pairs: Sequence[variety.Pair], svg: str, command: str) -> str:
+def page(
+    study: Study,
+    lines: Sequence[Line],
+    pairs: Sequence[variety.Pair],
+    costs: Sequence[deployed.Cost],
+    svg: str,
+    command: str,
+) -> str:
     """The HTML page: tables, plot, settings and remarks, nothing outside of it needed."""
     from jinja2 import Environment
 
@@ -230,9 +246,12 @@ def page(study: Study, lines: Sequence[Line], pairs: Sequence[variety.Pair], svg
         headers=headers(study),
         rows=[cells(line, study) for line in lines],
         svg=svg[svg.index("<svg") :],
-        remarks=remarks(lines) + variety.remarks(pairs),
+        remarks=remarks(lines) + variety.remarks(pairs) + deployed.remarks(costs),
         variety_headers=variety.HEADERS,
         variety_rows=[variety.cells(pair) for pair in pairs],
+        cost_title=deployed.title(study),
+        cost_headers=deployed.HEADERS,
+        cost_rows=[deployed.cells(cost) for cost in costs],
         settings=vars(study.settings),
         seeds=study.seeds,
         criteria={name: criteria.load(name) for name in study.criteria},

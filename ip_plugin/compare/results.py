@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from ip_plugin.errors import ForeignFolderError
 from ip_plugin.files import write_whole
 
 from .config import SPACES, Run, Settings
+from .deployment import Deployment
 from .runs import Result
 
 COLUMNS = (
     "criterion", "sparsity", "space", "seed", "accuracy", "accuracy_before_pruning", "parameters", "parameters_left",
     "basis_parameters", "spatial_layers", "seconds", "macs", "macs_left",
+    "file_bytes", "latency_ms", "dense_latency_ms",
 )  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def _to_csv(rows: dict[Run, Result]) -> str:
         counts = (result.parameters, result.parameters_left, result.basis_parameters)
         layers = " ".join(result.spatial_layers)
         macs = ["" if count is None else count for count in (result.macs, result.macs_left)]
-        writer.writerow([*run, result.accuracy, before, *counts, layers, round(result.seconds, 3), *macs])
+        costs = ("", "", "") if result.deployment is None else astuple(result.deployment)
+        writer.writerow([*run, result.accuracy, before, *counts, layers, round(result.seconds, 3), *macs, *costs])
     return out.getvalue()
 
 
@@ -144,4 +147,14 @@ def _parse(line: dict[str, str]) -> Result:
         seconds=float(line["seconds"]),
         macs=macs[0],
         macs_left=macs[1],
+        deployment=_deployment(line),
     )
+
+
+def _deployment(line: dict[str, str]) -> Deployment | None:
+    """Files of before it could be measured do not have the columns."""
+    found = [line.get(name) for name in ("file_bytes", "latency_ms", "dense_latency_ms")]
+    if not any(found):
+        return None
+    file_bytes, latency, dense_latency = (value or "" for value in found)
+    return Deployment(int(file_bytes), float(latency), float(dense_latency))

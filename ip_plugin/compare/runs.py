@@ -7,6 +7,7 @@ Where channels are cut both keep the same channels' number, and the network of t
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
@@ -25,6 +26,7 @@ from ip_plugin.seeds import derived_seed
 
 from . import criteria
 from .config import Run, Settings
+from .deployment import Deployment, measure
 from .tasks import TASKS, Split
 from .training import Memory, Training, accuracy
 
@@ -45,10 +47,12 @@ class Result:
             them (a network whose channels were cut is baked).
         basis_parameters: numbers of trained bases.
         spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
-        seconds: time of the run; short where a training was known from another one.
+        seconds: time of the run without what was measured for its deployment; short where a training was known from
+            another one.
         macs: multiply-adds of the convolution and linear layers for one image, before pruning; None unless channels
             were cut.
         macs_left: after it.
+        deployment: what the pruned network costs when it is deployed; None unless the settings ask for it.
     """
 
     run: Run
@@ -61,6 +65,7 @@ class Result:
     seconds: float
     macs: int | None = None
     macs_left: int | None = None
+    deployment: Deployment | None = None
 
 
 def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, memory: Memory | None = None) -> Result:
@@ -73,7 +78,7 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, 
         memory: of runs with the same settings: a training that it knows is not done again, with the same result.
 
     Raises:
-        InvalidStudyError: the network is too small for the sparsity.
+        InvalidStudyError: the network is too small for the sparsity, or latencies cannot be measured here.
     """
     started = time.perf_counter()
     criterion, task = criteria.load(run.criterion), TASKS[settings.task]
@@ -86,6 +91,7 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, 
     with torch.random.fork_rng(devices):
         torch.manual_seed(run.seed)
         model = task.network().to(settings.device)
+        dense = None if settings.deploy_threads is None else copy.deepcopy(model).eval()
         parameters = sum(getattr(*target).numel() for target in prunable(model))
         macs = report(model, train.images[:1]).prunable.macs_dense if cuts else None
         kept = round((1 - run.sparsity) * parameters)
@@ -124,17 +130,23 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, 
             prune()
             training.train()
     left = report(model, train.images[:1]).prunable
+    reached = accuracy(model, test)
+    seconds = time.perf_counter() - started
+    deployment = None
+    if dense is not None and settings.deploy_threads is not None:
+        deployment = measure(model, dense, test.images[:1], settings.deploy_threads)
     return Result(
         run=run,
-        accuracy=accuracy(model, test),
+        accuracy=reached,
         accuracy_before_pruning=before,
         parameters=parameters,
         parameters_left=left.nonzeros + (0 if cuts else basis_parameters),
         basis_parameters=basis_parameters,
         spatial_layers=tuple(spatial_layers),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         macs=macs,
         macs_left=left.macs_dense if cuts else None,
+        deployment=deployment,
     )
 
 

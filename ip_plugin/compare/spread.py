@@ -28,7 +28,23 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.deviation:.1f}"
+        return f"{self:.1f}"
+
+    def __format__(self, spec: str) -> str:
+        """Both numbers in one format.
+
+        >>> f"{Spread(1.0, 0.25, 3):.2f}"
+        '1.00 ± 0.25'
+        """
+        return f"{self.mean:{spec}} ± {self.deviation:{spec}}"
+
+    def scaled(self, factor: float) -> Spread:
+        """In another unit.
+
+        >>> str(Spread(1500.0, 100.0, 3).scaled(1e-3))
+        '1.5 ± 0.1'
+        """
+        return Spread(factor * self.mean, factor * self.deviation, self.count)
 
     @property
     def signed(self) -> str:

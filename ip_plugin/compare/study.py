@@ -13,6 +13,8 @@ from ip_plugin.files import write_whole
 
 from . import report
 from .config import Run, Study
+from .costs import costs
+from .costs import remarks as cost_remarks
 from .pairs import pairs
 from .pairs import remarks as variety_remarks
 from .results import Results
@@ -73,7 +75,10 @@ def compare(
     found = pairs(study, results.rows)
     if found:
         console.print(report.variety_table(found))
-    for remark in (*report.remarks(lines), *variety_remarks(found)):
+    measured = costs(study, results.rows)
+    if measured:
+        console.print(report.cost_table(study, measured))
+    for remark in (*report.remarks(lines), *variety_remarks(found), *cost_remarks(measured)):
         console.print(f"- {remark}")
     for run, failure in failures.items():
         console.print(f"failed: {run}: {type(failure).__name__}: {failure}", style="red", markup=False)
@@ -88,9 +93,9 @@ def write(study: Study, results: Results, command: str) -> None:
     svg = report.image(figure, "svg")
     write_whole(results.folder / "accuracy.png", report.image(figure, "png"))
     write_whole(results.folder / "accuracy.svg", svg)
-    write_whole(
-        results.folder / "report.html", report.page(study, lines, pairs(study, results.rows), svg.decode(), command)
-    )
+    found, measured = pairs(study, results.rows), costs(study, results.rows)
+    page = report.page(study, lines, found, measured, svg.decode(), command)
+    write_whole(results.folder / "report.html", page)
 
 
 def _progress(console: Console) -> Progress:

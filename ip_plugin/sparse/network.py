@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numba
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..errors import SparseExecutionError
+from ..report import Prepared, Row
 from . import tuning
 from .convolution import SparseConvolution, Window, copy, pack, places, pool
 from .graph import Convolution, Network, changes_a_value
@@ -157,7 +158,7 @@ class Run(NamedTuple):
     bytes: int
 
 
-class SparseNetwork(nn.Module):
+class SparseNetwork(Prepared):
     """A network for inference that runs convolutions by their non-zeros where that is faster; `prepare` makes it.
 
     It has the values that the model had then. Inputs are float32 on the CPU; each new shape is prepared for once. Calls
@@ -180,35 +181,93 @@ class SparseNetwork(nn.Module):
         """
         for each in inputs:
             check_input(each)
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         program = self._program(inputs)
         with _one_at_a_time(), program.workspace() as workspace:
             return _execute(self._network, program, workspace, inputs)
 
     def runs(self, *inputs: Tensor) -> list[Run]:
         """How each convolution is run for inputs of these shapes, in order."""
-        found = []
-        for step in self._program(inputs).steps:
-            if isinstance(step, (_Torch, _Pool)):
-                continue
-            name, density = step.convolution.name, step.convolution.density
-            if isinstance(step, _Dense):
-                found.append(Run(name, density, "dense", 0, 0, step.weight.numel() * step.weight.element_size()))
-            else:
-                choice = step.run.choice
-                found.append(Run(name, density, choice.order, choice.width, choice.parts, step.run.plan.bytes))
-        return found
+        return [_run(step) for step in self._program(inputs).steps if isinstance(step, (_Sparse, _Dense))]
+
+    def rows(self, calls: Sequence[tuple[Tensor, ...]]) -> list[Row]:
+        """Of each convolution, for `ip_plugin.report`, which lists what is left to torch itself.
+
+        Args:
+            calls: inputs; if there are none, it is said how the inputs are run that the network was prepared for.
+        """
+        programs = [self._program(inputs) for inputs in calls] or [next(iter(self._programs.values()))]
+        shapes = [self._network.shapes(inputs) for inputs in calls]
+        steps: dict[str, list[tuple[int, _Sparse | _Dense]]] = {}
+        for number, program in enumerate(programs):
+            for step in program.steps:
+                if isinstance(step, (_Sparse, _Dense)):
+                    steps.setdefault(step.convolution.name, []).append((number, step))
+        first_user: dict[bytes, str] = {}
+        rows = []
+        for name, taken in steps.items():
+            positions = None
+            if calls:
+                positions = sum(shapes[number][step.node].numel() for number, step in taken)
+                positions //= taken[0][1].convolution.entries.channels
+            rows.append(_row(name, taken, positions, first_user))
+        return rows
 
     def train(self, mode: bool = True) -> SparseNetwork:  # noqa: ARG002
         """Stays in evaluation mode."""
         return super().train(False)
 
     def _program(self, inputs: tuple[Tensor, ...]) -> _Program:
+        _share_threads()
         key = tuple(each.shape for each in inputs)
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = _compile(self._network, inputs, self._choose)
             return self._programs[key]
+
+
+def _share_threads() -> None:
+    """Give numba as many threads as torch has. OpenMP has one number for both, which numba sets when it begins."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def _run(step: _Sparse | _Dense) -> Run:
+    name, density = step.convolution.name, step.convolution.density
+    if isinstance(step, _Dense):
+        return Run(name, density, "dense", 0, 0, step.weight.numel() * step.weight.element_size())
+    choice = step.run.choice
+    return Run(name, density, choice.order, choice.width, choice.parts, step.run.plan.bytes)
+
+
+def _row(
+    name: str, taken: Sequence[tuple[int, _Sparse | _Dense]], positions: int | None, first_user: dict[bytes, str]
+) -> Row:
+    """Of a convolution, from its steps with the numbers of their programs."""
+    convolution, runs = taken[0][1].convolution, [_run(step) for _, step in taken]
+    shape = (convolution.entries.channels, convolution.inputs // convolution.groups, *convolution.window.kernel)
+    parameters, nonzeros = math.prod(shape), len(convolution.entries.values)
+    basis = convolution.entries.basis
+    owner = "" if basis is None else first_user.setdefault(basis.tobytes(), name)
+    narrow = min(convolution.inputs, convolution.entries.channels)
+    transform = 0 if basis is None else basis.size * narrow
+    return Row(
+        layer=name,
+        space="spatial" if basis is None else "interspace",
+        shape=shape,
+        parameters=parameters,
+        nonzeros=nonzeros,
+        sparsity=1 - nonzeros / parameters if parameters else 0.0,
+        basis=owner,
+        basis_parameters=basis.size if basis is not None and owner == name else 0,
+        bytes_dense=4 * parameters,
+        bytes_sparse=sum(run.bytes for (number, _), run in zip(taken, runs, strict=True) if number == 0),
+        macs_dense=None if positions is None else positions * parameters,
+        macs_nonzero=None if positions is None else positions * nonzeros,
+        macs_basis=None if positions is None else positions * transform,
+        runs=", ".join(dict.fromkeys(run.how for run in runs)),
+    )
 
 
 _SERIAL = threading.Lock()

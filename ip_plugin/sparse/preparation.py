@@ -90,7 +90,10 @@ def _layer_by_layer(model: nn.Module, inputs: tuple[Tensor, ...], choose: Choose
         hook.remove()
     made: dict[nn.Module, SparseNetwork] = {}
     for module in seen.keys() - others:
-        made[module] = SparseNetwork(trace(nn.Sequential(module), (seen[module],)), choose).eval()
+        network = trace(nn.Sequential(module), (seen[module],))
+        for each in network.convolutions.values():
+            each.name = ""  # it is all that there is
+        made[module] = SparseNetwork(network, choose).eval()
         made[module](seen[module])
     bake(plain)
     for name, module in names.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -425,6 +426,26 @@ def test_preparing_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     prepare(model, images)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_torch_keeps_its_number_of_threads_and_ways_are_timed_with_it() -> None:
+    script = """
+import numba, torch
+from torch import nn
+from ip_plugin.sparse import prepare, preparation
+torch.set_num_threads(1)
+class Chooser(preparation.Chooser):
+    def __call__(self, *rest):
+        print(numba.get_num_threads(), torch.get_num_threads())
+        return super().__call__(*rest)
+preparation.Chooser = Chooser
+prepare(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.randn(1, 4, 8, 8))
+print(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "1 1\n2 1\n", run.stderr
 
 
 def test_without_numba_the_error_says_what_to_install() -> None:

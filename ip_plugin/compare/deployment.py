@@ -1,0 +1,111 @@
+"""What a pruned network costs when it is deployed: bytes of its compact file, and latency on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ip_plugin import save
+from ip_plugin.errors import InvalidStudyError
+from ip_plugin.timing import side_by_side
+
+#: How often each network is called and timed, after so many calls that are not.
+ROUNDS, WARMUP = 200, 20
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was measured of a pruned network.
+
+    Attributes:
+        file_bytes: of the compact file that `ip_plugin.save` writes.
+        latency: median time of a call with one image, in milliseconds, of what `ip_plugin.sparse.prepare` has made.
+        dense_latency: that of the network as it was before pruning, by torch as it is; both were measured in turns.
+    """
+
+    file_bytes: int
+    latency: float
+    dense_latency: float
+
+    @property
+    def faster(self) -> float:
+        """How many times faster the pruned network is."""
+        return self.dense_latency / self.latency
+
+
+def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> Deployment:
+    """Save a pruned network, prepare it, and time it side by side with a dense one.
+
+    Args:
+        model: pruned, in either space, in evaluation mode, masked or with channels cut; goes to the CPU.
+        dense: the network that was not pruned, in evaluation mode; goes to the CPU.
+        image: a batch of one, ``(1, channels, height, width)``.
+        threads: that both run with; torch has its own number again afterwards.
+
+    Raises:
+        InvalidStudyError: there is no numba, or it has fewer threads.
+    """
+    check_threads(threads)
+    from ip_plugin.sparse import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.safetensors")
+        save(model, path)
+        file_bytes = path.stat().st_size
+    image = image.cpu()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calls = {"pruned": partial(prepare(model.cpu(), image), image), "dense": partial(dense.cpu(), image)}
+        with torch.inference_mode():
+            times = side_by_side(calls, rounds=ROUNDS, warmup=WARMUP)
+    finally:
+        torch.set_num_threads(before)
+    latency, dense_latency = (round(1000 * statistics.median(times[name]), 5) for name in ("pruned", "dense"))
+    return Deployment(file_bytes, latency, dense_latency)
+
+
+def check_threads(threads: int) -> None:
+    """Whether latencies can be measured here, with so many threads.
+
+    Raises:
+        InvalidStudyError: numba is not installed, or has fewer threads.
+    """
+    try:
+        import ip_plugin.sparse  # noqa: F401
+    except ImportError as error:
+        raise InvalidStudyError(
+            "To measure latencies, numba must be installed.",
+            str(error.__cause__ or error),
+            "run: pip install 'ip-plugin[sparse]'",
+        ) from error
+    import numba
+
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= threads <= most:
+        rule = f"`deploy_threads` must be a number from 1 to {most}, the threads that numba has here."
+        raise InvalidStudyError(rule, f"{threads}", "change deploy-threads, or the variable NUMBA_NUM_THREADS")
+
+
+def check_alone(threads: int | None, company: str) -> None:
+    """Refuse to measure latencies where other runs may take the processor meanwhile.
+
+    Args:
+        threads: as the settings of a study have them; None measures nothing.
+        company: what else may run, in words.
+
+    Raises:
+        InvalidStudyError: latencies are to be measured.
+    """
+    if threads is not None:
+        raise InvalidStudyError(
+            "Latencies must be measured with nothing else running.",
+            company,
+            "leave out --jobs and --engine with --deploy, or leave out --deploy",
+        )

@@ -43,17 +43,19 @@ def side_by_side(
     warmup: int = 5,
     attempts: int = 5,
     prepared: bool = False,
+    untimed: int = 0,
 ) -> dict[str, Ratio]:
     """Run the baseline and the variants in turn, `rounds` times.
 
-    With `prepared` a call of each gives what is timed: what it does before is not counted.
+    With `prepared` a call of each gives what is timed: what it does before is not counted. So many `untimed` calls come
+    before each that is timed.
 
     Raises:
         RuntimeError: the baseline moved by more than 10 % in each of the attempts.
     """
     for attempt in range(attempts):
         calls = {"baseline": baseline, **variants}
-        times = timing.side_by_side(calls, rounds=rounds, warmup=warmup, prepared=prepared)
+        times = timing.side_by_side(calls, rounds=rounds, warmup=warmup, prepared=prepared, untimed=untimed)
         plain = times.pop("baseline")
         halves = [statistics.median(plain[: rounds // 2]), statistics.median(plain[rounds // 2 :])]
         drift = max(halves) / min(halves) - 1

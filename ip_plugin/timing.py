@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 
 def side_by_side(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 5, prepared: bool = False
-) -> dict[str, list[float]]:
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 5, prepared: bool = False,
+    untimed: int = 0,
+) -> dict[str, list[float]]:  # fmt: skip
     """Call each in turn, again and again, so that whatever slows the machine down slows all of them.
 
     Args:
@@ -16,6 +17,7 @@ def side_by_side(
         rounds: how often each is timed.
         warmup: how often each is called before that.
         prepared: time what each call returns, a function, and not the call itself.
+        untimed: calls before each that is timed, so that short ones find in the caches what they left there.
 
     Returns:
         Seconds of each round, by name; compare their medians.
@@ -27,6 +29,8 @@ def side_by_side(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
+            for _ in range(untimed):
+                call()
             timed = call() if prepared else call
             assert callable(timed)
             started = time.perf_counter()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import kernels, plan
@@ -160,24 +162,29 @@ def pool(window: Window, source: Layout, channels: int, target: Layout, read: Fl
 
 def pack(images: Tensor, where: Places, window: Window, buffer: Floats) -> None:
     """Copy images ``(images, channels, height, width)`` into a buffer, by phases where the stride is not 1."""
-    source, (down, right) = where.source, window.stride
-    if not window.steps:
-        return copy(images, source, buffer)
-    parts = []
-    for y, x in where.phases:
-        # first row and column of the images that are of this phase, and where they go
-        row, column = (y - window.padding[0]) % down, (x - window.padding[1]) % right
-        at_row, at_column = (row + window.padding[0] - y) // down, (column + window.padding[1] - x) // right
-        rows = min(-(-(images.shape[2] - row) // down), source.height - at_row)
-        columns = min(-(-(images.shape[3] - column) // right), source.width - at_column)
-        parts.append((row, column, at_row, at_column, max(0, rows), max(0, columns)))
-    _deal(images, source, buffer, window.stride, np.array(parts))
-    return None
+    if window.steps:
+        _deal(images, where.source, buffer, window.stride, _parts(images.shape, where.source, where.phases, window))
+    else:
+        copy(images, where.source, buffer)
 
 
 def copy(images: Tensor, layout: Layout, buffer: Floats) -> None:
     """Copy images ``(images, channels, height, width)`` into a buffer, with zeros around them."""
     _deal(images, layout, buffer, (1, 1), np.array([(0, 0, 0, 0, *images.shape[2:])]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(shape: torch.Size, source: Layout, phases: tuple[tuple[int, int], ...], window: Window) -> Ints:
+    """For each phase the first row and column of the images, where they go, and how many there are."""
+    parts = []
+    (down, right), (top, left) = window.stride, window.padding
+    for y, x in phases:
+        row, column = (y - top) % down, (x - left) % right
+        at_row, at_column = (row + top - y) // down, (column + left - x) // right
+        rows = min(-(-(shape[2] - row) // down), source.height - at_row)
+        columns = min(-(-(shape[3] - column) // right), source.width - at_column)
+        parts.append((row, column, at_row, at_column, max(0, rows), max(0, columns)))
+    return np.array(parts)
 
 
 def _deal(images: Tensor, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:

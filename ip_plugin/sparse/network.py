@@ -135,8 +135,10 @@ class _Workspace:
             for step, (rows, columns) in zip(sparse, shapes, strict=True)
         }
 
-    def view(self, laid: _Laid) -> Tensor:
-        return laid.layout.view(self.buffers[laid.slot], laid.channels)
+        made = [step for step in program.steps if isinstance(step, (_Sparse, _Pool))]
+        self.views = {
+            step.node: step.target.layout.view(self.buffers[step.target.slot], step.target.channels) for step in made
+        }
 
 
 class Run(NamedTuple):
@@ -472,7 +474,7 @@ def _execute(
         elif isinstance(step, _Pool):
             read, write = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
             pool(step.window, step.source.layout, step.source.channels, step.target.layout, read, write)
-            values[node] = workspace.view(step.target)
+            values[node] = workspace.views[node]
         elif isinstance(step, _Dense):
             values[node] = _run_dense(step, values)
         elif node.op == "placeholder":
@@ -503,7 +505,7 @@ def _run_sparse(step: _Sparse, workspace: _Workspace, values: dict[fx.Node, Any]
     if step.target.shared:
         step.target.layout.clear_gaps(target, step.target.channels)
     run(source, target, workspace.scratch[step.node], residual)
-    return workspace.view(step.target)
+    return workspace.views[step.node]
 
 
 def _run_dense(step: _Dense, values: dict[fx.Node, Any]) -> Tensor:

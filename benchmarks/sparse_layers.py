@@ -52,7 +52,9 @@ def dense(channels: int, size: int, batch: int) -> dict[str, Callable[[], Tensor
     }
 
 
-def sparse(channels: int, size: int, batch: int, sparsity: float, space: str) -> Callable[[], object] | None:
+def sparse(
+    channels: int, size: int, batch: int, sparsity: float, space: str, narrow: bool
+) -> Callable[[], object] | None:
     """The sparse way, chosen by timing; None where dense was chosen."""
     values = torch.randn(channels, channels, 9) * (torch.rand(channels, channels, 9) >= sparsity)
     basis = bases.make("orthonormal", (3, 3)).float().numpy() if space == "IP" else None
@@ -61,7 +63,7 @@ def sparse(channels: int, size: int, batch: int, sparsity: float, space: str) ->
     where = places(WINDOW, batch, size, size, gap=(1, 1))
     assert where is not None
     node: torch.fx.Node = None  # type: ignore[assignment]  # there is no graph
-    choice = tuning.Chooser(by_rule=False)(
+    choice = tuning.Chooser(by_rule=False, narrow=narrow)(
         Convolution("layer", node, WINDOW, 1, entries, bias, channels), where, (size, size), False
     )
     if choice is None:
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(GOALS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--narrow", action="store_true", help="responses in bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]  # one for each shape
@@ -88,7 +91,7 @@ def main() -> None:
         for channels, size in SHAPES:
             ways = dense(channels, size, batch)
             grid = [(space, s) for space in ("SP", "IP") for s in arguments.sparsities]
-            cells = {(space, s): sparse(channels, size, batch, s, space) for space, s in grid}
+            cells = {(space, s): sparse(channels, size, batch, s, space, arguments.narrow) for space, s in grid}
             variants = {f"{space} {s:g}": run for (space, s), run in cells.items() if run is not None}
             baseline = ways.pop("oneDNN, packed")
             with torch.no_grad():

@@ -23,6 +23,11 @@ from .plan import Entries
 
 #: Names of functions that change an argument, besides those that end with an underscore.
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem")
+#: Functions that change the shape of an argument, where the buffer that it lies in does not change.
+_RESHAPE_IN_PLACE = (
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_",
+    "unsqueeze_",
+)  # fmt: skip
 
 
 @dataclass
@@ -101,6 +106,9 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
         shapes = Network(traced, {}, set()).shapes(inputs)
     except Exception as error:  # whatever a forward raises that is given a stand-in
         raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    for node in traced.graph.nodes:
+        if node.op.startswith("call_") and node.op != "call_module" and _name(node) in _RESHAPE_IN_PLACE:
+            raise UntraceableError(f"{_name(node)} changes a shape in place")
     found = _drawn(traced, sparse, shapes)
     ours = found.drawn_in | set(found.convolutions)
     left = {node.target for node in traced.graph.nodes if node.op == "call_module" and node not in ours}
@@ -232,9 +240,13 @@ def changes_a_value(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return False
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    changes = name.endswith("_") or name in _IN_PLACE or "out" in node.kwargs
+    changes = _name(node).endswith("_") or _name(node) in _IN_PLACE or "out" in node.kwargs
     return changes or bool(node.kwargs.get("inplace")) or any(each is True for each in node.args)
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -136,6 +136,28 @@ def test_nan_goes_through_a_max_pooling_as_it_does_in_torch() -> None:
             torch.testing.assert_close(network(marked), model(marked), equal_nan=True)
 
 
+@pytest.mark.parametrize("method", ["transpose_", "unsqueeze_"])
+def test_shapes_that_change_in_place_are_not_followed(method: str) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if method == "transpose_":
+                y.transpose_(2, 3)
+                return self.b(y)
+            y.unsqueeze_(0)
+            return self.b(y[0])
+
+    model, images = pruned(Turned(), "interspace", 0.7), torch.randn(1, 3, 6, 9)
+    with pytest.warns(SparseFallbackWarning, match=f"{method} changes a shape in place"):
+        network = prepare(model, images, deterministic=True)
+    for _ in range(2):
+        agrees(network, model, images)
+
+
 class ReadTwice(nn.Module):
     """What two convolutions read, with or without a change between them; through modules that change nothing."""
 

@@ -31,7 +31,6 @@ from .vectors import (
     store,
 )
 
-_jit: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
 _inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
 _parallel: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True, parallel=True)
 

@@ -6,14 +6,16 @@ For the networks that ``benchmarks/fitted.py`` has left in the folder: their 3x3
 basis, one threshold for all; the relative error, and the accuracy in percent with BatchNorm statistics estimated anew.
 Numbers of bases count in the budget.
 
-The other dictionary is found from the fitted orthonormal one by turns: coefficients by iterative hard thresholding (a
-gradient step, then the largest by their part in the kernel), their values by least squares on the support, filters by
-least squares and then at unit norm. The best of all rounds is taken.
+The other dictionary is found from the fitted orthonormal one by turns: coefficients as good as they can be, by a search
+through all 512 supports of a kernel (what orthogonal matching pursuit does greedily), filters by least squares and
+then at unit norm. The best of all rounds is taken. Then the same with coefficients of one bit (signs and a scale for
+each layer) to four, rounded after the fit, or with the basis fitted to the rounded ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -27,7 +29,9 @@ from ip_plugin.fitting import Kernels, fit, kernel_rows, largest
 from ip_plugin.methods import reestimate_batch_norm
 from ip_plugin.ranking import keep_largest
 
-ROUNDS = 30
+#: Rounds without gain after which a search ends.
+PATIENCE = 5
+BITS = (1, 2, 3, 4)
 
 
 def orthonormal(kernels: list[Tensor], groups: list[int], kept: int) -> list[Tensor]:
@@ -44,28 +48,87 @@ def orthonormal(kernels: list[Tensor], groups: list[int], kept: int) -> list[Ten
 def dictionary(kernels: list[Tensor], kept: int) -> list[Tensor]:
     """Kernels in one dictionary of unit filters that need not be orthogonal."""
     rows = torch.cat(kernels).double()
-    parts = [Kernels(rows, 0, (3, 3))]
-    filters = fit(parts, largest(kept / rows.numel())).bases[0]
-    coefficients = rows @ filters.mT
-    coefficients *= keep_largest([coefficients], kept, magnitudes=True)[0]
-    best, least = coefficients @ filters, float("inf")
-    for _ in range(ROUNDS):
-        gram = filters @ filters.mT
-        step = 1 / torch.linalg.eigvalsh(gram)[-1]
-        for _ in range(5):
-            coefficients = coefficients + step * (rows - coefficients @ filters) @ filters.mT
-            coefficients *= keep_largest([coefficients], kept, magnitudes=True)[0]
-        mask = coefficients != 0
-        both = mask[:, :, None] & mask[:, None]
-        forms = torch.where(both, gram, 0) + torch.diag_embed((~mask).double())
-        coefficients = torch.linalg.solve(forms, (rows @ filters.mT * mask)[..., None])[..., 0] * mask
+    filters = fit([Kernels(rows, 0, (3, 3))], largest(kept / rows.numel())).bases[0]
+    best, least, stale = rows, float("inf"), 0
+    while stale < PATIENCE:
+        coefficients = coded(rows, filters, kept)
         error = float((rows - coefficients @ filters).square().sum())
+        stale = 0 if error < least * (1 - 1e-5) else stale + 1
         if error < least:
             best, least = coefficients @ filters, error
-        filters = torch.linalg.lstsq(coefficients, rows).solution
-        norms = torch.linalg.vector_norm(filters, dim=1)
-        filters, coefficients = filters / norms[:, None], coefficients * norms
+        filters = nn.functional.normalize(torch.linalg.lstsq(coefficients, rows).solution)
     return list(best.float().split([len(each) for each in kernels]))
+
+
+def coded(rows: Tensor, filters: Tensor, kept: int) -> Tensor:
+    """The best coefficients of which at most `kept` are not zero, by way of all supports that a kernel can have.
+
+    The best support of each size of each row; then sizes, by a price for a coefficient that makes them few enough.
+    """
+    n = len(filters)
+    best = torch.zeros(n + 1, len(rows), dtype=rows.dtype)
+    chosen = torch.zeros(n + 1, len(rows), n, dtype=torch.bool)
+    for support in itertools.product((False, True), repeat=n):
+        mask = torch.tensor(support)
+        size = int(mask.sum())
+        energy = (rows @ torch.linalg.qr(filters[mask].mT).Q).square().sum(1) if size else best[0]
+        better = energy > best[size]
+        best[size] = torch.where(better, energy, best[size])
+        chosen[size][better] = mask
+    sizes = torch.arange(n + 1, dtype=rows.dtype)[:, None]
+    low, high = 0.0, float(best.max())
+    for _ in range(60):
+        price = (low + high) / 2
+        low, high = (low, price) if int((best - price * sizes).argmax(0).sum()) <= kept else (price, high)
+    mask = chosen[(best - high * sizes).argmax(0), torch.arange(len(rows))]
+    both = mask[:, :, None] & mask[:, None]
+    forms = torch.where(both, filters @ filters.mT, 0) + torch.diag_embed((~mask).to(rows.dtype))
+    return torch.linalg.solve(forms, (rows @ filters.mT * mask)[..., None])[..., 0] * mask
+
+
+def quantised(kernels: list[Tensor], kept: int, bits: int, *, basis: str) -> list[Tensor]:
+    """Kernels by coefficients of few bits, with a scale for each layer.
+
+    Args:
+        basis: "standard"; "orthonormal", fitted without rounding; or "joint", fitted to the rounded coefficients.
+    """
+    filters = torch.eye(9)
+    if basis != "standard":
+        filters = fit([Kernels(torch.cat(kernels), 0, (3, 3))], largest(kept / sum(map(torch.numel, kernels)))).bases[0]
+    best, least, stale = kernels, float("inf"), 0
+    while stale < PATIENCE:
+        coefficients = [each @ filters.mT.float() for each in kernels]
+        masks = keep_largest(coefficients, kept, magnitudes=True)
+        coefficients = [rounded(c, mask, bits) for c, mask in zip(coefficients, masks, strict=True)]
+        found = [c @ filters.float() for c in coefficients]
+        error = float((torch.cat(found) - torch.cat(kernels)).square().sum())
+        stale = 0 if error < least * (1 - 1e-5) else stale + 1
+        if error < least:
+            best, least = found, error
+        if basis != "joint":
+            break
+        moment = (torch.cat(coefficients).mT @ torch.cat(kernels)).double()
+        left, _, right = torch.linalg.svd(moment)
+        filters = left @ right
+    return best
+
+
+def rounded(coefficients: Tensor, mask: Tensor, bits: int) -> Tensor:
+    """The masked coefficients, each one of ``2**bits`` values around zero, with the best scale.
+
+    One bit is a sign and no magnitude; the values are odd multiples of half a step, as zero needs no code.
+    """
+    most = 2 ** (bits - 1) - 0.5
+    best, least = coefficients * mask, float("inf")
+    top = coefficients[mask].abs().max() if mask.any() else torch.tensor(1.0)
+    for part in torch.linspace(0.02, 1, 99):
+        step = part * top / most
+        level = ((coefficients.abs() / step - 0.5).round() + 0.5).clamp(0.5, most)
+        found = torch.where(mask, level * step * coefficients.sign(), 0)
+        error = float((found - coefficients * mask).square().sum())
+        if error < least:
+            best, least = found, error
+    return best
 
 
 def main() -> None:
@@ -93,6 +156,11 @@ def main() -> None:
                 "orthonormal, of each width": orthonormal(kernels, stages, kept - 81 * len(set(stages))),
                 "orthonormal, of each layer": orthonormal(kernels, list(range(count)), kept - 81 * count),
                 "not orthonormal, of the model": dictionary(kernels, kept - 81),
+                **{
+                    f"{basis}, {bits} bits": quantised(kernels, kept - 81 * (basis != "standard"), bits, basis=basis)
+                    for bits in BITS
+                    for basis in ("standard", "orthonormal", "joint")
+                },
             }
             norm = torch.cat(kernels).norm()
             for name, approximated in found.items():

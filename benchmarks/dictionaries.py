@@ -29,8 +29,8 @@ from ip_plugin.fitting import Kernels, fit, kernel_rows, largest
 from ip_plugin.methods import reestimate_batch_norm
 from ip_plugin.ranking import keep_largest
 
-#: Rounds without gain after which a search ends.
-PATIENCE = 5
+#: Rounds of the search for a dictionary; rounds without gain after which that with rounded coefficients ends.
+ROUNDS, PATIENCE = 60, 5
 BITS = (1, 2, 3, 4)
 
 
@@ -49,11 +49,10 @@ def dictionary(kernels: list[Tensor], kept: int) -> list[Tensor]:
     """Kernels in one dictionary of unit filters that need not be orthogonal."""
     rows = torch.cat(kernels).double()
     filters = fit([Kernels(rows, 0, (3, 3))], largest(kept / rows.numel())).bases[0]
-    best, least, stale = rows, float("inf"), 0
-    while stale < PATIENCE:
+    best, least = rows, float("inf")
+    for _ in range(ROUNDS):
         coefficients = coded(rows, filters, kept)
         error = float((rows - coefficients @ filters).square().sum())
-        stale = 0 if error < least * (1 - 1e-5) else stale + 1
         if error < least:
             best, least = coefficients @ filters, error
         filters = nn.functional.normalize(torch.linalg.lstsq(coefficients, rows).solution)
@@ -66,15 +65,17 @@ def coded(rows: Tensor, filters: Tensor, kept: int) -> Tensor:
     The best support of each size of each row; then sizes, by a price for a coefficient that makes them few enough.
     """
     n = len(filters)
-    best = torch.zeros(n + 1, len(rows), dtype=rows.dtype)
-    chosen = torch.zeros(n + 1, len(rows), n, dtype=torch.bool)
-    for support in itertools.product((False, True), repeat=n):
-        mask = torch.tensor(support)
-        size = int(mask.sum())
-        energy = (rows @ torch.linalg.qr(filters[mask].mT).Q).square().sum(1) if size else best[0]
-        better = energy > best[size]
-        best[size] = torch.where(better, energy, best[size])
-        chosen[size][better] = mask
+    supports = torch.tensor(list(itertools.product((False, True), repeat=n)))
+    gram = filters @ filters.mT
+    both = supports[:, :, None] & supports[:, None]
+    inverses = torch.linalg.inv(torch.where(both, gram, torch.eye(n, dtype=rows.dtype))) * both
+    # What a support explains of a row is a quadratic form in the row's products with the filters.
+    products = rows @ filters.mT
+    energies = (products[:, :, None] * products[:, None]).flatten(1) @ inverses.flatten(1).mT
+    of_size = supports.sum(1)
+    found = [energies[:, of_size == size].max(1) for size in range(n + 1)]
+    best = torch.stack([each.values for each in found])
+    chosen = torch.stack([supports[of_size == size][each.indices] for size, each in enumerate(found)])
     sizes = torch.arange(n + 1, dtype=rows.dtype)[:, None]
     low, high = 0.0, float(best.max())
     for _ in range(60):
@@ -82,8 +83,8 @@ def coded(rows: Tensor, filters: Tensor, kept: int) -> Tensor:
         low, high = (low, price) if int((best - price * sizes).argmax(0).sum()) <= kept else (price, high)
     mask = chosen[(best - high * sizes).argmax(0), torch.arange(len(rows))]
     both = mask[:, :, None] & mask[:, None]
-    forms = torch.where(both, filters @ filters.mT, 0) + torch.diag_embed((~mask).to(rows.dtype))
-    return torch.linalg.solve(forms, (rows @ filters.mT * mask)[..., None])[..., 0] * mask
+    forms = torch.where(both, gram, torch.eye(n, dtype=rows.dtype))
+    return torch.linalg.solve(forms, (products * mask)[..., None])[..., 0] * mask
 
 
 def quantised(kernels: list[Tensor], kept: int, bits: int, *, basis: str) -> list[Tensor]:

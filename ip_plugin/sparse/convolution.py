@@ -122,6 +122,7 @@ class SparseConvolution:
         self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * len(where.phases), choice)
         self._bits = where.target.stored()
         self._tiles = -(-where.target.pixels // choice.width)
+        self._around = where.target.around(self._tiles * choice.width)
         self._nothing = np.empty(0, np.float32)
 
     def scratch(self) -> Floats:
@@ -142,7 +143,7 @@ class SparseConvolution:
         layout = self.where.target
         added = (self._nothing, 0, 0) if residual is None else (residual, layout.first, layout.stride)
         read = (self.bias, self._bits, source, self.where.source.first, *added)
-        common = (*read, *self.limits, target, layout.first, layout.stride)
+        common = (*read, *self.limits, target, layout.first, layout.stride, *self._around)
         head = (lanes(self.choice.width), self._tiles, self.choice.parts, *self.plan.arrays)
         if self.choice.order == "direct":
             kernels.direct(*head, *common)
@@ -152,7 +153,6 @@ class SparseConvolution:
 
 def pool(window: Window, source: Layout, channels: int, target: Layout, read: Floats, write: Floats) -> None:
     """Max pooling from one buffer into another."""
-    write[channels * target.stride : target.size(channels)] = 0
     kernels.largest(
         source.images, channels, source.height, source.width, *window[:4],
         read, source.first, source.stride, source.rows * source.pitch, source.pitch,
@@ -160,16 +160,46 @@ def pool(window: Window, source: Layout, channels: int, target: Layout, read: Fl
     )  # fmt: skip
 
 
-def pack(images: Tensor, where: Places, window: Window, buffer: Floats) -> None:
-    """Copy images ``(images, channels, height, width)`` into a buffer, by phases where the stride is not 1."""
+def mean(source: Layout, channels: int, read: Floats) -> Tensor:
+    """Averages of all pixels, ``(images, channels, 1, 1)``."""
+    made = torch.empty(source.images, channels, 1, 1)
+    length = (source.height - 1) * source.pitch + source.width
+    kernels.mean(
+        source.images, channels, length, source.height * source.width,
+        read, source.first, source.stride, source.rows * source.pitch, made.numpy().reshape(-1),
+    )  # fmt: skip
+    return made
+
+
+class Images(NamedTuple):
+    """Where images lie.
+
+    Attributes:
+        flat: begins with the first pixel.
+        shape, strides: ``(images, channels, height, width)``, and their distances.
+    """
+
+    flat: Floats
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> Images:
+        """Of a tensor, without a copy."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(images.shape, images.stride(), strict=True))
+        return cls(images.detach().as_strided((extent,), (1,)).numpy(), images.shape, images.stride())
+
+
+def pack(images: Images, where: Places, window: Window, buffer: Floats) -> None:
+    """Copy images into a buffer, by phases where the stride is not 1."""
     if window.steps:
         _deal(images, where.source, buffer, window.stride, _parts(images.shape, where.source, where.phases, window))
     else:
         copy(images, where.source, buffer)
 
 
-def copy(images: Tensor, layout: Layout, buffer: Floats) -> None:
-    """Copy images ``(images, channels, height, width)`` into a buffer, with zeros around them."""
+def copy(images: Images, layout: Layout, buffer: Floats) -> None:
+    """Copy images into a buffer, with zeros around them."""
     _deal(images, layout, buffer, (1, 1), np.array([(0, 0, 0, 0, *images.shape[2:])]))
 
 
@@ -187,12 +217,9 @@ def _parts(shape: torch.Size, source: Layout, phases: tuple[tuple[int, int], ...
     return np.array(parts)
 
 
-def _deal(images: Tensor, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(images.shape, images.stride(), strict=True))
-    flat = images.detach().as_strided((extent,), (1,)).numpy()
-    (count, channels, _, _), (of_image, of_channel, of_row, of_column) = images.shape, images.stride()
-    buffer[channels * len(parts) * layout.stride : layout.size(channels * len(parts))] = 0
+def _deal(images: Images, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:
+    count, channels = images.shape[:2]
     kernels.deal(
-        count, channels, parts, flat, of_image, of_channel, of_row, of_column, *steps,
+        count, channels, parts, images.flat, *images.strides, *steps,
         buffer, layout.first, layout.stride, layout.rows * layout.pitch, layout.pitch,
     )  # fmt: skip

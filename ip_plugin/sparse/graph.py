@@ -81,12 +81,14 @@ class Network:
         convolutions: by the node whose value each makes.
         drawn_in: nodes that belong to a convolution and make no value of their own.
         poolings: windows of max poolings.
+        means: nodes that average all pixels of each channel.
     """
 
     module: fx.GraphModule
     convolutions: dict[fx.Node, Convolution]
     drawn_in: set[fx.Node]
     poolings: dict[fx.Node, Window] = field(default_factory=dict)
+    means: set[fx.Node] = field(default_factory=set)
 
     def shapes(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
         """Shapes of all values that are tensors, for inputs of these shapes."""
@@ -210,7 +212,8 @@ def _drawn(
         found[made.done[-1]] = made
         drawn_in.update(made.done[:-1])
     poolings = {node: window for node in traced.graph.nodes if (window := _pooling(node, modules)) is not None}
-    return Network(traced, found, drawn_in, poolings)
+    means = {node for node in traced.graph.nodes if _is_mean(node, modules)}
+    return Network(traced, found, drawn_in, poolings, means)
 
 
 def _pooling(node: fx.Node, modules: dict[str, nn.Module]) -> Window | None:
@@ -222,6 +225,16 @@ def _pooling(node: fx.Node, modules: dict[str, nn.Module]) -> Window | None:
         return None
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
     return Window(*((each, each) if isinstance(each, int) else (each[0], each[1]) for each in sizes))
+
+
+def _is_mean(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is an average pooling to one pixel."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        plain = type(module) is nn.AdaptiveAvgPool2d and not module._forward_hooks
+        return plain and len(node.args) == 1 and not node.kwargs and module.output_size in (1, (1, 1))
+    size = node.args[1] if len(node.args) == 2 else node.kwargs.get("output_size")
+    return node.target is F.adaptive_avg_pool2d and size in (1, (1, 1), [1, 1])
 
 
 def _may_wait(node: fx.Node, user: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -1,7 +1,8 @@
 """The compiled loops: a sparse convolution over flat rows of pixels.
 
 All arrays are flat. Activations are channel-major (`layout`): a tile is so many neighbouring pixels of one channel, and
-a tap of a kernel is an offset. `X` and `Y` are read and written beyond the images' ends by less than a tile.
+a tap of a kernel is an offset. `X` and `Y` are read and written beyond the images' ends by less than a tile; what was
+read there is never stored.
 
 Every work item is a tile of pixels and a part of the output channels; items are dealt out to threads in fixed order,
 and each item adds in fixed order, so results do not depend on the number of threads.
@@ -41,12 +42,24 @@ _ROW = (0,)
 
 
 @_inline
-def _finish(lanes, values, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy):
-    """Add the residual, clamp, zero the gaps, store."""
+def _zero(count, Y, y):
+    """Whole vectors of zeros."""
+    for k in range(0, count, 16):
+        store(Y, y + k, broadcast(_ROW, np.float32(0)))
+
+
+@_inline
+def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind):
+    """Add the residual, clamp, zero the gaps, store; zeros before the first tile and behind the last one."""
+    pixel = tile * 16 * len(lanes)
     if ldr > 0:
         values = add(values, load(lanes, R, r0 + channel * ldr + pixel))
     values = at_most(at_least(values, broadcast(lanes, low)), broadcast(lanes, high))
     store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
+    if tile == 0:
+        _zero(before, Y, y0 + channel * ldy - before)
+    if tile == tiles - 1:
+        _zero(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
 
 
 @_inline
@@ -127,9 +140,30 @@ def largest(
 
 
 @_parallel
+def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
+    """Averages of all pixels.
+
+    Args:
+        images, channels: how many.
+        length, count: how far the pixels of an image lie apart, gaps, which are zero, included; how many they are.
+        X, x0, ldx, ldi: input, its first pixel, distances of channels and images.
+        Y: output, ``(images, channels)``, flat.
+    """
+    for channel in numba.prange(channels):
+        lanes = np.empty(16, np.float32)
+        for image in range(images):
+            at = x0 + channel * ldx + image * ldi
+            total = broadcast(_ROW, np.float32(0))
+            for k in range(0, length, 16):
+                total = add(total, leading(length - k, load(_ROW, X, at + k)))
+            store(lanes, 0, total)
+            Y[image * channels + channel] = lanes.sum() / np.float32(count)
+
+
+@_parallel
 def direct(
     lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, low, high,
-    Y, y0, ldy
+    Y, y0, ldy, before, behind
 ):  # fmt: skip
     """Rows of (offset, value): every non-zero reads its shifted input.
 
@@ -145,6 +179,7 @@ def direct(
         R, r0, ldr: residual, its first pixel and the distance of channels, which is 0 where there is none.
         low, high: what results are clamped to.
         Y, y0, ldy: output.
+        before, behind: how many zeros each channel of it needs around its tiles, in whole vectors of 16.
     """
     for item in numba.prange(tiles * parts):
         width = 16 * len(lanes)
@@ -156,7 +191,7 @@ def direct(
             total = broadcast(lanes, bias[channel])
             for j in range(row_begin[row], row_begin[row + 1]):
                 total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
-            _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
+            _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind)
 
 
 @_inline
@@ -224,12 +259,12 @@ def _unfold(lanes, narrow, first, last, source, used, offsets, X, pixel, buffer,
 @_parallel
 def fused(
     lanes, tiles, parts, narrow, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels,
-    counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, scratch, responses
+    counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind, scratch, responses
 ):  # fmt: skip
     """Responses of a chunk of input channels to the basis first, then rows of (response, value).
 
     Args:
-        lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy: as in `direct`.
+        lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind: as in `direct`.
         narrow: how responses are kept: an empty tuple for float32, one number for bfloat16.
         chunks: how many; part `p` has its chunks at ``p * chunks``.
         respond_begin: chunk `c` of a part makes the responses ``respond_begin[c]`` to ``respond_begin[c + 1]``.
@@ -273,6 +308,6 @@ def fused(
                     total = fma(broadcast(lanes, values[j]), response, total)
                     j += np.uintp(1)
                 if ends:
-                    _finish(lanes, total, channel, pixel, bits, tile, R, r0, ldr, low, high, Y, y0, ldy)
+                    _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind)
                 else:
                     store(buffer, sums + channel * width, total)

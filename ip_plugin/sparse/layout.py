@@ -72,12 +72,10 @@ class Layout(NamedTuple):
         """A buffer of zeros for so many channels."""
         return aligned(self.size(channels))
 
-    def clear_gaps(self, buffer: Floats, channels: int) -> None:
-        """Zero what no convolution writes: before the first pixel and behind the last tile of each channel."""
-        lines = buffer[: channels * self.stride].reshape(channels, self.stride)
-        lines[:, : self.first] = 0
-        lines[:, self.first + self.pixels :] = 0
-        buffer[channels * self.stride : self.size(channels)] = 0
+    def around(self, tiles: int) -> tuple[int, int]:
+        """How many zeros must be before the first pixel and behind the tiles, which have so many; in cache lines."""
+        lines = -(-max(0, self.pixels + self.reach - tiles) // _CACHE_LINE)
+        return self.first, lines * _CACHE_LINE
 
     def view(self, buffer: Floats, channels: int, begin: int = 0) -> Tensor:
         """The images of a buffer, ``(images, channels, height, width)``, without a copy."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 from ..errors import SparseExecutionError
 from ..report import Prepared, Row
 from . import tuning
-from .convolution import SparseConvolution, Window, copy, pack, places, pool
+from .convolution import Images, SparseConvolution, Window, copy, mean, pack, places, pool
 from .graph import Convolution, Network, changes_a_value
 from .layout import Layout, aligned
 
@@ -34,13 +33,11 @@ class _Laid:
     Attributes:
         slot: number of the buffer.
         layout, channels: how, and how many.
-        shared: whether the buffer holds other values, too, which leave something in this one's gaps.
     """
 
     slot: int
     layout: Layout
     channels: int
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,14 @@ class _Pool:
 
 
 @dataclass(frozen=True)
+class _Mean:
+    """A step: averages of what lies in a buffer."""
+
+    node: fx.Node
+    source: _Laid
+
+
+@dataclass(frozen=True)
 class _Dense:
     """A step: a convolution by torch."""
 
@@ -90,7 +95,7 @@ class _Torch:
     node: fx.Node
 
 
-_Step = _Sparse | _Pool | _Dense | _Torch
+_Step = _Sparse | _Pool | _Mean | _Dense | _Torch
 
 
 @dataclass
@@ -139,6 +144,12 @@ class _Workspace:
         self.views = {
             step.node: step.target.layout.view(self.buffers[step.target.slot], step.target.channels) for step in made
         }
+        self.images = {node: Images.of(view) for node, view in self.views.items()}
+
+    def images_of(self, node: fx.Node, values: dict[fx.Node, Any]) -> Images:
+        """Where the value of a node lies."""
+        found = self.images.get(node)
+        return Images.of(values[node]) if found is None else found
 
 
 class Run(NamedTuple):
@@ -318,6 +329,9 @@ def _compile(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
             steps.append(pooled)
             laid[node] = pooled.target
             continue
+        if convolution is None and node in network.means and node.all_input_nodes[0] in laid:
+            steps.append(_Mean(node, laid[node.all_input_nodes[0]]))
+            continue
         if convolution is None:
             steps.append(_Torch(node))
             if changes_a_value(node, modules):  # which a copy does not see
@@ -385,7 +399,7 @@ def _pool(
 
 
 def _reads(step: _Step) -> list[fx.Node]:
-    if isinstance(step, (_Torch, _Pool)):
+    if isinstance(step, (_Torch, _Pool, _Mean)):
         return step.node.all_input_nodes
     return [each for each in (step.convolution.source, step.convolution.residual) if each is not None]
 
@@ -437,11 +451,9 @@ def _shared(network: Network, program: _Program, inputs: tuple[Tensor, ...]) -> 
             busy_until.append(0)
         sizes[chosen], busy_until[chosen] = max(size, sizes[chosen]), ends[slot]
         place_of[slot] = chosen
-    tenants = Counter(place_of.values())
 
     def moved(laid: _Laid) -> _Laid:
-        slot = place_of[laid.slot]
-        return replace(laid, slot=slot, shared=tenants[slot] > 1)
+        return replace(laid, slot=place_of[laid.slot])
 
     steps: list[_Step] = []
     for step in program.steps:
@@ -449,6 +461,8 @@ def _shared(network: Network, program: _Program, inputs: tuple[Tensor, ...]) -> 
             step = replace(step, source=moved(step.source), target=moved(step.target))
         if isinstance(step, _Sparse) and step.residual is not None:
             step = replace(step, residual=moved(step.residual))
+        if isinstance(step, _Mean):
+            step = replace(step, source=moved(step.source))
         steps.append(step)
     return _Program(steps, sizes, program.last)
 
@@ -475,6 +489,8 @@ def _execute(
             read, write = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
             pool(step.window, step.source.layout, step.source.channels, step.target.layout, read, write)
             values[node] = workspace.views[node]
+        elif isinstance(step, _Mean):
+            values[node] = mean(step.source.layout, step.source.channels, workspace.buffers[step.source.slot])
         elif isinstance(step, _Dense):
             values[node] = _run_dense(step, values)
         elif node.op == "placeholder":
@@ -495,15 +511,13 @@ def _run_sparse(step: _Sparse, workspace: _Workspace, values: dict[fx.Node, Any]
     convolution, run = step.convolution, step.run
     source, target = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
     if step.packs[0]:
-        pack(values[convolution.source], run.where, convolution.window, source)
+        pack(workspace.images_of(convolution.source, values), run.where, convolution.window, source)
     residual = None
     if step.residual is not None:
         residual = workspace.buffers[step.residual.slot]
         if step.packs[1]:
             assert convolution.residual is not None
-            copy(values[convolution.residual], step.residual.layout, residual)
-    if step.target.shared:
-        step.target.layout.clear_gaps(target, step.target.channels)
+            copy(workspace.images_of(convolution.residual, values), step.residual.layout, residual)
     run(source, target, workspace.scratch[step.node], residual)
     return workspace.views[step.node]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .convolution import Places, SparseConvolution, pack
+from .convolution import Images, Places, SparseConvolution, pack
 from .graph import Convolution
 from .layout import WIDEST
 from .plan import Choice
@@ -95,7 +95,7 @@ def _fastest(
     images = torch.randn(where.source.images, inputs, *size, generator=torch.Generator().manual_seed(0))
     window, bias = convolution.window, torch.from_numpy(convolution.bias)
     view = where.target.view(target, outputs)
-    packing = partial(pack, images, where, window, source)
+    packing = partial(pack, Images.of(images), where, window, source)
 
     def dense() -> object:
         return view.copy_(F.conv2d(images, weight, bias, *window[1:], convolution.groups))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from ip_plugin.sparse.convolution import SparseConvolution, Window, copy, pack, places
+from ip_plugin.sparse.convolution import Images, SparseConvolution, Window, copy, pack, places
 from ip_plugin.sparse.layout import Layout
 from ip_plugin.sparse.plan import Choice, Entries
 
@@ -32,13 +32,13 @@ def run(
     entries = Entries.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
     convolution = SparseConvolution(entries, bias.numpy(), where, choice, limits)
     source, target = where.source.empty(images.shape[1] * len(where.phases)), where.target.empty(len(coefficients))
-    target[where.target.first :] = math.nan
+    target[:] = math.nan
     source[:] = math.nan
-    pack(images, where, window, source)
+    pack(Images.of(images), where, window, source)
     added = None
     if residual is not None:
         added = np.full_like(target, math.nan)
-        copy(residual, where.target, added)
+        copy(Images.of(residual), where.target, added)
     convolution(source, target, np.full_like(convolution.scratch(), math.nan), added)
     return where.target.view(target, len(coefficients)), torch.from_numpy(target), where.target
 
@@ -105,6 +105,8 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
     for channel in range(len(coefficients)):
         begin = layout.first + channel * layout.stride
         assert (buffer[begin : begin + layout.pixels][outside] == 0).all()
+        assert (buffer[begin - layout.reach : begin] == 0).all()
+        assert (buffer[begin + layout.pixels :][: layout.reach] == 0).all()
 
 
 @pytest.mark.parametrize("interspace", [False, True], ids=["spatial", "interspace"])
@@ -155,18 +157,14 @@ def test_pixels_of_all_images_and_no_others_are_stored() -> None:
     assert without_gaps[:12].all() and not without_gaps[12:].any()
 
 
-def test_a_buffer_begins_and_ends_with_zeros_that_may_be_read() -> None:
-    layout = Layout(images=1, height=2, width=3, rows=3, pitch=4, reach=5)
+@pytest.mark.parametrize("tiles", [32, 128])
+def test_zeros_that_may_be_read_are_before_the_first_pixel_and_behind_the_last(tiles: int) -> None:
+    layout = Layout(images=1, height=2, width=15, rows=3, pitch=16, reach=17)
+    assert layout.pixels == 31
+    assert layout.around(tiles) == (32, 16 if tiles == 32 else 0)  # to 48 at least, where the reach ends
     buffer = layout.empty(2)
-    assert layout.first >= layout.reach
     assert len(buffer) == layout.size(2) >= layout.first + layout.stride + layout.pixels + 128 + layout.reach
-    buffer[:] = 1
-    layout.clear_gaps(buffer, 2)
-    for channel in range(2):
-        begin = layout.first + channel * layout.stride
-        assert (buffer[begin - layout.reach : begin] == 0).all()
-        assert (buffer[begin : begin + layout.pixels] == 1).all()
-        assert (buffer[begin + layout.pixels : begin + layout.pixels + layout.reach + 128] == 0).all()
+    assert layout.first + layout.pixels + 128 + layout.reach <= layout.stride
 
 
 def test_entries_compose_to_the_kernels_that_they_came_from() -> None:

@@ -125,15 +125,64 @@ def test_max_poolings(last: nn.Module, space: str) -> None:
         agrees(prepare(model, images, deterministic=True), model, images)
 
 
+def first_of_four() -> nn.Conv2d:
+    """A convolution that is run sparse, by any rule, and sees one channel."""
+    convolution = nn.Conv2d(4, 1, 1)
+    with torch.no_grad():
+        convolution.weight[0, 1:] = 0
+    return convolution
+
+
 def test_nan_goes_through_a_max_pooling_as_it_does_in_torch() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(1, 1, 1)).eval()
-    images = torch.randn(1, 1, 9, 21)
+    model = nn.Sequential(first_of_four(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(1, 1, 1)).eval()
+    images = torch.randn(1, 4, 9, 21)
     network = prepare(model, images, deterministic=True)
+    assert [run.how for run in network.runs(images)] == ["fused", "dense"]
     for row, column in ((0, 0), (4, 7), (8, 20), (3, 16)):
         marked = images.clone()
         marked[0, 0, row, column] = torch.nan
         with torch.no_grad():
             torch.testing.assert_close(network(marked), model(marked), equal_nan=True)
+
+
+class Averages(nn.Module):
+    """Averages of all pixels, as a module and as a function, of what is used afterwards, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.pool = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 3), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.a(x)
+        squeezed = nn.functional.adaptive_avg_pool2d(early, output_size=(1, 1))
+        late = self.b(early * squeezed)
+        whole = nn.functional.adaptive_avg_pool2d(late, 2)  # left to torch
+        return torch.cat([squeezed.flatten(1), self.pool(late).flatten(1), whole.flatten(1)], 1)
+
+
+@SPACES
+@pytest.mark.parametrize("size", [(7, 9), (18, 37)])
+def test_averages_of_all_pixels(size: tuple[int, int], space: str) -> None:
+    model = pruned(Averages(), space, 0.7)
+    network = prepare(model, torch.randn(3, 3, *size), deterministic=True)
+    for _ in range(2):
+        agrees(network, model, torch.randn(3, 3, *size))
+
+
+def test_an_average_with_nan_is_nan() -> None:
+    model = nn.Sequential(first_of_four(), nn.AdaptiveAvgPool2d(1)).eval()
+    images = torch.randn(3, 4, 5, 21)
+    images[1, 0, -1, -1] = torch.nan
+    network = prepare(model, images, deterministic=True)
+    assert network(images).isnan().flatten().tolist() == [False, True, False]
+
+
+def test_averages_are_taken_where_the_values_lie() -> None:
+    model = pruned(Averages(), "spatial", 0.7)
+    network = prepare(model, torch.randn(1, 3, 8, 8), deterministic=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.AdaptiveAvgPool2d, "forward", lambda *_: pytest.fail("by torch"))
+        network(torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("method", ["transpose_", "unsqueeze_"])

@@ -33,6 +33,7 @@ from .vectors import (
 )
 
 _inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
+_serial: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
 _parallel: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True, parallel=True)
 
 #: 32 lanes: what one pixel's nine taps are held in while basis filters are applied to them.
@@ -139,7 +140,7 @@ def largest(
                 _copy_row(out_width, wide, 0, stride[1], Y, at)
 
 
-@_parallel
+@_serial
 def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
     """Averages of all pixels.
 
@@ -149,8 +150,8 @@ def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
         X, x0, ldx, ldi: input, its first pixel, distances of channels and images.
         Y: output, ``(images, channels)``, flat.
     """
-    for channel in numba.prange(channels):
-        lanes = np.empty(16, np.float32)
+    lanes = np.empty(16, np.float32)
+    for channel in range(channels):
         for image in range(images):
             at = x0 + channel * ldx + image * ldi
             total = broadcast(_ROW, np.float32(0))

@@ -125,7 +125,7 @@ def _without_copies(traced: fx.GraphModule) -> fx.GraphModule:
         if node.op != "call_module" or len(node.args) != 1:
             continue
         module = traced.get_submodule(str(node.target))
-        if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not module._forward_hooks:
+        if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not _hooked(module):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.recompile()
@@ -216,12 +216,17 @@ def _drawn(
     return Network(traced, found, drawn_in, poolings, means)
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _pooling(node: fx.Node, modules: dict[str, nn.Module]) -> Window | None:
     """The window of a max pooling."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     module = modules[str(node.target)]
-    if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices or module._forward_hooks:
+    if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices or _hooked(module):
         return None
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
     return Window(*((each, each) if isinstance(each, int) else (each[0], each[1]) for each in sizes))
@@ -231,7 +236,7 @@ def _is_mean(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether it is an average pooling to one pixel."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        plain = type(module) is nn.AdaptiveAvgPool2d and not module._forward_hooks
+        plain = type(module) is nn.AdaptiveAvgPool2d and not _hooked(module)
         return plain and len(node.args) == 1 and not node.kwargs and module.output_size in (1, (1, 1))
     size = node.args[1] if len(node.args) == 2 else node.kwargs.get("output_size")
     return node.target is F.adaptive_avg_pool2d and size in (1, (1, 1), [1, 1])

@@ -78,6 +78,10 @@ class _Mean:
     node: fx.Node
     source: _Laid
 
+    @property
+    def laid(self) -> tuple[_Laid | None, ...]:
+        return (self.source,)
+
 
 @dataclass(frozen=True)
 class _Dense:
@@ -424,7 +428,7 @@ def _shared(network: Network, program: _Program, inputs: tuple[Tensor, ...]) -> 
     number = {step.node: place for place, step in enumerate(program.steps)}
     use: dict[fx.Node, int] = {each: number[step] for step, nodes in program.last.items() for each in nodes}
     for place, step in enumerate(program.steps):
-        if isinstance(step, (_Sparse, _Pool)):
+        if isinstance(step, (_Sparse, _Pool, _Mean)):
             for laid in step.laid:
                 if laid is not None:
                     begins[laid.slot] = min(begins[laid.slot], place)

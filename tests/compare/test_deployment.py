@@ -224,5 +224,5 @@ def test_mistakes_are_messages_and_nothing_is_made(tmp_path: Path, refused: Call
     script = "import sys; sys.modules['numba'] = None; from ip_plugin.__main__ import main; main()"
     command = [sys.executable, "-c", script, "compare", "--deploy"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert run.returncode == 2 and "What to do: run: pip install 'ip-plugin[sparse]'" in run.stderr
+    assert run.returncode == 2 and "What to do: run: pip install 'ip-plugin[sparse]'" in " ".join(run.stderr.split())
     assert list(tmp_path.iterdir()) == []

@@ -169,6 +169,35 @@ def test_averages_of_all_pixels(size: tuple[int, int], space: str) -> None:
         agrees(network, model, torch.randn(3, 3, *size))
 
 
+def test_an_average_of_what_was_packed_long_before() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = nn.Sequential(*(nn.Conv2d(6, 6, 3, padding=1) for _ in range(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(x) + nn.functional.adaptive_avg_pool2d(x, 1)
+
+    model = pruned(Late(), "spatial", 0.7)
+    images = torch.randn(2, 6, 9, 9)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
+@pytest.mark.parametrize(
+    "middle", [nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Identity()], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_are_called(middle: nn.Module, when: str) -> None:
+    middle = copy.deepcopy(middle)
+    if when == "before":
+        middle.register_forward_pre_hook(lambda _, inputs: (-inputs[0],))
+    else:
+        middle.register_forward_hook(lambda _, inputs, output: -output)
+    model = pruned(nn.Sequential(nn.Conv2d(3, 6, 3), middle, nn.Conv2d(6, 4, 1)), "spatial", 0.7)
+    images = torch.randn(2, 3, 8, 8)
+    agrees(prepare(model, images, deterministic=True), model, images)
+
+
 def test_an_average_with_nan_is_nan() -> None:
     model = nn.Sequential(first_of_four(), nn.AdaptiveAvgPool2d(1)).eval()
     images = torch.randn(3, 4, 5, 21)

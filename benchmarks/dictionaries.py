@@ -19,7 +19,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from fitted import TRAINED_ON, trained
+from fitted import TRAINED_ON, dense_network
 from torch import Tensor, nn
 
 from ip_plugin.compare.config import Settings
@@ -145,7 +145,7 @@ def main() -> None:
     print("seed,sparsity,basis,relative_error,accuracy")
     for seed in range(arguments.seeds):
         for sparsity in (0.8, 0.9):
-            model = trained(seed, arguments.networks, settings, train)
+            model = dense_network(seed, arguments.networks, settings, train)
             convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
             kernels = [kernel_rows(conv.weight).clone() for conv in convolutions]
             count = len(kernels)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from trained import trained
 
 from ip_plugin import prunable, report
 from ip_plugin.compare.config import Settings
@@ -87,20 +88,10 @@ def _size(model: nn.Module) -> int:
     return sum(getattr(*target).numel() for target in prunable(model))
 
 
-def trained(seed: int, folder: Path, settings: Settings, train: Split) -> nn.Module:
+def dense_network(seed: int, folder: Path, settings: Settings, train: Split) -> nn.Module:
     """A trained network; read from the folder if it is there."""
     torch.manual_seed(seed)
-    task = TASKS[settings.task]
-    model = task.network()
-    path = folder / f"dense_{seed}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path))
-    else:
-        Training(model, train, task, settings, seed, lambda: None).train()
-        buffer = io.BytesIO()
-        torch.save(model.state_dict(), buffer)
-        write_whole(path, buffer.getvalue())
-    return model.eval()
+    return trained(TASKS[settings.task].network(), folder / f"dense_{seed}.pt", settings, train, seed)
 
 
 def read(path: Path) -> list[Row]:
@@ -137,7 +128,7 @@ def main() -> None:
     rows = read(arguments.output / "results.csv")
     done = {(row.seed, row.sparsity, row.variant) for row in rows}
     for seed in range(arguments.seeds):
-        dense = trained(seed, arguments.output, settings, train)
+        dense = dense_network(seed, arguments.output, settings, train)
         before = accuracy(dense, test)
         for sparsity in reversed(SPARSITIES):
             for name, (how, score, data) in VARIANTS.items():

@@ -22,11 +22,12 @@ import torch
 import torchvision
 from harness import side_by_side
 from torch import Tensor, nn
+from trained import trained
 
 import ip_plugin
 from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.compare.training import Training, accuracy
+from ip_plugin.compare.training import accuracy
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import prepare
 
@@ -41,7 +42,7 @@ def network(
     space: str,
     sparsity: float,
     scope: Literal["global", "layer"] = "global",
-    trained: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """A pruned network whose activations have a sensible scale, and what makes images for it."""
     torch.manual_seed(0)
@@ -53,8 +54,8 @@ def network(
     with torch.no_grad():  # statistics of BatchNorm
         for _ in range(3):
             model(torch.randn(4, 3, 64, 64))
-    if trained is not None:
-        model.load_state_dict(trained)
+    if weights is not None:
+        model.load_state_dict(weights)
     if space == "IP":
         ip_plugin.interspace(model, basis="orthonormal", sharing="model")
     if space != "dense":
@@ -64,16 +65,11 @@ def network(
 
 def trained_weights(path: Path, data: str, epochs: int) -> dict[str, Any]:
     """Of a ResNet-18 that is trained now, if they are not there."""
-    if not path.exists():
-        settings = Settings("cifar10", data, 10_000, epochs=epochs, batch_size=128)
-        task = TASKS[settings.task]
-        train, test = task.load(settings.data, settings.train_images)
-        model, _ = network("resnet18", "dense", 0)
-        Training(model, train, task, settings, 0, partial(print, "an epoch done", flush=True)).train()
-        print(f"{accuracy(model, test):.1f} % of the test images right")
-        torch.save(model.state_dict(), path)
-    state: dict[str, Any] = torch.load(path)
-    return state
+    settings = Settings("cifar10", data, 10_000, epochs=epochs, batch_size=128)
+    train, test = TASKS[settings.task].load(settings.data, settings.train_images)
+    model = trained(network("resnet18", "dense", 0)[0], path, settings, train, seed=0)
+    print(f"{accuracy(model, test):.1f} % of the test images right")
+    return model.state_dict()
 
 
 def main() -> None:
@@ -88,11 +84,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.sparsity:.0%} sparsity")
     print("times faster than the fastest dense network\n")
-    trained = trained_weights(arguments.weights, arguments.data, arguments.epochs) if arguments.data else None
+    weights = trained_weights(arguments.weights, arguments.data, arguments.epochs) if arguments.data else None
     for (name, batch), goal in CASES.items():
-        if trained is not None and name != "resnet18":
+        if weights is not None and name != "resnet18":
             continue
-        model, images = network(name, "dense", 0, trained=trained)
+        model, images = network(name, "dense", 0, weights=weights)
         example = images(batch)
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         last_example = example.to(memory_format=torch.channels_last)
@@ -105,7 +101,7 @@ def main() -> None:
         ways = [*variants]
         cells = [(scope, space) for scope in SCOPES for space in ("SP", "IP")]
         for scope, space in cells:
-            sparse_model, _ = network(name, space, arguments.sparsity, scope, trained)
+            sparse_model, _ = network(name, space, arguments.sparsity, scope, weights)
             variants[f"{space}, {scope}"] = partial(prepare(sparse_model, example), example)
         with torch.no_grad():
             ratios = side_by_side(partial(model, example), variants, rounds=arguments.rounds, untimed=1)

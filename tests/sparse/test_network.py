@@ -517,7 +517,7 @@ def test_what_plans_have_no_room_for_is_left_to_torch(monkeypatch: pytest.Monkey
     network = prepare(model, images, deterministic=True)
     assert [run.layer for run in network.runs(images)] == ["1"]
     agrees(network, model, images)
-    monkeypatch.setattr("ip_plugin.sparse.network._FARTHEST", 100)
+    monkeypatch.setattr("ip_plugin.sparse.compilation._FARTHEST", 100)
     assert [run.how for run in prepare(model, images, deterministic=True).runs(images)] == ["dense"]
 
 

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,22 +65,30 @@ def spatial(model: nn.Module, score: Score, sparsity: float, batches: Batches | 
     reestimate_batch_norm(model, batches)
 
 
-def fitted(model: nn.Module, score: Score, sparsity: float, batches: Batches | None) -> None:
-    """In one fitted basis for the network, whose numbers count."""
+def fitted(
+    model: nn.Module, score: Score, sparsity: float, batches: Batches | None, *, orthonormal: bool = False
+) -> None:
+    """In one fitted basis for the network, whose numbers count; it is held while fine-tuning."""
     size = _size(model)
     kept = size - round(sparsity * size) - 81
+    rounds = ROUNDS if batches else 1
     prune_fitted(
-        model, sparsity=1 - kept / size, floor=1, score=score, batches=batches, rounds=ROUNDS if batches else 1
+        model, sparsity=1 - kept / size, floor=1, score=score, batches=batches, rounds=rounds, orthonormal=orthonormal
     )
 
+
+ortho = partial(fitted, orthonormal=True)
 
 #: Name -> (how, score, whether with data).
 VARIANTS: dict[str, tuple[Callable[[nn.Module, Score, float, Batches | None], None], Score, bool]] = {
     "SP magnitude": (spatial, magnitude, False),
+    "orthonormal magnitude": (ortho, magnitude, False),
     "fitted magnitude": (fitted, magnitude, False),
     "SP LAMP": (spatial, lamp, False),
+    "orthonormal LAMP": (ortho, lamp, False),
     "fitted LAMP": (fitted, lamp, False),
     "SP LAMP, data": (spatial, lamp, True),
+    "orthonormal LAMP, data": (ortho, lamp, True),
     "fitted LAMP, data": (fitted, lamp, True),
 }
 
@@ -116,18 +125,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="CIFAR-10 as `ip-plugin compare --data` takes it")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", LayerCollapseWarning)
-    settings = Settings("cifar10", arguments.data, TRAINED_ON, epochs=10, finetune_epochs=1, basis_lr=0.1)
+    settings = Settings("cifar10", arguments.data, TRAINED_ON, epochs=10, finetune_epochs=1)
     task = TASKS["cifar10"]
     train, test = task.load(settings.data, settings.train_images)
     few = Split(train.images[:TUNED_ON], train.labels[:TUNED_ON])
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = read(arguments.output / "results.csv")
     done = {(row.seed, row.sparsity, row.variant) for row in rows}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         dense = dense_network(seed, arguments.output, settings, train)
         before = accuracy(dense, test)
         for sparsity in reversed(SPARSITIES):

@@ -97,7 +97,7 @@ def fit(
         rounds += 1
         round_done(rounds, math.sqrt(max(0.0, error) / total) if total else 0.0)
 
-    sample = _sampled(layers, seed)
+    sample = sampled(layers, seed, _SAMPLE)
     found = [(name, *_descend(sample, keep, start, tolerance, watch)) for name, start in _starts(sample).items()]
     name, best, errors = min(found, key=lambda each: each[2][-1])
     if any(len(part.rows) < len(whole.rows) for part, whole in zip(sample, layers, strict=True)):
@@ -124,12 +124,12 @@ def largest(density: float) -> Keep:
     return keep
 
 
-def _sampled(layers: Sequence[Kernels], seed: int) -> list[Kernels]:
-    """Equally many rows of a hundred of every layer, where a group has many."""
+def sampled(layers: Sequence[Kernels], seed: int, most: int) -> list[Kernels]:
+    """Equally many rows of a hundred of every layer, where a group has more than `most`."""
     sizes: dict[int | None, int] = {}
     for each in layers:
         sizes[each.group] = sizes.get(each.group, 0) + len(each.rows)
-    rate = min(1.0, _SAMPLE / max((size for group, size in sizes.items() if group is not None), default=1))
+    rate = min(1.0, most / max((size for group, size in sizes.items() if group is not None), default=1))
     if rate == 1:
         return list(layers)
     generator = torch.Generator().manual_seed(seed)

@@ -130,7 +130,7 @@ def test_a_sample_that_misleads_does_no_harm(monkeypatch: pytest.MonkeyPatch) ->
     """All rows but one are one-hot, so that the standard basis is the best; the sample is that one row."""
     rows = torch.cat([torch.ones(1, 9), torch.eye(9).repeat(10, 1)])
     part = Kernels(rows, 0, (3, 3))
-    monkeypatch.setattr(fitting, "_sampled", lambda layers, seed: [Kernels(rows[:1], 0, (3, 3))])
+    monkeypatch.setattr(fitting, "sampled", lambda layers, seed, most: [Kernels(rows[:1], 0, (3, 3))])
     monkeypatch.setattr(fitting, "_MOST_ROUNDS", 0)
     found = fit([part], largest(1 / 9))
     assert found.start == "standard" and found.error <= magnitude_error([part], 1 / 9) * (1 + 1e-5)

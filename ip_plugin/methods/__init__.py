@@ -8,6 +8,7 @@ from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
 from .fitted import prune_fitted
 from .reconstruction import reconstruct, reestimate_batch_norm
+from .refinement import refine
 from .schedules import Gradual, Score, prune
 from .scores import Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
 from .selection import Masks, NofM, Scope, apply_masks, erk, select
@@ -38,6 +39,7 @@ __all__ = [
     "ranks",
     "reconstruct",
     "reestimate_batch_norm",
+    "refine",
     "select",
     "snip",
     "synflow",

@@ -15,6 +15,7 @@ from ..layer import Layer, layers
 from ..model import Model, Sharing, bake, groups_of, interspace
 from .derivatives import Batches, pair
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
+from .refinement import refine
 from .schedules import Score, prune, whole
 from .scores import magnitude
 from .selection import least, pruned
@@ -33,6 +34,8 @@ def prune_fitted(
     score: Score = magnitude,
     batches: Batches | None = None,
     rounds: int | None = None,
+    orthonormal: bool = False,
+    train_basis: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Model:
@@ -41,6 +44,9 @@ def prune_fitted(
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
     scope (without a floor, and by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned in
     the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+
+    Bases are orthonormal while it is chosen how much each layer keeps. Then they are fitted once more without that, and
+    so is which coefficients are kept (`refine`).
 
     With a few batches, the outputs are what counts: pruning goes in rounds, what is left is fitted to the outputs of
     the dense network after each of them (`reconstruct`), and the statistics of BatchNorms are estimated anew in the end
@@ -59,6 +65,9 @@ def prune_fitted(
         batches: pairs (inputs, targets), as `reconstruct` takes them. The model is copied, so it must be one that
             ``copy.deepcopy`` takes (`ip_plugin.adopt_masks` helps where `torch.nn.utils.prune` has left masks).
         rounds: as in `prune`; None is 1 without batches and 4 with them.
+        orthonormal: leave the bases orthonormal.
+        train_basis: whether bases require gradients, as in `ip_plugin.interspace`. Fine-tuned at the learning rate of
+            the coefficients, they lose accuracy.
         seed: of the sample of kernels that is looked at first.
         progress: show a progress bar (of the package rich) while bases are fitted.
 
@@ -93,14 +102,19 @@ def prune_fitted(
     bake(model)
     for number, members in enumerate(groups):
         names = [layer.name for layer in members]
-        interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names)
-    if batches is None or dense is None:
-        return prune(model, score, sparsity=sparsity, rounds=rounds or 1, scope=scope, floor=floor)
-    prune(
-        model, score, sparsity=sparsity, rounds=rounds or _ROUNDS, scope=scope, floor=floor,
-        after_round=lambda: reconstruct(model, dense, batches),
-    )  # fmt: skip
-    return reestimate_batch_norm(model, batches)
+        interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
+
+    def rebuild() -> None:
+        if dense is not None and batches is not None:
+            reconstruct(model, dense, batches)
+
+    rounds = rounds or (1 if dense is None else _ROUNDS)
+    prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, floor=floor, after_round=rebuild)
+    if not orthonormal:
+        with _watched(progress, "refining bases") as round_done:
+            refine(model, dense, seed=seed, round_done=round_done)
+        rebuild()
+    return model if batches is None else reestimate_batch_norm(model, batches)
 
 
 def _fit(
@@ -109,7 +123,7 @@ def _fit(
     shared = {layer.name: number for number, members in enumerate(groups) for layer in members}
     kernels = [_kernels(layer, shared.get(layer.name)) for layer in layers(model)]
     keep = largest(density) if scope == "global" else _of_each(largest(density))
-    with _watched(progress) as round_done:
+    with _watched(progress, "fitting bases") as round_done:
         return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
@@ -148,14 +162,12 @@ def _of_each(keep: Keep) -> Keep:
 
 
 @contextmanager
-def _watched(progress: bool) -> Iterator[Callable[[int, float], None]]:
+def _watched(progress: bool, what: str) -> Iterator[Callable[[int, float], None]]:
     if not progress:
         yield lambda number, error: None  # noqa: ARG005
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
-        task = bar.add_task("fitting bases")
-        yield lambda number, error: bar.update(
-            task, description=f"fitting bases: round {number}, relative error {error:.4f}"
-        )
+        task = bar.add_task(what)
+        yield lambda number, error: bar.update(task, description=f"{what}: round {number}, relative error {error:.4f}")

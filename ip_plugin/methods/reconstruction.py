@@ -72,7 +72,7 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
     inputs = [pair(batch)[0] for batch in batches]
     if not inputs:
         raise NoBatchesError
-    twins = _twins(found, others)
+    twins = twins_of(found, others)
     changes: list[tuple[Tensor, Tensor]] = []
     for some in _chunks([each for each in found if each.mask is not None and multiplies(each)]):
         moments = {each.name: Moments() for each in some}
@@ -132,7 +132,7 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
     return list(zip(buffers, found, strict=True))
 
 
-def _twins(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer]:
+def twins_of(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer]:
     """The layer of the dense network for each layer."""
     known = {each.name: each for each in others}
     for each in found:

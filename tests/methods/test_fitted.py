@@ -138,10 +138,11 @@ def test_the_floor_and_equal_calls() -> None:
 
 def test_the_network_can_be_fine_tuned() -> None:
     model = prune_fitted(network(), sparsity=0.8)
-    before = masks(model)
-    optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0), lr=0.02, momentum=0.9)
+    before, bases = masks(model), [layer.interspace.basis for layer in layers(model) if layer.interspace]
+    assert not any(basis.requires_grad for basis in bases)
+    optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0), lr=0.1, momentum=0.9)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(X), torch.tensor([0, 1, 2, 0]))
         loss.backward()
@@ -233,10 +234,28 @@ def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fitted, "reconstruct", watched)
     prune_fitted(network(), sparsity=0.84, batches=BATCHES, rounds=2)
-    assert densities == pytest.approx([0.4, 0.16], abs=1e-3)
+    assert densities == pytest.approx([0.4, 0.16, 0.16], abs=1e-3)  # the last time with other bases
     densities.clear()
-    prune_fitted(network(), sparsity=0.84, batches=BATCHES)
+    prune_fitted(network(), sparsity=0.84, batches=BATCHES, orthonormal=True)
     assert len(densities) == 4
+
+
+@pytest.mark.parametrize("batches", [None, BATCHES])
+def test_bases_are_orthonormal_and_trained_if_asked_for(batches: Any) -> None:
+    dense = reestimate_batch_norm(network(), BATCHES)
+    model = prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=batches)
+    other = prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=batches, orthonormal=True, train_basis=True)
+    counts = [{name: int(mask.sum()) for name, mask in masks(each).items()} for each in (model, other)]
+    assert counts[0] == counts[1]
+    if batches is None:
+        assert error(model, weights(dense)) < 0.97 * error(other, weights(dense))
+    for one, another in zip(layers(model), layers(other), strict=True):
+        if one.interspace is not None and another.interspace is not None:
+            basis, orthonormal = one.interspace.basis.detach(), another.interspace.basis
+            torch.testing.assert_close(orthonormal @ orthonormal.mT, torch.eye(len(basis)))
+            assert orthonormal.requires_grad
+            assert not torch.allclose(basis @ basis.mT, torch.eye(len(basis)), atol=0.1)
+            assert float(torch.linalg.matrix_norm(basis, 2)) == pytest.approx(1)
 
 
 BAD_DATA: dict[str, tuple[dict[str, Any], type[Exception]]] = {

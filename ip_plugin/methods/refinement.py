@@ -1,0 +1,127 @@
+"""The bases of a pruned network, fitted once more, and not orthonormal any longer: `refine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import compose
+from ..coding import Code, code
+from ..dictionary import improve
+from ..errors import NonFiniteScoresError
+from ..fitting import Kernels, kernel_rows
+from ..layer import Layer
+from ..model import Model
+from .derivatives import unwrapped
+from .reconstruction import twins_of
+
+
+@torch.no_grad()
+def refine(
+    model: Model,
+    dense: nn.Module | None = None,
+    *,
+    seed: int = 0,
+    round_done: Callable[[int, float], None] = lambda number, error: None,  # noqa: ARG005
+) -> Model:
+    """Bring masked kernels in the interspace nearer to those of the dense network, with as many coefficients.
+
+    Bases are fitted that need not be orthonormal, and which coefficients are kept is chosen anew
+    (`ip_plugin.dictionary.improve`); every layer keeps as many as it has. No data is needed. The squared error of the
+    layers that share a basis never rises; where nothing better is found, they stay as they are. So do layers without a
+    basis, and those that share one where nothing is masked.
+
+    Filters are scaled such that no step in the coefficients moves a kernel farther than it is long. Some nearly depend
+    on each other: in a fine-tuning, hold the basis (``requires_grad_(False)``, or `ip_plugin.param_groups` with
+    ``basis_lr=0``), or train it slowly.
+
+    Args:
+        model: changed in place: bases, coefficients and masks. Masked-out coefficients are zero afterwards, and an
+            optimizer has to be made anew.
+        dense: the same network before it was pruned; not changed. None: what the model's coefficients make without the
+            masks, which is the same as long as nothing was trained since.
+        seed: of the sample of kernels that is looked at first.
+        round_done: called after each round with its number and the relative error of the layers that share a basis.
+
+    Returns:
+        The model.
+
+    Raises:
+        NothingToPruneError: there is no layer; the model is as it was.
+        TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
+        NonFiniteScoresError: NaN or infinite values in kernels; the model is as it was.
+
+    >>> from ip_plugin import interspace
+    >>> from ip_plugin.methods import magnitude, prune
+    >>> model = interspace(nn.Conv2d(3, 16, 3), basis="fitted", sparsity=0.7)
+    >>> dense = model.weight.detach()
+    >>> model = prune(model, magnitude, sparsity=0.7)
+    >>> before = (model.weight - dense).norm()
+    >>> bool((refine(model).weight - dense).norm() < before)
+    True
+    """
+    found = unwrapped(model)[1]
+    twins = None if dense is None else twins_of(found, unwrapped(dense)[1])
+    sharing: dict[int, list[Layer]] = {}
+    for layer in found:
+        if layer.interspace is not None:
+            sharing.setdefault(id(layer.interspace.basis), []).append(layer)
+    changes = []
+    for members in sharing.values():
+        if any(layer.mask is not None for layer in members):
+            kernels = [_without_mask(layer) if twins is None else _kernels(twins[layer.name]) for layer in members]
+            changes.append((members, _refined(members, kernels, seed, round_done)))
+    for members, better in changes:
+        if better is not None:
+            _write(members, *better)
+    return model
+
+
+def _refined(
+    members: Sequence[Layer], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
+) -> tuple[Tensor, list[Code]] | None:
+    """A basis and the codes of all layers that share it, if they are better than what is there."""
+    counts, before = [], 0.0
+    for layer, wanted in zip(members, kernels, strict=True):
+        if not bool(wanted.rows.isfinite().all()):
+            bad = wanted.rows.numel() - int(wanted.rows.isfinite().sum())
+            raise NonFiniteScoresError(f"the kernels of layer {layer.name!r}", bad)
+        counts.append(layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum()))
+        before += _squares(wanted.rows - _kernels(layer).rows)
+    basis = improve(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
+    codes = [code(wanted.rows, basis, count) for wanted, count in zip(kernels, counts, strict=True)]
+    after = sum(
+        _squares(wanted.rows - each.coefficients @ basis.to(wanted.rows))
+        for wanted, each in zip(kernels, codes, strict=True)
+    )
+    return (basis, codes) if after < before else None
+
+
+def _write(members: Sequence[Layer], basis: Tensor, codes: Sequence[Code]) -> None:
+    longest = float(torch.linalg.matrix_norm(basis, 2))
+    _basis(members[0]).copy_(basis / longest)
+    for layer, (coefficients, mask) in zip(members, codes, strict=True):
+        held = layer.coefficients
+        held.copy_((coefficients * longest).reshape(held.shape))
+        if layer.mask is not None:
+            layer.set_mask(mask.reshape(held.shape))
+
+
+def _kernels(layer: Layer) -> Kernels:
+    weight: Tensor = layer.module.weight  # type: ignore[assignment]  # composed and masked, in the interspace
+    return Kernels(kernel_rows(weight), 0)
+
+
+def _without_mask(layer: Layer) -> Kernels:
+    return Kernels(kernel_rows(compose(layer.coefficients.detach(), _basis(layer))), 0)
+
+
+def _basis(layer: Layer) -> Tensor:
+    assert layer.interspace is not None
+    return layer.interspace.basis.detach()
+
+
+def _squares(rest: Tensor) -> float:
+    return float(rest.square().sum(dtype=torch.float64))

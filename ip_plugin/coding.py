@@ -139,5 +139,5 @@ class _OneByOne:
     def code(self, products: Tensor, those: Tensor, sizes: Tensor) -> Code:
         mask = those < sizes[:, None]
         both = mask[:, :, None] & mask[:, None]
-        forms = torch.where(both, self.gram, torch.eye(len(self.gram)).to(self.gram))
-        return Code(torch.linalg.solve(forms, products * mask) * mask, mask)
+        forms = torch.where(both, self.gram, torch.eye(len(self.gram)).to(self.gram)).double()
+        return Code(torch.linalg.solve(forms, (products * mask).double()).to(products) * mask, mask)

@@ -25,6 +25,8 @@ Keep: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 #: Rows of a layer group that the first rounds look at.
 _SAMPLE = 1 << 15
+#: How much earlier than the rounds on a sample those on all rows end.
+_ON_ALL = 10
 _MOST_ROUNDS = 2000
 
 
@@ -77,7 +79,8 @@ def fit(
     Args:
         layers: at least one with a group.
         keep: which coefficients are kept.
-        tolerance: a start ends when a round lowers the error by less than this part of it.
+        tolerance: a start ends when a round lowers the error by less than this part of it; after a sample, the
+            rounds on all kernels end at ten times as much.
         seed: of the sample.
         round_done: called after each round with its number and the relative error.
 
@@ -101,10 +104,10 @@ def fit(
     found = [(name, *_descend(sample, keep, start, tolerance, watch)) for name, start in _starts(sample).items()]
     name, best, errors = min(found, key=lambda each: each[2][-1])
     if any(len(part.rows) < len(whole.rows) for part, whole in zip(sample, layers, strict=True)):
-        best, more = _descend(layers, keep, best, tolerance, watch)
+        best, more = _descend(layers, keep, best, _ON_ALL * tolerance, watch)
         standard = _identity(layers)
         if _kept(layers, keep, standard)[1] < more[-1]:  # the sample has misled
-            name, (best, more) = "standard", _descend(layers, keep, standard, tolerance, watch)
+            name, (best, more) = "standard", _descend(layers, keep, standard, _ON_ALL * tolerance, watch)
         errors = [*errors, *more]
     return Fit(best, errors[-1], tuple(errors), name)
 
@@ -129,9 +132,10 @@ def sampled(layers: Sequence[Kernels], seed: int, most: int) -> list[Kernels]:
     sizes: dict[int | None, int] = {}
     for each in layers:
         sizes[each.group] = sizes.get(each.group, 0) + len(each.rows)
-    rate = min(1.0, most / max((size for group, size in sizes.items() if group is not None), default=1))
-    if rate == 1:
+    largest_group = max((size for group, size in sizes.items() if group is not None), default=0)
+    if largest_group <= most:
         return list(layers)
+    rate = most / largest_group
     generator = torch.Generator().manual_seed(seed)
     found = []
     for each in layers:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import compose
-from ..coding import Code, code
-from ..dictionary import improve
+from ..dictionary import Dictionary, learn
 from ..errors import NonFiniteScoresError
 from ..fitting import Kernels, kernel_rows
 from ..layer import Layer
@@ -29,7 +28,7 @@ def refine(
     """Bring masked kernels in the interspace nearer to those of the dense network, with as many coefficients.
 
     Bases are fitted that need not be orthonormal, and which coefficients are kept is chosen anew
-    (`ip_plugin.dictionary.improve`); every layer keeps as many as it has. No data is needed. The squared error of the
+    (`ip_plugin.dictionary.learn`); every layer keeps as many as it has. No data is needed. The squared error of the
     layers that share a basis never rises; where nothing better is found, they stay as they are. So do layers without a
     basis, and those that share one where nothing is masked.
 
@@ -75,34 +74,29 @@ def refine(
             changes.append((members, _refined(members, kernels, seed, round_done)))
     for members, better in changes:
         if better is not None:
-            _write(members, *better)
+            _write(members, better)
     return model
 
 
 def _refined(
     members: Sequence[Layer], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
-) -> tuple[Tensor, list[Code]] | None:
-    """A basis and the codes of all layers that share it, if they are better than what is there."""
+) -> Dictionary | None:
+    """What is better for the layers that share a basis, if it is."""
     counts, before = [], 0.0
     for layer, wanted in zip(members, kernels, strict=True):
-        if not bool(wanted.rows.isfinite().all()):
-            bad = wanted.rows.numel() - int(wanted.rows.isfinite().sum())
+        bad = wanted.rows.numel() - int(wanted.rows.isfinite().sum())
+        if bad:
             raise NonFiniteScoresError(f"the kernels of layer {layer.name!r}", bad)
         counts.append(layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum()))
-        before += _squares(wanted.rows - _kernels(layer).rows)
-    basis = improve(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
-    codes = [code(wanted.rows, basis, count) for wanted, count in zip(kernels, counts, strict=True)]
-    after = sum(
-        _squares(wanted.rows - each.coefficients @ basis.to(wanted.rows))
-        for wanted, each in zip(kernels, codes, strict=True)
-    )
-    return (basis, codes) if after < before else None
+        before += float((wanted.rows - _kernels(layer).rows).square_().sum(dtype=torch.float64))
+    found = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
+    return found if found.error < before else None
 
 
-def _write(members: Sequence[Layer], basis: Tensor, codes: Sequence[Code]) -> None:
-    longest = float(torch.linalg.matrix_norm(basis, 2))
-    _basis(members[0]).copy_(basis / longest)
-    for layer, (coefficients, mask) in zip(members, codes, strict=True):
+def _write(members: Sequence[Layer], found: Dictionary) -> None:
+    longest = float(torch.linalg.matrix_norm(found.basis, 2))
+    _basis(members[0]).copy_(found.basis / longest)
+    for layer, (coefficients, mask) in zip(members, found.codes, strict=True):
         held = layer.coefficients
         held.copy_((coefficients * longest).reshape(held.shape))
         if layer.mask is not None:
@@ -121,7 +115,3 @@ def _without_mask(layer: Layer) -> Kernels:
 def _basis(layer: Layer) -> Tensor:
     assert layer.interspace is not None
     return layer.interspace.basis.detach()
-
-
-def _squares(rest: Tensor) -> float:
-    return float(rest.square().sum(dtype=torch.float64))

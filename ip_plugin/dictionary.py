@@ -19,6 +19,7 @@ _TOLERANCE = 1e-4
 _MOST_ROUNDS = 500
 #: Codes of float32 kernels are exact to about 1e-4 then. What is found has 20 to 110 for trained 3x3 kernels.
 _MOST_CONDITION = 1e3
+_SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,22 @@ def _searched(
 ) -> Tensor:
     """Take turns until a plain round gains too little."""
     total = sum(float(each.rows.square().sum(dtype=torch.float64)) for each in layers)
-    best, step, rounds = start, 1, 1
+    best, step, rounds = start, 1.0, 1
     error, goal = _round(layers, counts, best)
     while rounds < _MOST_ROUNDS:
         round_done(rounds, math.sqrt(error / total) if total else 0.0)
         rounds += 1
-        candidate = _unit(best + step * (goal - best))
-        found, following = _round(layers, counts, candidate) if _is_regular(candidate) else (math.inf, goal)
+        while not _is_regular(candidate := _unit(best + step * (goal - best))) and step > _SHORTEST:
+            step /= 2
+        if step <= _SHORTEST:
+            break
+        found, following = _round(layers, counts, candidate)
         enough = found < error * (1 - _TOLERANCE)
         if found < error:
             error, goal, best = found, following, candidate
-        if not enough and step == 1:
+        if not enough and step <= 1:
             break
-        step = 2 * step if enough else 1
+        step = 2 * step if enough else 1.0
     return best
 
 

@@ -118,7 +118,8 @@ def _error(layers: Sequence[Kernels], codes: Sequence[Tensor], basis: Tensor) ->
 
 
 def _unit(basis: Tensor) -> Tensor:
-    return basis / bases.norms(basis)[:, None]
+    found: Tensor = basis / bases.norms(basis)[:, None]
+    return found
 
 
 def _well_conditioned(start: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ def _well_conditioned(start: Tensor) -> Tensor:
     if bool((lengths > 0).all()) and _is_regular(_unit(start)):
         return _unit(start)
     left, _, right = torch.linalg.svd(start)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _is_regular(basis: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..basis import compose
+from ..basis import check_regular, compose
 from ..dictionary import Dictionary, learn
 from ..errors import NonFiniteScoresError
 from ..fitting import Kernels, kernel_rows
@@ -50,7 +50,8 @@ def refine(
     Raises:
         NothingToPruneError: there is no layer; the model is as it was.
         TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
-        NonFiniteScoresError: NaN or infinite values in kernels; the model is as it was.
+        NonFiniteScoresError, InvalidBasisError: NaN or infinite values in kernels, or a basis that is not finite or
+            singular; the model is as it was.
 
     >>> from ip_plugin import interspace
     >>> from ip_plugin.methods import magnitude, prune
@@ -82,6 +83,7 @@ def _refined(
     members: Sequence[Layer], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
 ) -> Dictionary | None:
     """What is better for the layers that share a basis, if it is."""
+    check_regular(_basis(members[0]), members[0].name)
     counts, before = [], 0.0
     for layer, wanted in zip(members, kernels, strict=True):
         bad = wanted.rows.numel() - int(wanted.rows.isfinite().sum())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, dictionary, interspace, masks, set_masks
-from ip_plugin.errors import NonFiniteScoresError, NothingToPruneError, TwinMismatchError
+from ip_plugin.errors import InvalidBasisError, NonFiniteScoresError, NothingToPruneError, TwinMismatchError
 from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, prune, refine
 
@@ -165,3 +165,15 @@ def test_failed_calls_change_nothing() -> None:
     with pytest.raises(NothingToPruneError):
         refine(nn.ReLU())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, 0.0])
+def test_a_basis_that_is_no_basis_is_refused(value: float) -> None:
+    model, dense, _ = pruned(Case("conv2d", "dct", "layer"))
+    with torch.no_grad():
+        model[2].parametrizations.weight[0].basis[3] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InvalidBasisError, match="'2'"):
+        refine(model, dense)
+    now = model.state_dict()
+    assert all(torch.equal(tensor.nan_to_num(), before[key].nan_to_num()) for key, tensor in now.items())

@@ -36,6 +36,7 @@ from ip_plugin.methods import (
     prune_fitted,
     reconstruct,
     reestimate_batch_norm,
+    refine,
     select,
 )
 
@@ -238,6 +239,21 @@ def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
     densities.clear()
     prune_fitted(network(), sparsity=0.84, batches=BATCHES, orthonormal=True)
     assert len(densities) == 4
+
+
+def test_bases_are_refined_towards_the_dense_kernels_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not towards those that were fitted to the outputs meanwhile."""
+    dense = reestimate_batch_norm(network(), BATCHES)
+    seen: list[tuple[dict[str, Tensor], int]] = []
+
+    def watched(model: Any, twin: Any, *, seed: int, **options: Any) -> Any:
+        seen.append((weights(twin), seed))
+        return refine(model, twin, seed=seed, **options)
+
+    monkeypatch.setattr(fitted, "refine", watched)
+    prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=BATCHES, seed=7)
+    assert len(seen) == 1 and seen[0][1] == 7
+    assert all(torch.equal(seen[0][0][name], weight) for name, weight in weights(dense).items())
 
 
 @pytest.mark.parametrize("batches", [None, BATCHES])

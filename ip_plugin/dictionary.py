@@ -19,6 +19,7 @@ _TOLERANCE = 1e-4
 _MOST_ROUNDS = 500
 #: Codes of float32 kernels are exact to about 1e-4 then. What is found has 20 to 110 for trained 3x3 kernels.
 _MOST_CONDITION = 1e3
+#: The search ends, too, where only shorter steps than this leave the filters well conditioned.
 _SHORTEST = 1e-3
 
 

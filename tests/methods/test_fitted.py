@@ -13,7 +13,7 @@ import torch_pruning as tp
 from kinds import KINDS
 from torch import Tensor, nn
 
-from ip_plugin import adopt_masks, bake, interspace, masks, param_groups, prunable, report, set_masks
+from ip_plugin import adopt_masks, bake, dictionary, interspace, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters import method_criteria, torch_prune, torch_pruning
 from ip_plugin.errors import (
     AlreadyPrunedError,
@@ -41,6 +41,12 @@ from ip_plugin.methods import (
 )
 
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far the search goes is tested elsewhere."""
+    monkeypatch.setattr(dictionary, "_MOST_ROUNDS", 4)
 
 
 def network() -> nn.Sequential:

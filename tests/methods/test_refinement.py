@@ -17,6 +17,12 @@ from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, prune, refine
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far the search goes is tested elsewhere."""
+    monkeypatch.setattr(dictionary, "_MOST_ROUNDS", 4)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {layer.name: layer.module.weight.detach().clone() for layer in layers(model)}  # type: ignore[operator]
 
@@ -32,8 +38,7 @@ def pruned(case: Case, sparsity: float = 0.6) -> tuple[nn.Sequential, nn.Sequent
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.basis}-{case.sharing}")
-def test_errors_fall_and_counts_stay(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dictionary, "_MOST_ROUNDS", 4)
+def test_errors_fall_and_counts_stay(case: Case) -> None:
     model, dense, x = pruned(case)
     wanted, before = weights(dense), errors(model, weights(dense))
     counts = {name: int(mask.sum()) for name, mask in masks(model).items()}

@@ -19,7 +19,6 @@ _TOLERANCE = 1e-4
 _MOST_ROUNDS = 500
 #: How much a filter is worth where it is, as a part of what the filter that is used most is worth to the kernels.
 _PULL = 1e-12
-_NOTHING = 1e-300
 #: Codes of float32 kernels are exact to about 1e-4 then. What is found has 20 to 110 for trained 3x3 kernels.
 _MOST_CONDITION = 1e3
 #: The search ends, too, where only shorter steps than this leave the filters well conditioned.
@@ -58,7 +57,7 @@ def learn(
     orthonormal and fitted (`ip_plugin.fitting.fit`).
 
     Args:
-        layers: of one kernel shape; what their `group` is does not matter.
+        layers: of one group.
         counts: how many coefficients each layer keeps.
         start: ``(N, N)``, finite. One that is ill-conditioned is replaced by the orthonormal one that is nearest to it.
         seed: of the sample.
@@ -104,13 +103,13 @@ def _searched(
 def _round(layers: Sequence[Kernels], counts: Sequence[int], basis: Tensor) -> tuple[float, Tensor]:
     """The squared error in a basis, and the filters that would be best for these codes, at unit norm."""
     codes = [code(layer.rows, basis, count).coefficients for layer, count in zip(layers, counts, strict=True)]
-    n = len(basis)
     moment, product = torch.zeros_like(basis), torch.zeros_like(basis)
     for layer, coefficients in zip(layers, codes, strict=True):
         moment += (coefficients.mT @ coefficients).double().cpu()
         product += (coefficients.mT @ layer.rows).double().cpu()
     # Filters that no kernel uses stay where they are.
-    pull = torch.eye(n, dtype=torch.float64, device="cpu") * max(_PULL * float(moment.diagonal().max()), _NOTHING)
+    most = float(moment.diagonal().max())
+    pull = _PULL * (most or 1.0) * torch.eye(len(basis), dtype=torch.float64, device="cpu")
     best = torch.linalg.solve(moment + pull, product + pull @ basis)
     return _error(layers, codes, basis), _unit(best)
 

@@ -187,9 +187,9 @@ class NonFiniteWeightError(InterspaceError):
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__(
-            "Weights must be finite when they move to the interspace.",
+            "Weights must be finite to be written in a basis.",
             f"layer {name!r}: {count} NaN or infinite values",
-            "convert a model that has not diverged",
+            "take a model that has not diverged",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from . import host_masks
+from .errors import NonFiniteWeightError
 from .reparametrization import Interspace, Mask, enter, ours, ours_in, parametrizations
 
 
@@ -77,6 +78,12 @@ class Layer:
         return host_masks.parameter(*self.target)
 
     @property
+    def composed(self) -> Tensor:
+        """The weight that the layer computes with: masked, and composed in the interspace; without a gradient."""
+        found: Tensor = self.module.weight  # type: ignore[assignment]
+        return found.detach()
+
+    @property
     def mask(self) -> Tensor | None:
         """What `mask_of` finds."""
         return mask_of(self.target)
@@ -97,6 +104,13 @@ def mask_target(where: Target, mask: Tensor) -> None:
     original = held.original
     # In the original's memory format, so that masking needs no reordering.
     held[0].mask = torch.empty_like(original, dtype=torch.bool).copy_(mask)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise NonFiniteWeightError if a weight of the layer `name` has NaN or infinite values."""
+    bad = weight.numel() - int(weight.detach().isfinite().sum())
+    if bad:
+        raise NonFiniteWeightError(name, bad)
 
 
 def output_filters(module: nn.Module, weight: Tensor) -> Tensor:
@@ -151,3 +165,12 @@ def layers(model: nn.Module) -> Iterator[Layer]:
             if id(layer.coefficients) not in seen:
                 seen.add(id(layer.coefficients))
                 yield layer
+
+
+def by_basis(found: Iterable[Layer]) -> list[list[Layer]]:
+    """Those in the interspace; together those that share a basis."""
+    groups: dict[int, list[Layer]] = {}
+    for layer in found:
+        if layer.interspace is not None:
+            groups.setdefault(id(layer.interspace.basis), []).append(layer)
+    return list(groups.values())

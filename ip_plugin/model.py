@@ -23,7 +23,6 @@ from .errors import (
     InvalidBasisError,
     LayerSelectionError,
     NoLayerMatchedError,
-    NonFiniteWeightError,
     NotConvertibleError,
     SharingError,
     TiedWeightError,
@@ -32,7 +31,7 @@ from .errors import (
     WrappedModelError,
 )
 from .fitting import Kernels, fit, kernel_rows, largest
-from .layer import Layer, Target, layers
+from .layer import Layer, Target, check_finite, layers
 from .reparametrization import Interspace, enter, held, leave, parametrizations
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -230,9 +229,7 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
         if not weight.is_floating_point():
             raise UnsupportedDtypeError(layer.name, weight.dtype)
         if not weight.is_meta:
-            bad = int(weight.numel() - weight.detach().isfinite().sum())
-            if bad:
-                raise NonFiniteWeightError(layer.name, bad)
+            check_finite(layer.name, weight)
 
 
 def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..errors import InvalidScopeError, NonFiniteScoresError
+from ..errors import InvalidScopeError
 from ..fitting import Keep, Kernels, fit, kernel_rows, largest
-from ..layer import Layer, layers
+from ..layer import Layer, by_basis, check_finite, layers
 from ..model import Model, Sharing, bake, groups_of, interspace
 from .derivatives import Batches, pair
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
@@ -92,7 +92,8 @@ def prune_fitted(
     if rounds is not None:
         whole(rounds, "rounds", 1)
     groups = _groups(model, sharing)
-    _check_finite(found_layers)
+    for layer in found_layers:
+        check_finite(layer.name, layer.coefficients)
     dense = None
     if batches is not None:
         batches = list(batches)
@@ -127,29 +128,18 @@ def _fit(
         return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
-def _check_finite(found: Sequence[Layer]) -> None:
-    for layer in found:
-        bad = int(layer.coefficients.numel() - layer.coefficients.detach().isfinite().sum())
-        if bad:
-            raise NonFiniteScoresError(f"layer {layer.name!r}", bad)
-
-
 def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[Layer]]:
     """Layers that share a basis, or are to share one."""
-    converted: dict[int, list[Layer]] = {}
-    for layer in layers(model):
-        if layer.interspace is not None:
-            converted.setdefault(id(layer.interspace.basis), []).append(layer)
+    converted = by_basis(layers(model))
     if converted and sharing is None:
-        return list(converted.values())
+        return converted
     return groups_of(model, sharing or "model")
 
 
 def _kernels(layer: Layer, group: int | None) -> Kernels:
-    weight: Tensor = layer.module.weight  # type: ignore[assignment]  # composed and masked, in the interspace
     if group is None:
-        return Kernels(kernel_rows(weight.detach().reshape(-1, 1, 1)), None)
-    return Kernels(kernel_rows(weight), group, tuple(weight.shape[2:]))
+        return Kernels(kernel_rows(layer.composed.reshape(-1, 1, 1)), None)
+    return Kernels(kernel_rows(layer.composed), group, tuple(layer.coefficients.shape[2:]))
 
 
 def _of_each(keep: Keep) -> Keep:

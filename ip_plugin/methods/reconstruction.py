@@ -185,7 +185,7 @@ def _fitted(
     assert mask is not None
     start = rows(module, coefficients).to(second.dtype)
     basis = torch.eye(start.shape[3]) if space is None else space.basis.detach()
-    goal = rows(module, its.module.weight.detach()).to(second.dtype)  # type: ignore[operator]
+    goal = rows(module, its.composed).to(second.dtype)
     found = least_squares(second, goal, start, rows(module, mask), basis.to(start), ridge)
     value = coefficients.clone(memory_format=torch.contiguous_format)
     rows(module, value).copy_(torch.where(rows(module, mask), found, start))

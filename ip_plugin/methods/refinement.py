@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..basis import check_regular, compose
 from ..dictionary import Dictionary, learn
-from ..errors import NonFiniteScoresError
 from ..fitting import Kernels, kernel_rows
-from ..layer import Layer
+from ..layer import Layer, by_basis, check_finite
 from ..model import Model
 from .derivatives import unwrapped
 from .reconstruction import twins_of
@@ -50,7 +49,7 @@ def refine(
     Raises:
         NothingToPruneError: there is no layer; the model is as it was.
         TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
-        NonFiniteScoresError, InvalidBasisError: NaN or infinite values in kernels, or a basis that is not finite or
+        NonFiniteWeightError, InvalidBasisError: NaN or infinite values in kernels, or a basis that is not finite or
             singular; the model is as it was.
 
     >>> from ip_plugin import interspace
@@ -64,14 +63,11 @@ def refine(
     """
     found = unwrapped(model)[1]
     twins = None if dense is None else twins_of(found, unwrapped(dense)[1])
-    sharing: dict[int, list[Layer]] = {}
-    for layer in found:
-        if layer.interspace is not None:
-            sharing.setdefault(id(layer.interspace.basis), []).append(layer)
     changes = []
-    for members in sharing.values():
+    for members in by_basis(found):
         if any(layer.mask is not None for layer in members):
-            kernels = [_without_mask(layer) if twins is None else _kernels(twins[layer.name]) for layer in members]
+            wanted = [_without_mask(layer) if twins is None else twins[layer.name].composed for layer in members]
+            kernels = [Kernels(kernel_rows(each), 0) for each in wanted]
             changes.append((members, _refined(members, kernels, seed, round_done)))
     for members, better in changes:
         if better is not None:
@@ -86,11 +82,9 @@ def _refined(
     check_regular(_basis(members[0]), members[0].name)
     counts, before = [], 0.0
     for layer, wanted in zip(members, kernels, strict=True):
-        bad = wanted.rows.numel() - int(wanted.rows.isfinite().sum())
-        if bad:
-            raise NonFiniteScoresError(f"the kernels of layer {layer.name!r}", bad)
+        check_finite(layer.name, wanted.rows)
         counts.append(layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum()))
-        before += float((wanted.rows - _kernels(layer).rows).square_().sum(dtype=torch.float64))
+        before += float((wanted.rows - kernel_rows(layer.composed)).square_().sum(dtype=torch.float64))
     found = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
     return found if found.error < before else None
 
@@ -105,13 +99,8 @@ def _write(members: Sequence[Layer], found: Dictionary) -> None:
             layer.set_mask(mask.reshape(held.shape))
 
 
-def _kernels(layer: Layer) -> Kernels:
-    weight: Tensor = layer.module.weight  # type: ignore[assignment]  # composed and masked, in the interspace
-    return Kernels(kernel_rows(weight), 0)
-
-
-def _without_mask(layer: Layer) -> Kernels:
-    return Kernels(kernel_rows(compose(layer.coefficients.detach(), _basis(layer))), 0)
+def _without_mask(layer: Layer) -> Tensor:
+    return compose(layer.coefficients.detach(), _basis(layer))
 
 
 def _basis(layer: Layer) -> Tensor:

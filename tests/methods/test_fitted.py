@@ -23,7 +23,7 @@ from ip_plugin.errors import (
     InvalidScheduleError,
     InvalidScopeError,
     NoBatchesError,
-    NonFiniteScoresError,
+    NonFiniteWeightError,
 )
 from ip_plugin.fitting import fit
 from ip_plugin.layer import layers
@@ -169,7 +169,8 @@ def test_frozen_layers_get_frozen_bases_and_half_precision_stays() -> None:
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     prune_fitted(network(), sparsity=0.5, progress=True)
-    assert "relative error 0." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"{what} bases: round" in shown and "relative error 0." in shown for what in ("fitting", "refining"))
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -302,7 +303,7 @@ def test_bad_data_is_refused_and_changes_nothing(name: str) -> None:
 def test_infinite_values_are_refused_in_linear_layers_too() -> None:
     model = network()
     model[9].weight.data[0, 0] = math.inf
-    with pytest.raises(NonFiniteScoresError, match="layer '9'"):
+    with pytest.raises(NonFiniteWeightError, match="layer '9'"):
         prune_fitted(model, sparsity=0.5)
     assert not masks(model) and not any(layer.interspace for layer in layers(model))
 

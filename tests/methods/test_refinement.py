@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, dictionary, interspace, masks, set_masks
-from ip_plugin.errors import InvalidBasisError, NonFiniteScoresError, NothingToPruneError, TwinMismatchError
+from ip_plugin.errors import InvalidBasisError, NonFiniteWeightError, NothingToPruneError, TwinMismatchError
 from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, prune, refine
 
@@ -165,7 +165,7 @@ def test_failed_calls_change_nothing() -> None:
         broken[2].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(TwinMismatchError, match="'2'"):
         refine(model, other)
-    with pytest.raises(NonFiniteScoresError, match="the kernels of layer '2'"):
+    with pytest.raises(NonFiniteWeightError, match="layer '2': 1 NaN"):
         refine(model, broken)
     with pytest.raises(NothingToPruneError):
         refine(nn.ReLU())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ip_plugin import basis as bases
 from ip_plugin.sparse import tuning
-from ip_plugin.sparse.convolution import SparseConvolution, Window, places
+from ip_plugin.sparse.convolution import Window, looped, places
 from ip_plugin.sparse.graph import Convolution
 from ip_plugin.sparse.plan import Entries
 
@@ -68,7 +68,7 @@ def sparse(
     )
     if choice is None:
         return None
-    run = SparseConvolution(entries, bias, where, choice, (0.0, np.inf))
+    run = looped(entries, bias, where, choice, (0.0, np.inf))
     source, target = where.source.empty(channels), where.target.empty(channels)
     where.source.view(source, channels).normal_()
     return partial(run, source, target, run.scratch())

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from . import tuning
-from .convolution import SparseConvolution, Window, places
+from .convolution import Window, looped, places
 from .graph import Convolution, Network, changes_a_value
 from .layout import Layout
-from .program import Dense, Laid, Mean, Pool, Program, Sparse, Step, Torch, Workspace, execute
+from .program import Dense, Laid, Looped, Mean, Pool, Program, Step, Torch, Workspace, execute
 
 #: Offsets into buffers are of 32 bits.
 _FARTHEST = 2**31 - 1
@@ -55,7 +55,7 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
             if changes_a_value(node, modules):  # which a copy does not see
                 laid = {each: at for each, at in laid.items() if each not in copied}
             continue
-        step = _sparse(node, convolution, shapes, gaps, laid, new, choose)
+        step = _looped(node, convolution, shapes, gaps, laid, new, choose)
         if step is None:
             steps.append(Dense(node, convolution, convolution.weight()))
             continue
@@ -68,11 +68,11 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
     return _shared(network, program, inputs)
 
 
-def _sparse(
+def _looped(
     node: fx.Node, convolution: Convolution, shapes: dict[fx.Node, torch.Size],
     gaps: dict[tuple[int, ...], tuple[int, int]], laid: dict[fx.Node, Laid],
     new: Callable[[Layout, int], Laid], choose: tuning.Chooser,
-) -> Sparse | None:  # fmt: skip
+) -> Looped | None:  # fmt: skip
     images, channels, height, width = shapes[convolution.source]
     gap = gaps.get(shapes[node][2:], (0, 0))
     source = laid.get(convolution.source)
@@ -99,9 +99,9 @@ def _sparse(
         packs_residual = residual is None or residual.layout != where.target
         if packs_residual:
             residual = new(where.target, shapes[node][1])
-    run = SparseConvolution(convolution.entries, convolution.bias, where, choice, convolution.limits)
+    run = looped(convolution.entries, convolution.bias, where, choice, convolution.limits)
     assert source is not None
-    return Sparse(node, convolution, run, source, target, residual, (packs, packs_residual))
+    return Looped(node, convolution, run, source, target, residual, (packs, packs_residual))
 
 
 def _pool(
@@ -117,7 +117,7 @@ def _pool(
 
 
 def _reads(step: Step) -> list[fx.Node]:
-    if isinstance(step, (Sparse, Dense)):
+    if isinstance(step, (Looped, Dense)):
         return [each for each in (step.convolution.source, step.convolution.residual) if each is not None]
     return step.node.all_input_nodes
 
@@ -173,9 +173,9 @@ def _shared(network: Network, program: Program, inputs: tuple[Tensor, ...]) -> P
 
     steps: list[Step] = []
     for step in program.steps:
-        if isinstance(step, (Sparse, Pool)):
+        if isinstance(step, (Looped, Pool)):
             step = replace(step, source=moved(step.source), target=moved(step.target))
-        if isinstance(step, Sparse) and step.residual is not None:
+        if isinstance(step, Looped) and step.residual is not None:
             step = replace(step, residual=moved(step.residual))
         if isinstance(step, Mean):
             step = replace(step, source=moved(step.source))

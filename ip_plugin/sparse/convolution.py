@@ -1,9 +1,10 @@
-"""One sparse convolution: where it reads, what it makes, and how it is run fastest."""
+"""One convolution on buffers: where it reads, what it makes, and the loops that run it."""
 
 from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numba
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels, plan
+from . import kernels, plan, winograd
 from .layout import Floats, Layout, aligned
 from .plan import Choice, Entries, Ints, Plan
 from .vectors import lanes
+
+_NOTHING = np.empty(0, np.float32)
 
 
 class Window(NamedTuple):
@@ -102,8 +105,8 @@ def places(
     return Places(source, target, far + phase * source.stride, phases)
 
 
-class SparseConvolution:
-    """A convolution that is run by its non-zero coefficients, on buffers.
+class LoopedConvolution(ABC):
+    """A convolution that is run by a loop of our own, on buffers; `looped` makes it.
 
     Args:
         entries: its coefficients.
@@ -114,49 +117,107 @@ class SparseConvolution:
     """
 
     def __init__(
-        self, entries: Entries, bias: Floats, where: Places, choice: Choice,
-        limits: tuple[float, float] = (-math.inf, math.inf),
-    ) -> None:  # fmt: skip
-        self.entries, self.bias, self.where, self.choice = entries, bias, where, choice
+        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
+    ) -> None:
+        self.bias, self.where, self.choice = bias, where, choice
         self.limits = np.float32(limits[0]), np.float32(limits[1])
         self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * len(where.phases), choice)
-        self._bits = where.target.stored()
-        self._tiles = -(-where.target.pixels // choice.width)
-        self._around = where.target.around(self._tiles * choice.width)
-        self._nothing = np.empty(0, np.float32)
+        self._residual = (where.target.first, where.target.stride)
 
     def scratch(self) -> Floats:
         """Memory for one call at a time."""
         rows, columns = self.scratch_shape()
         return aligned(rows * columns).reshape(rows, columns)
 
+    @abstractmethod
     def scratch_shape(self) -> tuple[int, int]:
         """Of what a call needs to work with, float32; not to be used by two calls at once."""
+
+    @abstractmethod
+    def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
+        """Read one buffer, write the other."""
+
+    def _added(self, residual: Floats | None) -> tuple[Floats, int, int]:
+        """The residual, its first pixel and the distance of its channels, which is 0 where there is none."""
+        return (_NOTHING, 0, 0) if residual is None else (residual, *self._residual)
+
+
+def looped(
+    entries: Entries, bias: Floats, where: Places, choice: Choice,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> LoopedConvolution:  # fmt: skip
+    """A convolution that is run as it was chosen; arguments as of `LoopedConvolution`."""
+    kind = _AtPoints if choice.order == "winograd" else _ByNonzeros
+    return kind(entries, bias, where, choice, limits)
+
+
+class _ByNonzeros(LoopedConvolution):
+    """The loops of `kernels`."""
+
+    def __init__(
+        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
+    ) -> None:
+        super().__init__(entries, bias, where, choice, limits)
+        self._first = where.source.first
+        target = where.target
+        tiles = -(-target.pixels // choice.width)
+        self._head = (lanes(choice.width), tiles, choice.parts, *self.plan.arrays, self.bias, target.stored())
+        self._to = (target.first, target.stride, *target.around(tiles * choice.width))
+
+    def scratch_shape(self) -> tuple[int, int]:
         if self.choice.order == "direct":
             return 0, 0
-        choice = self.choice
-        size = self.plan.responses * choice.response + self.entries.channels * choice.width
+        size = self.plan.responses * self.choice.response + len(self.bias) * self.choice.width
         return numba.config.NUMBA_NUM_THREADS, size
 
     def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
-        """Read one buffer, write the other."""
-        layout = self.where.target
-        added = (self._nothing, 0, 0) if residual is None else (residual, layout.first, layout.stride)
-        read = (self.bias, self._bits, source, self.where.source.first, *added)
-        common = (*read, *self.limits, target, layout.first, layout.stride, *self._around)
-        head = (lanes(self.choice.width), self._tiles, self.choice.parts, *self.plan.arrays)
+        common = (source, self._first, *self._added(residual), *self.limits, target, *self._to)
         if self.choice.order == "direct":
-            kernels.direct(*head, *common)
+            kernels.direct(*self._head, *common)
         else:
-            kernels.fused(*head, *common, scratch, self.plan.responses)
+            kernels.fused(*self._head, *common, scratch, self.plan.responses)
+
+
+class _AtPoints(LoopedConvolution):
+    """The loop of `winograd`."""
+
+    def __init__(
+        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
+    ) -> None:
+        super().__init__(entries, bias, where, choice, limits)
+        across = -(-where.target.width // winograd.TILE)
+        rows = max(1, choice.width // across)
+        self._tiles = -(-rows * across // 16) * 16
+        read, made = where.source, where.target
+        self._head = (
+            rows, self._tiles, choice.parts, *self.plan.arrays, self.bias,
+            *winograd.borders(self._tiles, across), made.images, made.height, made.width,
+        )  # fmt: skip
+        self._from = _distances(read)
+        self._to = (made.first, made.stride, made.reach)
+
+    def scratch_shape(self) -> tuple[int, int]:
+        return numba.config.NUMBA_NUM_THREADS, winograd.memory(len(self.plan.arrays[0]), self._tiles)
+
+    def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
+        added = self._added(residual)
+        winograd.winograd(*self._head, source, *self._from, *added, *self.limits, target, *self._to, scratch)
+
+
+@functools.lru_cache(maxsize=1024)
+def _distances(layout: Layout) -> tuple[int, int, int, int]:
+    """Where the first pixel is, and how far channels, images and rows lie apart."""
+    return layout.first, layout.stride, layout.rows * layout.pitch, layout.pitch
 
 
 def pool(window: Window, source: Layout, channels: int, target: Layout, read: Floats, write: Floats) -> None:
     """Max pooling from one buffer into another."""
+    span = max(source.width, (target.width - 1) * window.stride[1] + 1)
+    length = span + 2 * window.padding[1] + window.kernel[1] * window.dilation[1] + 64
     kernels.largest(
         source.images, channels, source.height, source.width, *window[:4],
-        read, source.first, source.stride, source.rows * source.pitch, source.pitch,
-        target.height, target.width, write, target.first, target.stride, target.rows * target.pitch, target.pitch,
+        read, *_distances(source), target.height, target.width, write, *_distances(target),
+        np.empty((2 * numba.config.NUMBA_NUM_THREADS, length), np.float32),
     )  # fmt: skip
 
 
@@ -165,8 +226,8 @@ def mean(source: Layout, channels: int, read: Floats) -> Tensor:
     made = torch.empty(source.images, channels, 1, 1)
     length = (source.height - 1) * source.pitch + source.width
     kernels.mean(
-        source.images, channels, length, source.height * source.width,
-        read, source.first, source.stride, source.rows * source.pitch, made.numpy().reshape(-1),
+        source.images, channels, length, source.height * source.width, read, *_distances(source)[:3],
+        made.numpy().reshape(-1),
     )  # fmt: skip
     return made
 
@@ -220,6 +281,5 @@ def _parts(shape: torch.Size, source: Layout, phases: tuple[tuple[int, int], ...
 def _deal(images: Images, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:
     count, channels = images.shape[:2]
     kernels.deal(
-        count, channels, parts, images.flat, *images.strides, *steps,
-        buffer, layout.first, layout.stride, layout.rows * layout.pitch, layout.pitch,
+        count, channels, parts, images.flat, *images.strides, *steps, buffer, *_distances(layout),
     )  # fmt: skip

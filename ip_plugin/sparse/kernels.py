@@ -10,11 +10,10 @@ and each item adds in fixed order, so results do not depend on the number of thr
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 
+from .jit import helper, inline, parallel, serial
 from .vectors import (
     add,
     at_least,
@@ -32,24 +31,20 @@ from .vectors import (
     store,
 )
 
-_inline: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, inline="always")
-_serial: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
-_parallel: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True, cache=True, parallel=True)
-
 #: 32 lanes: what one pixel's nine taps are held in while basis filters are applied to them.
 _HALF = (0, 0)
 #: 16 lanes: what is copied at a time.
 _ROW = (0,)
 
 
-@_inline
+@inline
 def _zero(count, Y, y):
     """Whole vectors of zeros."""
     for k in range(0, count, 16):
         store(Y, y + k, broadcast(_ROW, np.float32(0)))
 
 
-@_inline
+@inline
 def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind):
     """Add the residual, clamp, zero the gaps, store; zeros before the first tile and behind the last one."""
     pixel = tile * 16 * len(lanes)
@@ -63,7 +58,7 @@ def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y,
         _zero(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
 
 
-@_inline
+@helper
 def _copy_row(count, X, x, step, Y, y):
     """Every `step`-th number, then zeros up to whole vectors."""
     for k in range(0, count, 16):
@@ -77,7 +72,7 @@ def _copy_row(count, X, x, step, Y, y):
                 Y[y + k + lane] = X[at + lane * step] if k + lane < count else np.float32(0)
 
 
-@_parallel
+@parallel
 def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
     """Deal images out by every n-th row and column; zeros around them.
 
@@ -92,7 +87,7 @@ def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, do
         for part in range(len(parts)):
             row, column, at_row, at_column, rows, columns = parts[part]
             begin = (channel * len(parts) + part) * ldy
-            Y[begin : begin + ldy] = np.float32(0)
+            _zero(ldy, Y, begin)
             for image in range(images):
                 x = image * of_image + channel * of_channel + row * of_row + column * of_column
                 y = begin + y0 + image * ldi + at_row * pitch + at_column
@@ -100,10 +95,10 @@ def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, do
                     _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
 
 
-@_parallel
+@parallel
 def largest(
     images, channels, height, width, kernel, stride, padding, dilation, X, x0, ldx, ldi, pitch,
-    out_height, out_width, Y, y0, ldy, ldo, out_pitch
+    out_height, out_width, Y, y0, ldy, ldo, out_pitch, scratch
 ):  # fmt: skip
     """Max pooling, with zeros around its images.
 
@@ -113,13 +108,16 @@ def largest(
         X, x0, ldx, ldi, pitch: input, its first pixel, distances of channels, images and rows.
         out_height, out_width: of the output.
         Y, y0, ldy, ldo, out_pitch: output, likewise.
+        scratch: for each thread two rows: one of the input with its padding, one of what is found in it.
     """
     for channel in numba.prange(channels):
         lowest = np.float32(-np.inf)
         span = (out_width - 1) * stride[1] + 1
-        line = np.full(max(width, span) + 2 * padding[1] + kernel[1] * dilation[1] + 32, lowest)
-        wide = np.empty(span + 48, np.float32)
-        Y[channel * ldy : (channel + 1) * ldy] = np.float32(0)
+        line = scratch[2 * numba.get_thread_id()]
+        wide = scratch[2 * numba.get_thread_id() + 1]
+        for x in range(0, len(line) - 15, 16):
+            store(line, x, broadcast(_ROW, lowest))
+        _zero(ldy, Y, channel * ldy)
         for image in range(images):
             for y in range(out_height):
                 for x in range(0, width, 16):
@@ -130,7 +128,8 @@ def largest(
                             at = x0 + channel * ldx + image * ldi + row * pitch + x
                             found = larger(found, load(_ROW, X, at))
                     store(line, padding[1] + x, found)
-                line[padding[1] + width :] = lowest
+                for x in range(padding[1] + width, len(line) - 15, 16):
+                    store(line, x, broadcast(_ROW, lowest))
                 for x in range(0, span, 16):
                     found = load(_ROW, line, x)
                     for k in range(1, kernel[1]):
@@ -140,7 +139,7 @@ def largest(
                 _copy_row(out_width, wide, 0, stride[1], Y, at)
 
 
-@_serial
+@serial
 def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
     """Averages of all pixels.
 
@@ -161,7 +160,7 @@ def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
             Y[image * channels + channel] = lanes.sum() / np.float32(count)
 
 
-@_parallel
+@parallel
 def direct(
     lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, low, high,
     Y, y0, ldy, before, behind
@@ -195,10 +194,9 @@ def direct(
             _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind)
 
 
-@_inline
-def _respond_9(lanes, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+@helper
+def _respond_9(width, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of nine taps: the taps stay in registers."""
-    width = 16 * len(lanes)
     size = width >> len(narrow)
     o0, o1, o2, o3, o4, o5, o6, o7, o8 = (
         offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], offsets[5], offsets[6], offsets[7], offsets[8],
@@ -235,29 +233,32 @@ def _respond_9(lanes, narrow, G, first, last, source, used, offsets, X, pixel, b
         j = end
 
 
-@_inline
-def _respond(lanes, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+@helper
+def _respond(width, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Responses of any number of taps."""
-    size = 16 * len(lanes) >> len(narrow)
+    size = width >> len(narrow)
     taps = len(offsets)
     for n in range(first, last):
         g = np.intp(used[n]) * taps
-        z = pixel + source[n]
-        total = multiply(broadcast(lanes, G[g]), load(lanes, X, z + offsets[0]))
-        for tap in range(1, taps):
-            total = fma(broadcast(lanes, G[g + tap]), load(lanes, X, z + offsets[tap]), total)
-        put(narrow, buffer, b0 + (n - first) * size, total)
+        for part in range(0, width, 32):
+            z = pixel + source[n] + part
+            total = multiply(broadcast(_HALF, G[g]), load(_HALF, X, z + offsets[0]))
+            for tap in range(1, taps):
+                total = fma(broadcast(_HALF, G[g + tap]), load(_HALF, X, z + offsets[tap]), total)
+            put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), total)
 
 
-@_inline
-def _unfold(lanes, narrow, first, last, source, used, offsets, X, pixel, buffer, b0):
+@helper
+def _unfold(width, narrow, first, last, source, used, offsets, X, pixel, buffer, b0):
     """Shifted copies: the responses of a standard basis."""
-    size = 16 * len(lanes) >> len(narrow)
+    size = width >> len(narrow)
     for n in range(first, last):
-        put(narrow, buffer, b0 + (n - first) * size, load(lanes, X, pixel + source[n] + offsets[used[n]]))
+        for part in range(0, width, 32):
+            values = load(_HALF, X, pixel + source[n] + offsets[used[n]] + part)
+            put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), values)
 
 
-@_parallel
+@parallel
 def fused(
     lanes, tiles, parts, narrow, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels,
     counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind, scratch, responses
@@ -289,11 +290,11 @@ def fused(
             first = np.intp(respond_begin[chunk])
             last = np.intp(respond_begin[chunk + 1])
             if len(G) == 0:
-                _unfold(lanes, narrow, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _unfold(width, narrow, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             elif len(offsets) == 9:
-                _respond_9(lanes, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond_9(width, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             else:
-                _respond(lanes, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond(width, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
             j = np.uintp(entry_begin[chunk])

@@ -17,7 +17,7 @@ from ..report import Prepared, Row
 from . import tuning
 from .compilation import compiled
 from .graph import Network
-from .program import Dense, Program, Sparse, execute
+from .program import Dense, Looped, Program, execute
 
 
 class Run(NamedTuple):
@@ -26,8 +26,10 @@ class Run(NamedTuple):
     Attributes:
         layer: name of the module.
         density: share of its coefficients that are not zero.
-        how: ``"direct"`` (each non-zero reads its input), ``"fused"`` (responses to the basis first), ``"dense"``.
-        width, parts: pixels of a tile, and parts of the output channels; 0 where it is dense.
+        how: ``"direct"`` (each non-zero reads its input), ``"fused"`` (responses to the basis first),
+            ``"winograd"`` (dense, with a quarter of the multiplications), ``"dense"`` (torch).
+        width, parts: pixels of a tile (of Winograd's tiles: how many at a time), and parts of the output channels; 0
+            where it is dense.
         bytes: of coefficients and positions, or of the dense kernels.
     """
 
@@ -68,7 +70,7 @@ class SparseNetwork(Prepared):
 
     def runs(self, *inputs: Tensor) -> list[Run]:
         """How each convolution is run for inputs of these shapes, in order."""
-        return [_run(step) for step in self._program(inputs).steps if isinstance(step, (Sparse, Dense))]
+        return [_run(step) for step in self._program(inputs).steps if isinstance(step, (Looped, Dense))]
 
     def rows(self, calls: Sequence[tuple[Tensor, ...]]) -> list[Row]:
         """Of each convolution, for `ip_plugin.report`, which lists what is left to torch itself.
@@ -78,10 +80,10 @@ class SparseNetwork(Prepared):
         """
         programs = [self._program(inputs) for inputs in calls] or [next(iter(self._programs.values()))]
         shapes = [self._network.shapes(inputs) for inputs in calls]
-        steps: dict[str, list[tuple[int, Sparse | Dense]]] = {}
+        steps: dict[str, list[tuple[int, Looped | Dense]]] = {}
         for number, program in enumerate(programs):
             for step in program.steps:
-                if isinstance(step, (Sparse, Dense)):
+                if isinstance(step, (Looped, Dense)):
                     steps.setdefault(step.convolution.name, []).append((number, step))
         first_user: dict[bytes, str] = {}
         rows = []
@@ -114,7 +116,7 @@ def _share_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def _run(step: Sparse | Dense) -> Run:
+def _run(step: Looped | Dense) -> Run:
     name, density = step.convolution.name, step.convolution.density
     if isinstance(step, Dense):
         return Run(name, density, "dense", 0, 0, step.weight.numel() * step.weight.element_size())
@@ -123,7 +125,7 @@ def _run(step: Sparse | Dense) -> Run:
 
 
 def _row(
-    name: str, taken: Sequence[tuple[int, Sparse | Dense]], positions: int | None, first_user: dict[bytes, str]
+    name: str, taken: Sequence[tuple[int, Looped | Dense]], positions: int | None, first_user: dict[bytes, str]
 ) -> Row:
     """Of a convolution, from its steps with the numbers of their programs."""
     convolution, runs = taken[0][1].convolution, [_run(step) for _, step in taken]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from . import winograd
 from .layout import Floats
 
 Ints = npt.NDArray[np.int64]
@@ -53,14 +54,15 @@ class Choice(NamedTuple):
     """How a convolution is run.
 
     Attributes:
-        order: ``"direct"``: every non-zero reads its input; ``"fused"``: responses to the basis first.
-        width: pixels of a tile.
+        order: ``"direct"``: every non-zero reads its input; ``"fused"``: responses to the basis first;
+            ``"winograd"``: dense, at `winograd`'s points.
+        width: pixels of a tile; of Winograd's tiles so many at a time.
         parts: into how many parts the output channels are divided.
         budget: bytes of responses at a time.
         narrow: whether responses to a basis are kept as bfloat16.
     """
 
-    order: Literal["direct", "fused"]
+    order: Literal["direct", "fused", "winograd"]
     width: int
     parts: int = 1
     budget: int = 80_000
@@ -74,7 +76,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Arrays for one of the two loops of `kernels`, which says what they are."""
+    """Arrays for one of the loops of `kernels` and `winograd`, which say what they are."""
 
     choice: Choice
     arrays: tuple[Any, ...]
@@ -95,11 +97,11 @@ def make(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan:
         stride: distance of input channels, in pixels.
         choice: how it is run.
     """
-    return (
-        _direct(entries, offsets, stride, choice)
-        if choice.order == "direct"
-        else _fused(entries, offsets, stride, choice)
-    )
+    if choice.order == "winograd":
+        return _winograd(entries, choice)
+    if choice.order == "direct":
+        return _direct(entries, offsets, stride, choice)
+    return _fused(entries, offsets, stride, choice)
 
 
 def _parts(entries: Entries, parts: int) -> Ints:
@@ -108,6 +110,12 @@ def _parts(entries: Entries, parts: int) -> Ints:
     done = np.concatenate([[0], np.cumsum(work)])
     bounds = np.searchsorted(done, np.linspace(0, done[-1], parts + 1))
     return bounds.clip(0, entries.channels)
+
+
+def _winograd(entries: Entries, choice: Choice) -> Plan:
+    used = np.unique(entries.inputs)
+    kernels = entries.kernels(int(used.max(initial=0)) + 1, groups=1, taps=9)
+    return Plan(choice, (used, winograd.filters(kernels[:, used]).reshape(-1)))
 
 
 def _direct(entries: Entries, offsets: Ints, stride: int, choice: Choice) -> Plan:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .convolution import Images, SparseConvolution, Window, copy, mean, pack, pool
+from .convolution import Images, LoopedConvolution, Window, copy, mean, pack, pool
 from .graph import Convolution, Network
 from .layout import Layout, aligned
 
@@ -46,11 +46,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sparse(Step):
-    """A step: a convolution by its non-zeros. `source` and `residual` are packed first where `packs` says so."""
+class Looped(Step):
+    """A step: a convolution by a loop of our own. `source` and `residual` are packed first where `packs` says so."""
 
     convolution: Convolution
-    run: SparseConvolution
+    run: LoopedConvolution
     source: Laid
     target: Laid
     residual: Laid | None
@@ -135,15 +135,15 @@ class Workspace:
 
     def __init__(self, program: Program) -> None:
         self.buffers = [aligned(size) for size in program.slots]
-        sparse = [step for step in program.steps if isinstance(step, Sparse)]
-        shapes = [step.run.scratch_shape() for step in sparse]
+        looped = [step for step in program.steps if isinstance(step, Looped)]
+        shapes = [step.run.scratch_shape() for step in looped]
         whole = aligned(max((rows * columns for rows, columns in shapes), default=0))
         self.scratch = {
             step.node: whole[: rows * columns].reshape(rows, columns)
-            for step, (rows, columns) in zip(sparse, shapes, strict=True)
+            for step, (rows, columns) in zip(looped, shapes, strict=True)
         }
 
-        made = [step for step in program.steps if isinstance(step, (Sparse, Pool))]
+        made = [step for step in program.steps if isinstance(step, (Looped, Pool))]
         self.views = {
             step.node: step.target.layout.view(self.buffers[step.target.slot], step.target.channels) for step in made
         }
@@ -175,8 +175,8 @@ def execute(
     given = iter(inputs)
     for step in program.steps:
         node = step.node
-        if isinstance(step, Sparse):
-            values[node] = _run_sparse(step, workspace, values)
+        if isinstance(step, Looped):
+            values[node] = _run_looped(step, workspace, values)
         elif isinstance(step, Pool):
             read, write = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
             pool(step.window, step.source.layout, step.source.channels, step.target.layout, read, write)
@@ -199,7 +199,7 @@ def execute(
     raise AssertionError("a graph ends with its output")
 
 
-def _run_sparse(step: Sparse, workspace: Workspace, values: dict[fx.Node, Any]) -> Tensor:
+def _run_looped(step: Looped, workspace: Workspace, values: dict[fx.Node, Any]) -> Tensor:
     convolution, run = step.convolution, step.run
     source, target = workspace.buffers[step.source.slot], workspace.buffers[step.target.slot]
     if step.packs[0]:

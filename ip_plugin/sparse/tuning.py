@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .convolution import Images, Places, SparseConvolution, pack
+from . import winograd
+from .convolution import Images, Places, Window, looped, pack
 from .graph import Convolution
 from .layout import WIDEST
 from .plan import Choice
@@ -22,6 +23,15 @@ _RUNS = 5
 _BUDGETS = (40_000, 80_000, 160_000, 320_000)
 #: From this share of non-zeros on the rule runs a convolution dense.
 _DENSE = 0.5
+#: From this share on the rule runs a 3x3 convolution by Winograd's tiles, if there are enough of them.
+_AT_POINTS, _TILES = 0.2, 8
+#: From this share on these tiles are timed.
+_AT_POINTS_TIMED = 0.08
+#: Bytes of filters at Winograd's points at most (they take four times what dense kernels take), and of patches: about a
+#: second-level cache.
+_FILTERS, _PATCHES = 5_000_000, 1_500_000
+#: What is read between two runs, by all threads: other layers' coefficients take second-level caches.
+_ELSEWHERE = torch.ones(2_000_000)
 
 
 class Chooser:
@@ -78,7 +88,33 @@ def _budgets(choice: Choice) -> Iterator[Choice]:
         yield from (choice._replace(budget=budget) for budget in _BUDGETS if budget != choice.budget)
 
 
+def _at_points(convolution: Convolution, where: Places) -> Iterator[Choice]:
+    """By Winograd's tiles, where that can be."""
+    channel = 4 * winograd.POINTS * convolution.inputs
+    if (
+        convolution.window != Window((3, 3), padding=(1, 1))
+        or convolution.groups > 1
+        or channel * convolution.entries.channels > _FILTERS
+    ):
+        return
+    threads, tiles = torch.get_num_threads(), _tiles(where)
+    for width in (16, 32, 64, 128):
+        if width > 16 and (width * channel > _PATCHES or width >= 2 * tiles):
+            break
+        for parts in {1, threads} if tiles < 8 * threads * width else {1}:
+            yield Choice("winograd", width, parts)
+
+
+def _tiles(where: Places) -> int:
+    """How many tiles of Winograd's the output has."""
+    images, height, width = where.target[:3]
+    return images * -(-height // winograd.TILE) * -(-width // winograd.TILE)
+
+
 def _rule(convolution: Convolution, where: Places, narrow: bool) -> Choice | None:
+    if convolution.density >= _AT_POINTS and _tiles(where) >= _TILES:
+        for choice in _at_points(convolution, where):
+            return choice._replace(parts=1)
     if convolution.density >= _DENSE:
         return None
     width = 64 if where.target.pixels > 32 else 32
@@ -100,21 +136,25 @@ def _fastest(
     def dense() -> object:
         return view.copy_(F.conv2d(images, weight, bias, *window[1:], convolution.groups))
 
-    def sparse(choice: Choice) -> float:
-        run = SparseConvolution(convolution.entries, convolution.bias, where, choice)
+    def time_of(choice: Choice) -> float:
+        run = looped(convolution.entries, convolution.bias, where, choice)
         return _time(partial(run, source, target, run.scratch()))
 
-    times = {choice: sparse(choice) for choice in _shapes(convolution, where, narrow)}
+    times = {choice: time_of(choice) for choice in _shapes(convolution, where, narrow)}
     found = min(times, key=times.__getitem__)
-    times.update((choice, sparse(choice)) for choice in _budgets(found))
+    times.update((choice, time_of(choice)) for choice in _budgets(found))
+    if convolution.density >= _AT_POINTS_TIMED:
+        times.update((choice, time_of(choice)) for choice in _at_points(convolution, where))
     found = min(times, key=times.__getitem__)
     return found if times[found] + (_time(packing) if packs else 0.0) < _time(dense) else None
 
 
 def _time(run: Callable[[], object]) -> float:
+    """Seconds of the fastest run; coefficients come from where the rest of a network leaves them."""
     run()
     took = []
     for _ in range(_RUNS):
+        _ELSEWHERE.sum()
         begin = time.perf_counter()
         run()
         took.append(time.perf_counter() - begin)

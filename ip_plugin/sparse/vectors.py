@@ -82,6 +82,63 @@ def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
     return types.void(array, types.intp, values), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def store_leading(typing: Any, count: Any, array: Any, offset: Any, values: Any) -> Any:
+    """The first so many lanes into a flat float32 array; what is behind them is not written."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        register, mask = _register(values), ir.VectorType(ir.IntType(1), values.width)
+        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], register)
+        kind = ir.FunctionType(ir.VoidType(), [register, register.as_pointer(), _INT32, mask])
+        suffix = f"v{values.width}f32"
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.{suffix}.p0{suffix}")
+        chosen = _below(builder, arguments[0], values.width)
+        builder.call(function, [arguments[3], address, ir.Constant(_INT32, 4), chosen])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, array, types.intp, values), generate
+
+
+def _below(builder: Any, count: Any, width: int) -> Any:
+    """For each lane, whether its number is below a count."""
+    integers = ir.VectorType(_INT32, width)
+    limit = builder.insert_element(
+        ir.Constant(integers, ir.Undefined), builder.trunc(count, _INT32), ir.Constant(_INT32, 0)
+    )
+    limit = builder.shuffle_vector(limit, limit, ir.Constant(integers, [0] * width))
+    return builder.icmp_signed("<", ir.Constant(integers, list(range(width))), limit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_phases(typing: Any, array: Any, offset: Any) -> Any:
+    """Of 64 neighbouring numbers four vectors: every fourth one, from each of the first four on."""
+    vector = Vector(16)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(Vector(64)))
+        loaded = builder.load(address)
+        loaded.align = 4
+        phases = [builder.shuffle_vector(loaded, loaded, _places([list(range(first, 64, 4))])) for first in range(4)]
+        return context.make_tuple(builder, signature.return_type, phases)
+
+    return types.containers.UniTuple(vector, 4)(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The reverse of `load_phases`: lanes of four vectors in turn."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pairs = [builder.shuffle_vector(*arguments[at : at + 2], _places([list(range(32))])) for at in (2, 4)]
+        turns = [phase * 16 + lane for lane in range(16) for phase in range(4)]
+        mixed = builder.shuffle_vector(*pairs, _places([turns]))
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], mixed.type)
+        builder.store(mixed, address).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, a, b, c, d), generate
+
+
 def _blocks(width: int, begin: int) -> list[list[int]]:
     """Numbers of lanes in blocks of 16, every second block."""
     return [list(range(at, at + 16)) for at in range(begin, width, 32)]
@@ -170,6 +227,7 @@ def _binary(generate: Callable[[Any, Any, Any], Any], summary: str) -> Any:
 
 
 multiply = _binary(lambda builder, left, right: builder.fmul(left, right), "``left * right``")
+subtract = _binary(lambda builder, left, right: builder.fsub(left, right), "``left - right``")
 add = _binary(lambda builder, left, right: builder.fadd(left, right), "``left + right``")
 at_least = _binary(
     lambda builder, left, right: builder.select(builder.fcmp_ordered("<", left, right), right, left),
@@ -206,12 +264,7 @@ def leading(typing: Any, count: Any, values: Any) -> Any:
     """The first so many lanes, the others zero."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integers = ir.VectorType(_INT32, values.width)
-        limit = builder.insert_element(
-            ir.Constant(integers, ir.Undefined), builder.trunc(arguments[0], _INT32), ir.Constant(_INT32, 0)
-        )
-        limit = builder.shuffle_vector(limit, limit, ir.Constant(integers, [0] * values.width))
-        inside = builder.icmp_signed("<", ir.Constant(integers, list(range(values.width))), limit)
+        inside = _below(builder, arguments[0], values.width)
         return builder.select(inside, arguments[1], ir.Constant(_register(values), [0.0] * values.width))
 
     return values(types.intp, values), generate

@@ -32,7 +32,7 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def pruned(model: nn.Module, space: str, sparsity: float = 0.75) -> nn.Module:
+def pruned(model: nn.Module, space: str, sparsity: float = 0.85) -> nn.Module:
     if space == "interspace":
         interspace(model, basis="orthonormal", sharing="model")
     return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope="layer")).eval()

@@ -3,20 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from . import tuning
-from .convolution import Window, looped, places
+from .convolution import Places, Window, beside, looped, places
 from .graph import Convolution, Network, changes_a_value
 from .layout import Layout
 from .program import Dense, Laid, Looped, Mean, Pool, Program, Step, Torch, Workspace, execute
 
 #: Offsets into buffers are of 32 bits.
 _FARTHEST = 2**31 - 1
+
+
+@dataclass
+class _Lying:
+    """Where values lie, as far as a program is made.
+
+    Attributes:
+        laid: by node.
+        copied: which of them are copies.
+        dealt: what was dealt out by phases, for which convolution, and how.
+    """
+
+    laid: dict[fx.Node, Laid] = field(default_factory=dict)
+    copied: set[fx.Node] = field(default_factory=set)
+    dealt: dict[fx.Node, tuple[Laid, Window, Places]] = field(default_factory=dict)
+
+    def add(self, step: Looped) -> None:
+        """What a step has made, and what it has packed."""
+        source, window = step.convolution.source, step.convolution.window
+        self.laid[step.node] = step.target
+        if step.packs[0] and window.steps:
+            self.dealt[source] = step.source, window, step.run.where
+        elif step.packs[0]:
+            self.laid[source] = step.source
+            self.copied.add(source)
+
+    def forget_copies(self) -> None:
+        """They do not see that a value is changed."""
+        self.laid = {node: laid for node, laid in self.laid.items() if node not in self.copied}
+        self.dealt.clear()
+
+    def read(
+        self, convolution: Convolution, height: int, width: int, gap: tuple[int, int]
+    ) -> tuple[Laid, Places] | None:
+        """Where a convolution finds its input, if that lies in a way that it can read."""
+        window = convolution.window
+        if convolution.source in self.dealt:
+            laid, dealt, beside_it = self.dealt[convolution.source]
+            where = beside(window, height, width, dealt, beside_it)
+            if where is not None:
+                return laid, where
+        if convolution.source in self.laid:
+            laid = self.laid[convolution.source]
+            where = places(window, laid.layout.images, height, width, gap, laid.layout)
+            if where is not None:
+                return laid, where
+        return None
 
 
 def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Chooser) -> Program:
@@ -30,78 +77,70 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
 
     steps: list[Step] = []
     slots: list[int] = []
-    laid: dict[fx.Node, Laid] = {}
+    lying = _Lying()
 
     def new(layout: Layout, channels: int) -> Laid:
         slots.append(layout.size(channels))
         return Laid(len(slots) - 1, layout, channels)
 
     modules = dict(network.module.named_modules())
-    copied: set[fx.Node] = set()
     for node in network.module.graph.nodes:
         if node in network.drawn_in:
             continue
         convolution = network.convolutions.get(node)
-        if convolution is None and node in network.poolings and node.args[0] in laid:
-            pooled = _pool(node, network.poolings[node], shapes, gaps, laid, new)
+        if convolution is None and node in network.poolings and node.args[0] in lying.laid:
+            pooled = _pool(node, network.poolings[node], shapes, gaps, lying.laid, new)
             steps.append(pooled)
-            laid[node] = pooled.target
+            lying.laid[node] = pooled.target
             continue
-        if convolution is None and node in network.means and node.all_input_nodes[0] in laid:
-            steps.append(Mean(node, laid[node.all_input_nodes[0]]))
+        if convolution is None and node in network.means and node.all_input_nodes[0] in lying.laid:
+            steps.append(Mean(node, lying.laid[node.all_input_nodes[0]]))
             continue
         if convolution is None:
             steps.append(Torch(node))
-            if changes_a_value(node, modules):  # which a copy does not see
-                laid = {each: at for each, at in laid.items() if each not in copied}
+            if changes_a_value(node, modules):
+                lying.forget_copies()
             continue
-        step = _looped(node, convolution, shapes, gaps, laid, new, choose)
+        step = _looped(node, convolution, shapes, gaps, lying, new, choose)
         if step is None:
             steps.append(Dense(node, convolution, convolution.weight()))
             continue
         steps.append(step)
-        laid[node] = step.target
-        if step.packs[0] and not convolution.window.steps:
-            laid[convolution.source] = step.source
-            copied.add(convolution.source)
+        lying.add(step)
     program = Program(steps, slots, _last_uses(steps))
     return _shared(network, program, inputs)
 
 
 def _looped(
     node: fx.Node, convolution: Convolution, shapes: dict[fx.Node, torch.Size],
-    gaps: dict[tuple[int, ...], tuple[int, int]], laid: dict[fx.Node, Laid],
+    gaps: dict[tuple[int, ...], tuple[int, int]], lying: _Lying,
     new: Callable[[Layout, int], Laid], choose: tuning.Chooser,
 ) -> Looped | None:  # fmt: skip
     images, channels, height, width = shapes[convolution.source]
     gap = gaps.get(shapes[node][2:], (0, 0))
-    source = laid.get(convolution.source)
-    where = None
-    if source is not None:
-        where = places(convolution.window, images, height, width, gap, source.layout)
-    packs = where is None
-    if where is None:
+    found = lying.read(convolution, height, width, gap)
+    if found is None:
         here = gaps.get((height, width), (0, 0))
         gap = max(gap[0], here[0]), max(gap[1], here[1])
         where = places(convolution.window, images, height, width, gap)
         assert where is not None
+    else:
+        where = found[1]
     if channels * len(where.phases) * where.source.stride > _FARTHEST:
         return None
-    choice = choose(convolution, where, (height, width), packs)
+    choice = choose(convolution, where, (height, width), found is None)
     if choice is None:
         return None
-    if packs:
-        source = new(where.source, channels * len(where.phases))
+    source = new(where.source, channels * len(where.phases)) if found is None else found[0]
     target = new(where.target, shapes[node][1])
     residual, packs_residual = None, False
     if convolution.residual is not None:
-        residual = laid.get(convolution.residual)
+        residual = lying.laid.get(convolution.residual)
         packs_residual = residual is None or residual.layout != where.target
         if packs_residual:
             residual = new(where.target, shapes[node][1])
     run = looped(convolution.entries, convolution.bias, where, choice, convolution.limits)
-    assert source is not None
-    return Looped(node, convolution, run, source, target, residual, (packs, packs_residual))
+    return Looped(node, convolution, run, source, target, residual, (found is None, packs_residual))
 
 
 def _pool(

@@ -36,6 +36,11 @@ class Window(NamedTuple):
         ]
         return made[0], made[1]
 
+    def taps(self) -> Ints:
+        """Row and column of each tap, from the first one."""
+        found: Ints = np.argwhere(np.ones(self.kernel)) * np.array(self.dilation)
+        return found
+
     @property
     def steps(self) -> bool:
         """Whether the stride is not 1, so that the input is dealt out into phases: every n-th row and column."""
@@ -74,8 +79,7 @@ def places(
         Layouts and taps; None if `source` has too few zeros, or the stride is not 1.
     """
     out_height, out_width = window.outputs(height, width)
-    grid = np.meshgrid(np.arange(window.kernel[0]), np.arange(window.kernel[1]), indexing="ij")
-    taps = np.stack(grid, -1).reshape(-1, 2) * np.array(window.dilation)
+    taps = window.taps()
     phases: tuple[tuple[int, int], ...] = ((0, 0),)
     phase = np.zeros(len(taps), np.int64)
     if not window.steps:
@@ -103,6 +107,29 @@ def places(
         return None
     target = Layout(images, out_height, out_width, rows, pitch, source.reach)
     return Places(source, target, far + phase * source.stride, phases)
+
+
+def beside(window: Window, height: int, width: int, dealt: Window, where: Places) -> Places | None:
+    """Places of a convolution that reads phases which were dealt out for another one, from the same input.
+
+    Args:
+        window: of the convolution.
+        height, width: of the input.
+        dealt, where: of the other one.
+
+    Returns:
+        None if they differ in stride or in the size of the output, or something else is read.
+    """
+    moved = window.taps() + np.array(dealt.padding) - np.array(window.padding)
+    shifts, remainders = moved // np.array(dealt.stride), moved % np.array(dealt.stride)
+    source, made = where.source, window.outputs(height, width)
+    ends = shifts.max(0) + made
+    found = [where.phases.index(each) for each in map(tuple, remainders.tolist()) if each in where.phases]
+    if window.stride != dealt.stride or made != (where.target.height, where.target.width):
+        return None
+    if len(found) < len(moved) or shifts.min() < 0 or (ends > (source.height, source.width)).any():
+        return None
+    return where._replace(offsets=shifts @ np.array([source.pitch, 1]) + np.array(found) * source.stride)
 
 
 class LoopedConvolution(ABC):

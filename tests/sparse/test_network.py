@@ -262,6 +262,48 @@ def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, spac
     assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == (2 if changes else 1)
 
 
+class Strided(nn.Module):
+    """Two convolutions that read the same input, which may be changed in between."""
+
+    def __init__(self, first: tuple[int, int, int], other: tuple[int, int, int], changes: bool) -> None:
+        super().__init__()
+        self.changes = changes
+        self.a, self.b, self.drop = nn.Conv2d(4, 8, *first), nn.Conv2d(4, 8, *other), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        first = self.drop(self.a(x))
+        if self.changes:
+            x.mul_(2)
+        return torch.cat([first.flatten(1), self.drop(self.b(x)).flatten(1)], 1)
+
+
+@SPACES
+@pytest.mark.parametrize(
+    ("first", "other", "size", "changes", "packs"),
+    [
+        ((3, 2, 1), (1, 2, 0), (9, 8), False, 1),
+        ((3, 2, 1), (1, 2, 0), (12, 7), True, 2),
+        ((3, 2, 1), (3, 2, 1), (12, 7), False, 1),
+        ((3, 2, 1), (2, 2, 0), (6, 8), False, 1),
+        ((3, 2, 1), (2, 2, 0), (6, 7), False, 2),  # another size of the output
+        ((3, 2, 1), (1, 3, 1), (4, 4), False, 2),  # another stride
+        ((3, 2, 1), (5, 2, 2), (9, 8), False, 2),  # reads what is before
+        ((3, 3, 1), (4, 3, 1), (6, 6), False, 2),  # reads what is behind
+        ((1, 2, 0), (3, 2, 1), (9, 8), False, 2),  # reads phases that are not there
+    ],
+)
+def test_phases_are_dealt_out_once_for_all_that_read_them(
+    first: tuple[int, int, int], other: tuple[int, int, int], size: tuple[int, int], changes: bool, packs: int,
+    space: str,
+) -> None:  # fmt: skip
+    model, images = pruned(Strided(first, other, changes), space, 0.7), torch.randn(2, 4, *size)
+    network = prepare(model, images, deterministic=True)
+    agrees(network, model, images)
+    steps = network._program((images,)).steps
+    assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == packs
+
+
 class Views(nn.Module):
     """Results that are views of one another, and in-place changes to them."""
 

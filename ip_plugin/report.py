@@ -51,9 +51,10 @@ class Row:
             N * N for each position and each input or output channel, whichever are fewer.
         mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
             `ip_plugin.variety.Variety`; None in sums, where fewer than two filters are left, and where not asked for.
-        runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, or ``"dense"``, which is what it does with
-            all that it does not take; more than one, comma-separated, where calls differ. None in other models and in
-            sums. `bytes_sparse` is then the size in memory of what the layer is run with.
+        runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
+            multiplications), or ``"dense"``, which is what it does with all that it does not take; more than one,
+            comma-separated, where calls differ. None in other models and in sums. `bytes_sparse` is then the size in
+            memory of what the layer is run with.
     """
 
     layer: str

@@ -27,8 +27,9 @@ def prepare(
 
     2D convolutions are run sparse, in either space, with what follows them (BatchNorm, addition of a residual, ReLU) in
     the same pass, and what is between them stays in one layout of memory; each is timed dense and in several sparse
-    ways. Everything else is left to torch. A model whose forward `torch.fx` cannot follow is run layer by layer, with a
-    warning.
+    ways. 3x3 convolutions of which much is left may be run dense by Winograd's minimal filtering (Lavin and Gray 2016,
+    arXiv 1509.09308), where a value that is not finite spoils its tile of 4x4 pixels. Everything else is left to torch.
+    A model whose forward `torch.fx` cannot follow is run layer by layer, with a warning.
 
     Args:
         model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.

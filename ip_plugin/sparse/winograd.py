@@ -120,9 +120,9 @@ def _store_4(W, at, step, values):
 
 
 @inline
-def _pixels(X, at, row, height, left):
+def _pixels(X, at, row, height, rest):
     """Sixteen pixels of a row; zeros below the image and right of it."""
-    return leading(left, load(_ROW, X, at)) if row <= height else broadcast(_ROW, np.float32(0))
+    return leading(rest, load(_ROW, X, at)) if row <= height else broadcast(_ROW, np.float32(0))
 
 
 @helper
@@ -238,11 +238,10 @@ def _finish(
                 store_leading(width - column, Y, y + pixel + column, values)
             _clear(Y, y + pixel + width, y + pixel + pitch)
         if top + 4 >= height:
-            _clear(Y, y + image * ldi + height * pitch, y + (image + 1) * ldi)
+            end = y + image * ldi + (height - 1) * pitch + width
+            _clear(Y, end, end + reach if first + row == every - 1 else y + (image + 1) * ldi)
     if first == 0:
         _clear(Y, y - reach, y)
-    if first + rows == every:
-        _clear(Y, y + every // down * ldi, y + every // down * ldi + reach)
 
 
 @parallel

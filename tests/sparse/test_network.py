@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -260,6 +261,30 @@ def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, spac
     agrees(network, model, images)
     steps = network._program((images,)).steps
     assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == (2 if changes else 1)
+
+
+@SPACES
+@pytest.mark.parametrize(
+    ("arguments", "size", "how"),
+    [
+        ({"padding": 1}, 12, "winograd"),
+        ({"padding": 1}, 4, "dense"),  # few tiles
+        ({"padding": 0}, 12, "dense"),
+        ({"padding": 1, "stride": 2}, 12, "dense"),
+        ({"padding": 1, "groups": 2}, 12, "dense"),
+        ({"padding": 2, "dilation": 2}, 12, "dense"),
+        ({"padding": 1, "kernel_size": (3, 1)}, 12, "dense"),
+        ({"padding": 1, "out_channels": 9000}, 12, "dense"),  # large filters
+    ],
+)
+def test_what_is_left_too_dense_runs_by_winograd_where_that_can_be(
+    arguments: dict[str, Any], size: int, how: str, space: str
+) -> None:
+    convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, **arguments})
+    model, images = pruned(nn.Sequential(convolution), space, 0.3), torch.randn(2, 4, size, size)
+    network = prepare(model, images, deterministic=True)
+    assert [run.how for run in network.runs(images)] == [how]
+    agrees(network, model, images)
 
 
 class Strided(nn.Module):

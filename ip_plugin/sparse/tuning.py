@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import winograd
 from .convolution import Images, Places, Window, looped, pack
@@ -30,8 +31,8 @@ _AT_POINTS_TIMED = 0.08
 #: Bytes of filters at Winograd's points at most (they take four times what dense kernels take), and of patches: about a
 #: second-level cache.
 _FILTERS, _PATCHES = 5_000_000, 1_500_000
-#: What is read between two runs, by all threads: other layers' coefficients take second-level caches.
-_ELSEWHERE = torch.ones(2_000_000)
+#: How many numbers are read between two runs, by all threads: other layers' coefficients take second-level caches.
+_ELSEWHERE = 2_000_000
 
 
 class Chooser:
@@ -132,13 +133,14 @@ def _fastest(
     window, bias = convolution.window, torch.from_numpy(convolution.bias)
     view = where.target.view(target, outputs)
     packing = partial(pack, Images.of(images), where, window, source)
+    elsewhere = torch.ones(_ELSEWHERE)
 
     def dense() -> object:
         return view.copy_(F.conv2d(images, weight, bias, *window[1:], convolution.groups))
 
     def time_of(choice: Choice) -> float:
         run = looped(convolution.entries, convolution.bias, where, choice)
-        return _time(partial(run, source, target, run.scratch()))
+        return _time(partial(run, source, target, run.scratch()), elsewhere)
 
     times = {choice: time_of(choice) for choice in _shapes(convolution, where, narrow)}
     found = min(times, key=times.__getitem__)
@@ -146,15 +148,16 @@ def _fastest(
     if convolution.density >= _AT_POINTS_TIMED:
         times.update((choice, time_of(choice)) for choice in _at_points(convolution, where))
     found = min(times, key=times.__getitem__)
-    return found if times[found] + (_time(packing) if packs else 0.0) < _time(dense) else None
+    sparse = times[found] + (_time(packing, elsewhere) if packs else 0.0)
+    return found if sparse < _time(dense, elsewhere) else None
 
 
-def _time(run: Callable[[], object]) -> float:
+def _time(run: Callable[[], object], elsewhere: Tensor) -> float:
     """Seconds of the fastest run; coefficients come from where the rest of a network leaves them."""
     run()
     took = []
     for _ in range(_RUNS):
-        _ELSEWHERE.sum()
+        elsewhere.sum()
         begin = time.perf_counter()
         run()
         took.append(time.perf_counter() - begin)

@@ -113,9 +113,9 @@ def _tiles(where: Places) -> int:
 
 
 def _rule(convolution: Convolution, where: Places, narrow: bool) -> Choice | None:
-    if convolution.density >= _AT_POINTS and _tiles(where) >= _TILES:
-        for choice in _at_points(convolution, where):
-            return choice._replace(parts=1)
+    at_points = next(_at_points(convolution, where), None)
+    if at_points and convolution.density >= _AT_POINTS and _tiles(where) >= _TILES:
+        return at_points._replace(parts=1)
     if convolution.density >= _DENSE:
         return None
     width = 64 if where.target.pixels > 32 else 32

@@ -102,6 +102,14 @@ def _from_points(m0, m1, m2, m3, m4, m5):
 
 
 @inline
+def _load_6(W, at, step):
+    return (
+        load(_ROW, W, at), load(_ROW, W, at + step), load(_ROW, W, at + 2 * step),
+        load(_ROW, W, at + 3 * step), load(_ROW, W, at + 4 * step), load(_ROW, W, at + 5 * step),
+    )  # fmt: skip
+
+
+@inline
 def _store_6(W, at, step, values):
     store(W, at, values[0])
     store(W, at + step, values[1])
@@ -191,22 +199,10 @@ def _lines(tiles, made, W, work):
     lines = work + 384
     for tile in range(0, tiles, 16):
         for point in range(6):
-            at = made + point * 6 * tiles + tile
-            m0 = load(_ROW, W, at)
-            m1 = load(_ROW, W, at + tiles)
-            m2 = load(_ROW, W, at + 2 * tiles)
-            m3 = load(_ROW, W, at + 3 * tiles)
-            m4 = load(_ROW, W, at + 4 * tiles)
-            m5 = load(_ROW, W, at + 5 * tiles)
-            _store_4(W, work + 64 * point, 16, _from_points(m0, m1, m2, m3, m4, m5))
+            products = _load_6(W, made + point * 6 * tiles + tile, tiles)
+            _store_4(W, work + 64 * point, 16, _from_points(*products))
         for at in range(work, work + 64, 16):
-            m0 = load(_ROW, W, at)
-            m1 = load(_ROW, W, at + 64)
-            m2 = load(_ROW, W, at + 128)
-            m3 = load(_ROW, W, at + 192)
-            m4 = load(_ROW, W, at + 256)
-            m5 = load(_ROW, W, at + 320)
-            _store_4(W, at, 64, _from_points(m0, m1, m2, m3, m4, m5))
+            _store_4(W, at, 64, _from_points(*_load_6(W, at, 64)))
         for row in range(4):
             at = work + 64 * row
             phases = load(_ROW, W, at), load(_ROW, W, at + 16), load(_ROW, W, at + 32), load(_ROW, W, at + 48)

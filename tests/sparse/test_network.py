@@ -24,6 +24,7 @@ from ip_plugin import bake, interspace
 from ip_plugin.errors import ExampleInputError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
+from ip_plugin.sparse.convolution import pack
 
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 
@@ -285,6 +286,31 @@ def test_what_is_left_too_dense_runs_by_winograd_where_that_can_be(
     network = prepare(model, images, deterministic=True)
     assert [run.how for run in network.runs(images)] == [how]
     agrees(network, model, images)
+
+
+@SPACES
+@pytest.mark.parametrize(
+    ("sparsity", "fastest"), [(0.7, "winograd"), (0.7, "fused"), (0.7, "dense"), (0.95, "winograd")]
+)
+def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def took(run: Any, elsewhere: Tensor) -> float:
+        if getattr(run, "func", None) is pack:
+            return 0.0
+        timed.append(run.func.choice.order if hasattr(run, "func") else "dense")
+        return 1.0 if timed[-1] == fastest else 3.0 if timed[-1] == "dense" else 2.0
+
+    monkeypatch.setattr("ip_plugin.sparse.tuning._time", took)
+    model = pruned(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), space, sparsity)
+    images = torch.randn(2, 8, 12, 12)
+    network = prepare(model, images)
+    agrees(network, model, images)
+    (found,) = (run.how for run in network.runs(images))
+    if sparsity > 0.9:  # too little is left
+        assert "winograd" not in timed and found in ("direct", "fused")
+    else:
+        assert found == fastest and {"winograd", "fused", "dense"} <= set(timed)
 
 
 class Strided(nn.Module):

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ip_plugin import basis as bases
 from ip_plugin.sparse import tuning
-from ip_plugin.sparse.convolution import Window, looped, places
+from ip_plugin.sparse.convolution import looped
 from ip_plugin.sparse.graph import Convolution
+from ip_plugin.sparse.places import Window, places
 from ip_plugin.sparse.plan import Entries
 
 SHAPES = [(64, 32), (128, 16), (256, 8), (512, 4), (64, 56), (128, 28), (256, 14), (512, 7)]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from . import tuning
-from .convolution import Places, Window, beside, looped, places
+from .convolution import looped
 from .graph import Convolution, Network, changes_a_value
 from .layout import Layout
+from .places import Places, Window, beside, places
 from .program import Dense, Laid, Looped, Mean, Pool, Program, Step, Torch, Workspace, execute
 
 #: Offsets into buffers are of 32 bits.
@@ -20,7 +21,7 @@ _FARTHEST = 2**31 - 1
 
 
 @dataclass
-class _Lying:
+class _Placed:
     """Where values lie, as far as a program is made.
 
     Attributes:
@@ -77,7 +78,7 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
 
     steps: list[Step] = []
     slots: list[int] = []
-    lying = _Lying()
+    placed = _Placed()
 
     def new(layout: Layout, channels: int) -> Laid:
         slots.append(layout.size(channels))
@@ -88,37 +89,37 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
         if node in network.drawn_in:
             continue
         convolution = network.convolutions.get(node)
-        if convolution is None and node in network.poolings and node.args[0] in lying.laid:
-            pooled = _pool(node, network.poolings[node], shapes, gaps, lying.laid, new)
+        if convolution is None and node in network.poolings and node.args[0] in placed.laid:
+            pooled = _pool(node, network.poolings[node], shapes, gaps, placed.laid, new)
             steps.append(pooled)
-            lying.laid[node] = pooled.target
+            placed.laid[node] = pooled.target
             continue
-        if convolution is None and node in network.means and node.all_input_nodes[0] in lying.laid:
-            steps.append(Mean(node, lying.laid[node.all_input_nodes[0]]))
+        if convolution is None and node in network.means and node.all_input_nodes[0] in placed.laid:
+            steps.append(Mean(node, placed.laid[node.all_input_nodes[0]]))
             continue
         if convolution is None:
             steps.append(Torch(node))
             if changes_a_value(node, modules):
-                lying.forget_copies()
+                placed.forget_copies()
             continue
-        step = _looped(node, convolution, shapes, gaps, lying, new, choose)
+        step = _looped(node, convolution, shapes, gaps, placed, new, choose)
         if step is None:
             steps.append(Dense(node, convolution, convolution.weight()))
             continue
         steps.append(step)
-        lying.add(step)
+        placed.add(step)
     program = Program(steps, slots, _last_uses(steps))
     return _shared(network, program, inputs)
 
 
 def _looped(
     node: fx.Node, convolution: Convolution, shapes: dict[fx.Node, torch.Size],
-    gaps: dict[tuple[int, ...], tuple[int, int]], lying: _Lying,
+    gaps: dict[tuple[int, ...], tuple[int, int]], placed: _Placed,
     new: Callable[[Layout, int], Laid], choose: tuning.Chooser,
 ) -> Looped | None:  # fmt: skip
     images, channels, height, width = shapes[convolution.source]
     gap = gaps.get(shapes[node][2:], (0, 0))
-    found = lying.read(convolution, height, width, gap)
+    found = placed.read(convolution, height, width, gap)
     if found is None:
         here = gaps.get((height, width), (0, 0))
         gap = max(gap[0], here[0]), max(gap[1], here[1])
@@ -135,7 +136,7 @@ def _looped(
     target = new(where.target, shapes[node][1])
     residual, packs_residual = None, False
     if convolution.residual is not None:
-        residual = lying.laid.get(convolution.residual)
+        residual = placed.laid.get(convolution.residual)
         packs_residual = residual is None or residual.layout != where.target
         if packs_residual:
             residual = new(where.target, shapes[node][1])

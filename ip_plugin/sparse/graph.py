@@ -17,8 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from ..errors import SparseExecutionError
 from ..layer import Layer, layers
 from ..model import bake
-from .convolution import Window
 from .layout import Floats
+from .places import Window
 from .plan import Entries
 
 #: Names of functions that change an argument, besides those that end with an underscore.

@@ -6,6 +6,7 @@ zeros, so that a shifted read needs no test for the border; a gap serves the end
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 #: Widest tile: what is read and written beyond the last image at most.
 WIDEST = 128
@@ -63,6 +65,11 @@ class Layout(NamedTuple):
         while lines % 64 not in _SPREAD:
             lines += 1
         return lines * _CACHE_LINE
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  # layouts are values, and few
+    def distances(self) -> tuple[int, int, int, int]:
+        """Where the first pixel is, and how far channels, images and rows lie apart."""
+        return self.first, self.stride, self.rows * self.pitch, self.pitch
 
     def size(self, channels: int) -> int:
         """How many numbers a buffer for so many channels has."""

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import winograd
-from .layout import Floats
-
-Ints = npt.NDArray[np.int64]
+from .layout import Floats, Ints
 
 
 class Entries(NamedTuple):

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .convolution import Images, LoopedConvolution, Window, copy, mean, pack, pool
+from .convolution import LoopedConvolution
 from .graph import Convolution, Network
+from .images import Images, copy, mean, pack, pool
 from .layout import Layout, aligned
+from .places import Window
 
 _FREE = (-math.inf, math.inf)
 

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import winograd
-from .convolution import Images, Places, Window, looped, pack
+from .convolution import looped
 from .graph import Convolution
+from .images import Images, pack
 from .layout import WIDEST
+from .places import Places, Window
 from .plan import Choice
 
 #: How often each candidate is run; the fastest run counts.

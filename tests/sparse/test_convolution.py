@@ -14,8 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from ip_plugin.sparse.convolution import Images, Window, copy, looped, pack, places
+from ip_plugin.sparse.convolution import looped
+from ip_plugin.sparse.images import Images, copy, pack
 from ip_plugin.sparse.layout import Layout
+from ip_plugin.sparse.places import Window, places
 from ip_plugin.sparse.plan import Choice, Entries
 
 pairs = st.tuples(st.integers(0, 2), st.integers(0, 2))

@@ -24,7 +24,7 @@ from ip_plugin import bake, interspace
 from ip_plugin.errors import ExampleInputError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
-from ip_plugin.sparse.convolution import pack
+from ip_plugin.sparse.images import pack
 
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 

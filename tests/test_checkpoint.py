@@ -77,10 +77,8 @@ def expect_equal(loaded: nn.Module, saved: nn.Module, x: Tensor) -> None:
     assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
     left, right = report(loaded), report(saved)
     assert left == right
-    assert [n.replace("_orig", "") for n, _ in loaded.named_parameters()].sort() == [
-        n.replace("_orig", "") for n, _ in saved.named_parameters()
-    ].sort()
-    for one, other in zip(loaded.modules(), saved.modules(), strict=False):
+    assert sorted(name for name, _ in loaded.named_parameters()) == sorted(name for name, _ in saved.named_parameters())
+    for one, other in zip(loaded.modules(), saved.modules(), strict=True):
         assert type(one).__name__ == type(other).__name__
 
 

@@ -217,10 +217,10 @@ def take_over_masks(model: nn.Module) -> None:
 
 
 def _refuse_foreign(each: Held) -> None:
-    on_top = [type(p).__name__ for p in list(each.chain)[1:]]
-    beside = [name for name, chain in parametrizations(each.module).items() if not isinstance(chain[0], Mask)]
-    if on_top or beside:
-        raise AlreadyParametrizedError(each.layer, ", ".join(on_top) or f"another package, at {beside[0]!r}")
+    for tensor_name, chain in parametrizations(each.module).items():
+        others = [parametrization for parametrization in chain if not isinstance(parametrization, Mask)]
+        if others:
+            raise AlreadyParametrizedError.beside_ours(each.layer, others, tensor_name)
 
 
 def _make_plain(module: nn.Module, loans: list[Loan]) -> None:

@@ -130,7 +130,11 @@ def _scores(where: Target, given: Tensor | None) -> Tensor:
 def _check_amount(amount: object, available: int) -> None:
     fits = amount <= available if is_count(amount) else not isinstance(amount, int) and is_fraction(amount)
     if not fits:  # 1 is one entry, 1.0 is all
-        raise InvalidAmountError(amount, available)
+        raise InvalidAmountError(
+            f"An amount must be a fraction in [0, 1] or a count of at most {available}.",
+            f"{amount!r} ({type(amount).__name__})",
+            f"pass a float between 0.0 and 1.0, or an int between 0 and {available}",
+        )
 
 
 def _available(where: Target, dim: int | None = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import TypeGuard
 
+from .errors import InvalidAmountError
+
 
 def is_fraction(value: object) -> TypeGuard[float]:
     """Whether a value is a number in [0, 1].
@@ -22,3 +24,41 @@ def is_count(value: object, least: int = 0) -> TypeGuard[int]:
     (True, False, False, False)
     """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_fraction(value: object, name: str = "sparsity") -> float:
+    """The value of the argument `name`, which must be a fraction.
+
+    Raises:
+        InvalidAmountError: it is none.
+
+    >>> check_fraction(0.5)
+    0.5
+    """
+    if not is_fraction(value):
+        raise InvalidAmountError(
+            f"`{name}` must be a fraction in [0, 1].", _described(value), "pass a number between 0.0 and 1.0"
+        )
+    return float(value)
+
+
+def check_count(value: object, available: int, name: str = "count") -> int:
+    """The value of the argument `name`, which must be a count of entries.
+
+    Raises:
+        InvalidAmountError: it is none, or there are fewer entries.
+
+    >>> check_count(3, available=4)
+    3
+    """
+    if not is_count(value) or value > available:
+        raise InvalidAmountError(
+            f"`{name}` must be a whole number of at most {available}, the number of entries that there are.",
+            _described(value),
+            f"pass an int between 0 and {available}",
+        )
+    return int(value)
+
+
+def _described(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -87,7 +87,7 @@ def check_modules(model: nn.Module) -> None:
     """Raise if a model has state that is in no Parameter and no buffer, or someone else's parametrization on ours."""
     for each in held(model):
         if len(each.chain) > 1:
-            raise AlreadyParametrizedError(each.layer, ", ".join(type(p).__name__ for p in list(each.chain)[1:]))
+            raise AlreadyParametrizedError.beside_ours(each.layer, list(each.chain)[1:], each.tensor_name)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise NotStorableError(name, f"the extra state of a {type(module).__name__}", "keep it in buffers")

@@ -112,11 +112,29 @@ class AlreadyInterspaceError(InterspaceError):
 class AlreadyParametrizedError(InterspaceError):
     """Someone else's parametrization sits on a weight that this package was to take."""
 
-    def __init__(self, name: str, parametrization: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        parametrization: str,
+        remedy: str = "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
+        "or leave the layer out",
+        tensor_name: str = "weight",
+    ) -> None:
         super().__init__(
             "The weight of a layer must not be parametrized by someone else.",
-            f"layer {name!r}: weight parametrized by {parametrization}",
-            "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or leave the layer out",
+            f"layer {name!r}: {tensor_name} parametrized by {parametrization}",
+            remedy,
+        )
+
+    @classmethod
+    def beside_ours(cls, name: str, others: Iterable[object], tensor_name: str = "weight") -> AlreadyParametrizedError:
+        """Other parametrizations sit on a tensor, or on a layer, that has one of this package too."""
+        return cls(
+            name,
+            ", ".join(type(other).__name__ for other in others) + ", besides that of ip_plugin",
+            "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
+            "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
+            tensor_name,
         )
 
 
@@ -157,11 +175,11 @@ class SharingError(InterspaceError):
     """Layers that cannot use one basis were put together, or `sharing` is not understood."""
 
     @classmethod
-    def unknown(cls, sharing: object) -> SharingError:
+    def unknown(cls, found: str) -> SharingError:
         """`sharing` itself is not understood."""
         return cls(
             '`sharing` must be "layer", "model" or a callable (name, module) -> hashable.',
-            f"{sharing!r}",
+            found,
             'pass one of these; "layer" gives every layer a basis of its own',
         )
 
@@ -217,14 +235,6 @@ class InvalidMaskError(InterspaceError):
 
 class InvalidAmountError(InterspaceError):
     """An amount to prune outside of what there is."""
-
-    def __init__(self, amount: object, available: int | None = None) -> None:
-        most = "" if available is None else f" of at most {available}"
-        super().__init__(
-            f"An amount must be a fraction in [0, 1] or a count{most}.",
-            f"{amount!r} ({type(amount).__name__})",
-            "pass a float between 0.0 and 1.0, or a non-negative int that is no larger than what there is",
-        )
 
 
 class InvalidScoresError(InterspaceError):

@@ -13,13 +13,12 @@ from torch.nn.utils import parametrize
 
 from . import basis as bases
 from . import host_masks
-from .amounts import is_fraction
+from .amounts import check_fraction
 from .basis import BasisSpec
 from .errors import (
     AlreadyInterspaceError,
     AlreadyParametrizedError,
     AlreadyPrunedError,
-    InvalidAmountError,
     InvalidBasisError,
     LayerSelectionError,
     NoLayerMatchedError,
@@ -102,8 +101,8 @@ def interspace(
             f"{basis!r} and sparsity {sparsity}",
             "give both, or neither",
         )
-    if sparsity is not None and not is_fraction(sparsity):
-        raise InvalidAmountError(sparsity)
+    if sparsity is not None:
+        check_fraction(sparsity)
     groups = groups_of(model, sharing, layers)
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
@@ -235,7 +234,7 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
 def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
     """Layers that share a basis, together; every group has one kernel shape, dtype and device."""
     if sharing != "layer" and sharing != "model" and not callable(sharing):
-        raise SharingError.unknown(sharing)
+        raise SharingError.unknown(repr(sharing))
     groups: dict[Hashable, list[Layer]] = {}
     for layer in chosen:
         weight = layer.weight
@@ -249,7 +248,7 @@ def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
         try:
             members = groups.setdefault(key, [])
         except TypeError:
-            raise SharingError.unknown(f"{key!r} for layer {layer.name!r}, which is not hashable") from None
+            raise SharingError.unknown(f"it returned {key!r} for layer {layer.name!r}, which is not hashable") from None
         if members:
             first = members[0].weight
             for what, its, other in (
@@ -288,7 +287,7 @@ def bake(model: Model) -> Model:
     found = held(model)
     for each in found:
         if len(each.chain) > 1:
-            raise AlreadyParametrizedError(each.layer, ", ".join(type(p).__name__ for p in list(each.chain)[1:]))
+            raise AlreadyParametrizedError.beside_ours(each.layer, list(each.chain)[1:], each.tensor_name)
     with torch.no_grad():
         for module in model.modules():
             for tensor_name in host_masks.pruned_names(module):

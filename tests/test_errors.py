@@ -116,8 +116,15 @@ BAD_INTERSPACE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Ex
     ),
     "tied": (tied, {}, errors.TiedWeightError, "one Parameter is the weight of '0', '1'"),
     "wrapped": (lambda: nn.DataParallel(network()), {}, errors.WrappedModelError, "DataParallel"),
-    "sharing unknown": (network, {"sharing": "stage"}, errors.SharingError, "'stage'"),
-    "sharing unhashable": (network, {"sharing": lambda n, m: []}, errors.SharingError, "not hashable"),
+    "sharing unknown": (network, {"sharing": "stage"}, errors.SharingError, "Found: 'stage'\n"),
+    "sharing unhashable": (
+        network, {"sharing": lambda n, m: []}, errors.SharingError,
+        r"Found: it returned \[\] for layer '0', which is not hashable\n",
+    ),
+    "a count where a fraction belongs": (
+        network, {"basis": "fitted", "sparsity": 3}, errors.InvalidAmountError,
+        r"`sparsity` must be a fraction in \[0, 1\].\nFound: 3 \(int\)\nWhat to do: pass a number between 0.0 and 1.0$",
+    ),
     "kernel shapes that cannot share": (
         network, {"sharing": lambda n, m: 0}, errors.SharingError,
         r"'0' has kernel shape \(3, 3\), layer '3' has kernel shape \(1, 3\)",
@@ -195,8 +202,9 @@ def test_bake_refuses_what_sits_on_top_and_changes_nothing() -> None:
     torch_prune.l1_unstructured(model[5], "weight", 0.5)
     parametrizations.weight_norm(model[0])
     before = snapshot(model)
-    with pytest.raises(errors.AlreadyParametrizedError, match="_WeightNorm"):
+    with pytest.raises(errors.AlreadyParametrizedError, match="bake the model first") as caught:
         bake(model)
+    assert "'0': weight parametrized by _WeightNorm, besides that of ip_plugin" in str(caught.value)
     assert same(before, snapshot(model))
 
 

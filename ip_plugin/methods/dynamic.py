@@ -60,7 +60,11 @@ class _DynamicSparse:
                 self._inner, select(random(self._inner, generator=self.generator), sparsity=sparsity, scope=scope)
             )
         elif all(layer.mask is None for layer in layers(self._inner)):
-            raise InvalidAmountError(sparsity)
+            raise InvalidAmountError(
+                "A model must be sparse to begin with, or `sparsity` must say how sparse it is to be.",
+                "sparsity=None, and no layer of the model has a mask",
+                "pass sparsity=0.9 for example, or prune the model before",
+            )
         for layer in self._sparse():
             assert layer.mask is not None
             self._clear(layer, ~layer.mask)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..amounts import is_count, is_fraction
-from ..errors import InvalidAmountError, InvalidScheduleError
+from ..amounts import check_fraction, is_count
+from ..errors import InvalidScheduleError
 from ..model import Model
 from .scores import Scores, magnitude
 from .selection import Scope, apply_masks, select
@@ -55,8 +55,7 @@ def prune(
     65
     """
     whole(rounds, "rounds", 1)
-    if not is_fraction(sparsity):
-        raise InvalidAmountError(sparsity)
+    check_fraction(sparsity)
     for done in range(1, rounds + 1):
         scores = score(model)
         partly = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
@@ -109,9 +108,8 @@ class Gradual:
         scope: Scope = "global",
         floor: int = 0,
     ) -> None:
-        for amount in (sparsity, initial):
-            if not is_fraction(amount):
-                raise InvalidAmountError(amount)
+        check_fraction(sparsity)
+        check_fraction(initial, "initial")
         whole(begin, "begin", 0)
         whole(every, "every", 1)
         whole(end, "end", begin + 1)

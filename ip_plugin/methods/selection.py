@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..amounts import is_count, is_fraction
+from ..amounts import check_count, check_fraction, is_count
 from ..errors import (
     AlreadySparserError,
     InvalidAmountError,
@@ -209,7 +209,7 @@ def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
     if not listed:
         raise NothingToPruneError
     sizes = [math.prod(shape) for shape in listed]
-    total = Fraction(_fraction(density)) * sum(sizes)
+    total = Fraction(check_fraction(density, "density")) * sum(sizes)
     shares = _shares([sum(shape) for shape in listed], [0] * len(sizes), sizes, total)
     return [float(share / size) if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
 
@@ -253,21 +253,15 @@ def _flat(score: Tensor) -> Tensor:
     return score.detach().flatten().to(wide)
 
 
-def _fraction(value: object) -> float:
-    if not is_fraction(value):
-        raise InvalidAmountError(value)
-    return float(value)
-
-
 def pruned(sparsity: object, count: object, size: int) -> int:
     """How many entries of `size` are to be pruned; raises as `select`."""
     if (sparsity is None) == (count is None):
-        raise InvalidAmountError((sparsity, count) if count is not None else None, size)
-    if sparsity is None:
-        if not is_count(count) or count > size:
-            raise InvalidAmountError(count, size)
-        return int(count)
-    return round(_fraction(sparsity) * size)
+        raise InvalidAmountError(
+            "Either `sparsity` or `count` must say how much to prune.",
+            f"sparsity={sparsity!r}, count={count!r}",
+            f"pass sparsity=, a fraction in [0, 1], or count=, an int between 0 and {size}; not both",
+        )
+    return check_count(count, size) if sparsity is None else round(check_fraction(sparsity) * size)
 
 
 def least(floor: object, left: Sequence[int], keep: int) -> list[int]:

@@ -1074,7 +1074,7 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
         pruner(tp.pruner.BasePruner, nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), x, **options)
     beside, _, _ = twins()
     parametrizations.spectral_norm(beside.branch, "bias")
-    with pytest.raises(AlreadyParametrizedError, match="at 'bias'"):
+    with pytest.raises(AlreadyParametrizedError, match="'branch': bias parametrized by _SpectralNorm"):
         pruner(tp.pruner.BasePruner, beside, x, **options)
     parametrizations.orthogonal(model.left, "weight")
     with pytest.raises(AlreadyParametrizedError, match="'left'"):

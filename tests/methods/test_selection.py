@@ -292,7 +292,7 @@ Call = Callable[[], Any]
 BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "no scores": (lambda: methods.select({}, sparsity=0.5), errors.NothingToPruneError, "empty"),
     "no amount": (lambda: methods.select(THREE), errors.InvalidAmountError, "None"),
-    "two amounts": (lambda: methods.select(THREE, sparsity=0.5, count=4), errors.InvalidAmountError, r"\(0.5, 4\)"),
+    "two amounts": (lambda: methods.select(THREE, sparsity=0.5, count=4), errors.InvalidAmountError, "=0.5, count=4"),
     "above 1": (lambda: methods.select(THREE, sparsity=1.5), errors.InvalidAmountError, "1.5"),
     "below 0": (lambda: methods.select(THREE, sparsity=-0.1), errors.InvalidAmountError, "-0.1"),
     "NaN sparsity": (lambda: methods.select(THREE, sparsity=math.nan), errors.InvalidAmountError, "nan"),

@@ -1,5 +1,5 @@
 """Studies: criteria side by side, ordinary (spatial) pruning against interspace pruning.
 
-Four parts, each knows only those before it: `config` (what is to be run) -> `runs` (running one) -> `results` (keeping
-them) -> `report` (showing them); `study` puts them together.
+What is to be run (`config`, with `tasks` and `criteria`), running one cell (`runs`), many of them (`processes`,
+`nni_engine`), keeping them (`results`) and showing them (`report`); `study` puts these together.
 """

@@ -229,13 +229,17 @@ def _expose(module: nn.Module, name: str) -> None:
         return
     cls = type(module)  # torch's own class for this module and its copies
 
-    def mask(self: nn.Module) -> Tensor:
+    def our_mask(self: nn.Module, attribute: str) -> Tensor:
         parametrization = ours(self, name)
         if parametrization is None or parametrization.mask is None:
-            raise AttributeError(f"{name}_mask")
-        return parametrization.mask.to(getattr(*target(self, name)).dtype)
+            raise AttributeError(attribute)
+        return parametrization.mask
+
+    def mask(self: nn.Module) -> Tensor:
+        return our_mask(self, f"{name}_mask").to(getattr(*target(self, name)).dtype)
 
     def original(self: nn.Module) -> nn.Parameter:
+        our_mask(self, f"{name}_orig")
         return host_masks.parameter(*target(self, name))
 
     for attribute, getter in ((f"{name}_mask", mask), (f"{name}_orig", original)):

@@ -129,6 +129,11 @@ def check_regular(basis: Tensor, layer: str) -> None:
         raise InvalidBasisError(rule, f"filters in that of {layer!r} that depend on each other, or are zero", remedy)
 
 
+def is_standard(basis: Tensor) -> bool:
+    """Whether coefficients in `basis` are weights: each filter is one kernel position."""
+    return torch.equal(basis.detach(), torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
+
+
 def norms(basis: Tensor) -> Tensor:
     """Norm of every filter, shape ``(N,)``: what `coefficient[n]` is multiplied by in unit gauge."""
     found: Tensor = torch.linalg.vector_norm(basis, dim=1)

@@ -108,8 +108,7 @@ def interspace(
     plans = []
     for members in groups:
         values = _basis(members, basis, sparsity, generator).to(members[0].weight.dtype)
-        standard = torch.equal(values, torch.eye(len(values), dtype=values.dtype, device="cpu"))
-        plans.append((members, values, None if standard else bases.inverse(values)))
+        plans.append((members, values, None if bases.is_standard(values) else bases.inverse(values)))
     # Everything that can be wrong has been refused; from here on the model changes.
     for members, values, inverse in plans:
         weights = [layer.weight for layer in members]

@@ -192,6 +192,8 @@ def leave(module: nn.Module, tensor_name: str, value: Tensor) -> None:
         _own_class(module, without=tensor_name)
     module.register_parameter(tensor_name, parameter)
     restore_order(module, parametrization.order)
+    if isinstance(module, nn.RNNBase):  # torch keeps their weights in a list, too: there the computed ones still are
+        module._init_flat_weights()
 
 
 def _own_class(module: nn.Module, without: str = "") -> None:
@@ -218,18 +220,31 @@ def restore_order(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients."""
+    """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients.
+
+    The plain model may have been pruned by `torch.nn.utils.prune`: its mask is ours where coefficients are weights.
+    """
     error_messages: list[str] = rest[-1]  # the last argument of torch's hook
     for tensor_name, tensors in parametrizations(module).items():
         parametrization = tensors[0]
         if not isinstance(parametrization, Mask):
             continue
-        key = f"{prefix}parametrizations.{tensor_name}"
+        key, plain = f"{prefix}parametrizations.{tensor_name}", prefix + tensor_name
         shape = tensors.original.shape
+        kept = state_dict.pop(f"{plain}_mask", None) if f"{plain}_orig" in state_dict else None
+        if kept is not None:
+            state_dict[plain] = state_dict.pop(f"{plain}_orig")
+            state_dict[f"{key}.0.mask"] = kept != 0
+            if isinstance(parametrization, Interspace) and not bases.is_standard(parametrization.basis):
+                error_messages.append(
+                    f"{plain} was pruned by torch.nn.utils.prune, and a mask of weights is none of coefficients in a "
+                    "basis that is not the standard one: load it into the plain model, make its zeros permanent with "
+                    "ip_plugin.bake(model), and call ip_plugin.interspace(model) then"
+                )
         saved = state_dict.get(f"{key}.0.mask")
         if parametrization.mask is None and saved is not None and saved.shape == shape:
             parametrization.mask = torch.ones_like(tensors.original, dtype=torch.bool)
-        dense = state_dict.pop(prefix + tensor_name, None)
+        dense = state_dict.pop(plain, None)
         if dense is None:
             continue
         # A plain model knows nothing of bases and masks: those that are there stay.
@@ -239,6 +254,6 @@ def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str,
             try:
                 dense = parametrization.right_inverse(dense.to(tensors.original.device))
             except ValueError as error:
-                error_messages.append(f"{prefix}{tensor_name} cannot be written in its basis: {error}")
+                error_messages.append(f"{plain} cannot be written in its basis: {error}")
         pruned_by_host = "original" not in tensors._parameters
         state_dict[f"{key}.original_orig" if pruned_by_host else f"{key}.original"] = dense

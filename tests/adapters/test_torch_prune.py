@@ -256,7 +256,8 @@ def test_what_the_host_leaves_as_attributes_can_be_read(space: str) -> None:
     assert [int((m[0].weight_mask == 0).sum()) for m in (model, copied)] == [10, 20]
     assert copied[0].weight_orig is not weight
     prune.remove(model[0], "weight")
-    assert not hasattr(model[0], "weight_mask")
+    for gone in ("weight_mask", "weight_orig"):
+        assert hasattr(copied[0], gone) and not hasattr(model[0], gone)
     assert not hasattr(interspace(network())[0], "weight_mask")
 
 
@@ -326,8 +327,51 @@ def test_recurrent_layers_are_pruned_as_by_the_host(kind: type[nn.RNNBase]) -> N
         host.l1_unstructured(expected, name, amount=0.5)
         prune.l1_unstructured(found, name, amount=0.5)
         assert torch.equal(found(x)[0], expected(x)[0])
-    assert torch.equal(bake(found)(x)[0], expected(x)[0])
+    removed = prune.remove(found, "weight_ih_l0")
+    assert all(isinstance(weight, nn.Parameter) for weight in removed._flat_weights[::2])  # weight_hh_l0 is masked
+    prune.remove(found, "weight_hh_l0")
+    assert torch.equal(copy.deepcopy(found)(x)[0], expected(x)[0])
     assert list(dict(found.named_parameters())) == names
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_baked(kind: type[nn.RNNBase]) -> None:
+    layer, x = kind(3, 4), torch.randn(5, 2, 3)
+    names = list(dict(layer.named_parameters()))
+    prune.l1_unstructured(layer, "weight_hh_l0", amount=0.5)
+    expected = layer(x)[0]
+    assert torch.equal(copy.deepcopy(bake(layer))(x)[0], expected)
+    assert list(dict(layer.named_parameters())) == names
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_a_checkpoint_of_a_model_that_the_host_pruned_loads(space: str, masked: bool) -> None:
+    saved = network()
+    for module, name, amount in ((saved[0], "weight", 20), (saved[4], "weight", 100), (saved[4], "bias", 2)):
+        host.l1_unstructured(module, name, amount)
+    model = network() if space == "spatial" else interspace(network())
+    prune.identity(model[4], "weight")
+    prune.identity(model[4], "bias")
+    if space == "spatial":
+        prune.identity(model[0], "weight")
+    if masked:
+        prune.random_unstructured(model[0], "weight", amount=150)
+    model.load_state_dict(saved.state_dict(), strict=True)
+    assert torch.equal(model(X), saved(X))
+    assert {name: mask.tolist() for name, mask in masks(model).items()} == {
+        name: mask.tolist() for name, mask in masks(saved).items()
+    }
+    assert torch.equal(getattr(*prunable(model)[0]), saved[0].weight_orig)
+    assert int((model[4].bias == 0).sum()) == 2
+
+
+def test_a_checkpoint_of_a_model_that_the_host_pruned_does_not_fit_another_basis() -> None:
+    saved = network()
+    host.l1_unstructured(saved[0], "weight", 20)
+    model = interspace(network(), basis="dct")
+    with pytest.raises(RuntimeError, match=r"0\.weight was pruned by torch\.nn\.utils\.prune.*ip_plugin\.bake"):
+        model.load_state_dict(saved.state_dict())
 
 
 def test_a_weight_that_someone_else_parametrizes_stays_with_the_host() -> None:

@@ -9,29 +9,30 @@ is bit for bit what it was, and what it wrote is scaled back.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from ip_plugin import adopt_masks, host_masks
 from ip_plugin import basis as bases
+from ip_plugin import host_masks
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
 from ip_plugin.layer import Target, add_mask
-from ip_plugin.reparametrization import Held, Interspace, Mask, held, parametrizations, restore_order
+from ip_plugin.reparametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
 
 Rows: TypeAlias = "slice | types.EllipsisType"
 _COMPARED_AT_ONCE = 1 << 18
 
 
 class PlainView:
-    """Lends a model: ``with view: ...``; it may be entered again while it is entered.
+    """Lends a model: ``with view.lend(): ...``; it may be lent again while it is lent.
 
     Args:
-        model: lent and given back whole.
+        model: lent and given back.
         in_unit_gauge: asked when the model is lent; False shows coefficients in the gauge that they are in.
     """
 
@@ -41,26 +42,52 @@ class PlainView:
         self.depth = 0
         self.loans: dict[tuple[nn.Module, str], Loan] = {}
         self.shown = False
+        self._names: dict[nn.Module, str] = {}
 
-    def __enter__(self) -> PlainView:
-        """Lend the model.
+    @contextmanager
+    def lend(
+        self, modules: Collection[nn.Module] | None = None, again: Collection[Loan] | None = None
+    ) -> Iterator[PlainView]:
+        """Lend the model while the block runs.
+
+        Args:
+            modules: those that are lent, without their children; None lends all.
+            again: `loans` of an earlier time, which need not be looked for if the model has them still.
 
         Raises:
             AlreadyParametrizedError: someone else's parametrization sits beside or on top of ours.
         """
         if self.depth == 0:
-            take_over_masks(self.model)
-            found = held(self.model)
-            for each in found:
-                _refuse_foreign(each)
-            unit = self.in_unit_gauge()
-            for each in found:
-                loan = Loan(each, unit)
-                self.loans[loan.module, loan.tensor_name] = loan
-            for module, loans in self._by_module().items():
-                _make_plain(module, loans)
+            self._lend(modules, again)
         self.depth += 1
-        return self
+        strays: list[Loan] = []
+        try:
+            yield self
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                strays = [loan for loan in self.loans.values() if loan.parameter is not loan.lent]
+                for loan in self.loans.values():
+                    loan.conceal()
+                for module, loans in self._by_module().items():
+                    _give_back(module, loans)
+                self.loans, self.shown = {}, False
+        if strays:
+            raise UnfollowedCutError(strays[0].layer)
+
+    def _lend(self, modules: Collection[nn.Module] | None, again: Collection[Loan] | None) -> None:
+        if again is None or not all(loan.is_held() for loan in again):
+            if modules is None:
+                self._names = {module: name for name, module in self.model.named_modules()}
+                modules = self._names
+            take_over_masks(modules)
+            again = [Loan(each) for each in held_in((self._names.get(module, "?"), module) for module in modules)]
+        unit = self.in_unit_gauge()
+        for loan in again:
+            loan.begin(unit)
+        self.loans = {(loan.module, loan.tensor_name): loan for loan in again}
+        for module, of_module in self._by_module().items():
+            _make_plain(module, of_module)
 
     def show(self) -> None:
         """Show masked magnitudes in unit gauge from now on; until then every value is the exact one."""
@@ -68,19 +95,6 @@ class PlainView:
             self.shown = True
             for loan in self.loans.values():
                 loan.show()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.depth -= 1
-        if self.depth:
-            return
-        strays = [loan for loan in self.loans.values() if loan.parameter is not loan.lent]
-        for loan in self.loans.values():
-            loan.conceal()
-        for module, loans in self._by_module().items():
-            _give_back(module, loans)
-        self.loans, self.shown = {}, False
-        if strays and kind is None:
-            raise UnfollowedCutError(strays[0].layer)
 
     def _by_module(self) -> dict[nn.Module, list[Loan]]:
         found: dict[nn.Module, list[Loan]] = {}
@@ -109,16 +123,33 @@ class Loan:
         lent: the Parameter; whoever lets a host replace it must say so here.
     """
 
-    def __init__(self, each: Held, unit: bool) -> None:
+    def __init__(self, each: Held) -> None:
+        _refuse_foreign(each)
         self.layer, self.module, self.tensor_name = each.layer, each.module, each.tensor_name
         self.chain, self.parametrization = each.chain, each.parametrization
         self.cls, self.children = type(each.module), each.module._modules["parametrizations"]
-        held_there: Any = each.chain.original
-        self.lent: nn.Parameter = held_there
-        self.unit = unit
+        self.names = tuple(self.children)
+        self.lent: nn.Parameter
+        self.unit = True
         self._exact: Tensor | None = None
         self._exact_grad: Tensor | None = None
         self._scale: Tensor | None = None
+
+    def is_held(self) -> bool:
+        """Whether the tensor is under the parametrization that it was under, and nothing else."""
+        module = self.module
+        return (
+            type(module) is self.cls
+            and module._modules.get("parametrizations") is self.children
+            and self.chain._parameters.get("original") is not None
+            and len(self.chain) == 1
+            and tuple(self.children) == self.names
+        )
+
+    def begin(self, unit: bool) -> None:
+        """Take the Parameter that there is; `unit`: whether it is to be shown in unit gauge."""
+        held_there: Any = self.chain.original
+        self.lent, self.unit = held_there, unit
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -205,15 +236,16 @@ def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
     return norms.reshape(1, 1, *coefficients.shape[2:])
 
 
-def take_over_masks(model: nn.Module) -> None:
-    """Make every mask of `torch.nn.utils.prune` ours: those on targets, and those on biases and norms."""
-    adopt_masks(model)
-    for module in model.modules():
-        if not isinstance(module, nn.RNNBase):  # torch keeps their weights in a list, too
-            for name in host_masks.pruned_names(module):
-                kept = host_masks.take_off(module, name)
-                assert kept is not None
-                add_mask(Target(module, name), kept)
+def take_over_masks(modules: Iterable[nn.Module]) -> None:
+    """Make every mask that `torch.nn.utils.prune` has put on tensors of some modules ours."""
+    for module in modules:
+        foreign = isinstance(module, parametrize.ParametrizationList) and ours_in(module) is None
+        if foreign or isinstance(module, nn.RNNBase):  # torch keeps the weights of these in a list, too
+            continue
+        for name in host_masks.pruned_names(module):
+            kept = host_masks.take_off(module, name)
+            assert kept is not None
+            add_mask(Target(module, name), kept)
 
 
 def _refuse_foreign(each: Held) -> None:

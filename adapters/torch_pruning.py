@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import GeneratorType
 from typing import Any, TypeVar
@@ -46,7 +46,8 @@ from ip_plugin.example_input import run
 from ip_plugin.layer import is_prunable
 
 from .cut import follow
-from .plain_view import PlainView
+from .kernel_writes import KernelWrites
+from .plain_view import Loan, PlainView
 from .torch_pruning_variety import VariedImportance
 from .transaction import transaction
 
@@ -113,7 +114,7 @@ def pruner(
     subclass = _subclass(asked)
     found: Pruner = subclass.__new__(subclass)
     view = PlainView(model, lambda: not _keeps_its_own_gradients(vars(found).get("importance")))
-    vars(found).update(_ip_view=view, _ip_optimizer=optimizer)
+    vars(found).update(_ip_view=view, _ip_optimizer=optimizer, _ip_writes=[])
     try:
         with lent(found, _reads_magnitudes(cls)):
             modes = [(module, module.training) for module in model.modules()]
@@ -161,7 +162,7 @@ def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
     ...     type(model[0]).__name__
     'Conv2d'
     """
-    with transaction(model.modules()), PlainView(model) as view:
+    with transaction(model.modules()), PlainView(model).lend() as view:
         view.show()
         yield model
 
@@ -170,12 +171,22 @@ def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def lent(found: Any, magnitudes: bool = True) -> Iterator[None]:
+def lent(
+    found: Any,
+    magnitudes: bool = True,
+    *,
+    modules: Collection[nn.Module] | None = None,
+    nodes: Iterable[object] = (),
+    again: Collection[Loan] | None = None,
+) -> Iterator[None]:
     """A call of the host: the model is lent, and a call that fails has not happened.
 
     Args:
         found: the pruner.
         magnitudes: whether the call may read them; a call within another one may, if one of the two may.
+        modules: the only ones that the call reads or changes; None if it may be any.
+        nodes: of the dependency graph, that belong to `modules`.
+        again: what was lent to an earlier call; then this one continues it, and changes no module.
     """
     view: PlainView = found._ip_view
     if view.depth:
@@ -183,11 +194,16 @@ def lent(found: Any, magnitudes: bool = True) -> Iterator[None]:
             view.show()
         yield
         return
+    for writes in found._ip_writes:
+        writes.take_over()
     graph = vars(found).get("DG")
-    objects: list[object] = [found, vars(found).get("importance"), *view.model.modules()]
-    if graph is not None:
-        objects += [graph, *graph.module2node, *graph.module2node.values()]
-    with transaction(objects, found._ip_optimizer), view:
+    objects: list[object] = [found, vars(found).get("importance"), graph]
+    if modules is not None:
+        objects += [*modules, *nodes]
+    elif again is None:
+        objects += view.model.modules()
+        objects += () if graph is None else (*graph.module2node, *graph.module2node.values())
+    with transaction(objects, found._ip_optimizer), view.lend(modules, again):
         if magnitudes:
             view.show()
         yield
@@ -198,10 +214,11 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = owner(self)
-        nested = found._ip_view.depth > 0
-        if nested and (found._ip_view.shown or not magnitudes):  # most calls, which are many
+        view = self._ip_view
+        nested = view.depth > 0
+        if nested and (view.shown or not magnitudes):  # most calls, which are many
             return method(self, *args, **kwargs)
+        found = owner(self)
         with lent(found, magnitudes):
             result = method(self, *args, **kwargs)
         return _advanced(found, magnitudes, result) if isinstance(result, GeneratorType) and not nested else result
@@ -210,13 +227,23 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
 
 
 def _advanced(found: Any, magnitudes: bool, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """The host's generator, with the model lent while it runs, and writes into kernels taken over between."""
+    again: list[Loan] | None = None
     while True:
-        with lent(found, magnitudes):
+        with lent(found, magnitudes and again is None, again=again):
             try:
                 item = next(steps)
             except StopIteration as end:
                 return end.value
-        yield item
+            if _is_the_hosts(type(found)):  # all that it changes is its own, and it asks for magnitudes by its methods
+                again = list(found._ip_view.loans.values())
+        writes = KernelWrites(dep.target.module for dep, _ in item) if isinstance(item, tp.Group) else KernelWrites([])
+        found._ip_writes.append(writes)
+        try:
+            yield item
+        finally:
+            found._ip_writes.remove(writes)
+            writes.close()
 
 
 def _public_methods(cls: type) -> dict[str, Callable[..., Any]]:
@@ -232,7 +259,7 @@ def _subclass(cls: Any) -> Any:
         return vars(self)["DG"]
 
     def join(self: Any, found: Any) -> None:
-        found._ip_pruner = self
+        found._ip_pruner, found._ip_view = self, self._ip_view
         found.__class__ = _graph_class(found.__class__)
         vars(self)["DG"] = found
 
@@ -264,18 +291,16 @@ def _group_class(cls: Any) -> Any:
     host_prune = cls.prune
 
     def prune(self: Any, idxs: Any = None, *args: Any, **kwargs: Any) -> None:
-        found = self._DG._ip_pruner
-        with lent(found, False):
-            if idxs is not None:  # the host makes another group of it, and prunes that
+        found, graph = self._DG._ip_pruner, self._DG
+        if idxs is not None:  # the host makes another group of it, and prunes that
+            with lent(found, False):
                 host_prune(self, idxs, *args, **kwargs)
-                return
-            involved = [dep.target.module for dep, _ in self.items]
-            follow(
-                lambda: host_prune(self, None, *args, **kwargs),
-                _owners(found._ip_view.model, involved),
-                found._ip_view,
-                found._ip_optimizer,
-            )
+            return
+        owners = _owners(found._ip_view.model, [dep.target.module for dep, _ in self.items])
+        # What a user's own pruning function changes is not known.
+        modules = None if graph.CUSTOMIZED_PRUNERS else owners
+        with lent(found, False, modules=modules, nodes=[dep.target for dep, _ in self.items]):
+            follow(lambda: host_prune(self, None, *args, **kwargs), owners, found._ip_view, found._ip_optimizer)
 
     return type(cls.__name__, (cls,), {"prune": functools.wraps(host_prune)(prune), "__module__": cls.__module__})
 
@@ -291,9 +316,12 @@ def _owners(model: nn.Module, involved: Iterable[Any]) -> list[nn.Module]:
 
 def _reads_magnitudes(cls: type) -> bool:
     """Whether the constructor may read magnitudes: a user's own may, the host's do not."""
-    return any(
-        "__init__" in vars(each) and not each.__module__.startswith("torch_pruning.") for each in cls.__mro__[:-1]
-    )
+    return any("__init__" in vars(each) and not _is_the_hosts(each) for each in cls.__mro__[:-1])
+
+
+def _is_the_hosts(cls: type) -> bool:
+    """Whether a class is the host's, without anything of a user's."""
+    return all(each.__module__.startswith("torch_pruning.") for each in cls.__mro__[:-1])
 
 
 def _keeps_its_own_gradients(importance: object) -> bool:

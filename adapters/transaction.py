@@ -46,8 +46,9 @@ class _Saved:
     def __init__(self, target: object) -> None:
         self.target, self.cls = target, type(target)
         self.attributes = dict(vars(target))
-        self.dicts = [(each, dict(each)) for each in self.attributes.values() if isinstance(each, dict)]
-        self.lists = [(each, list(each)) for each in self.attributes.values() if isinstance(each, list)]
+        containers = [each for each in self.attributes.values() if isinstance(each, (dict, list))]
+        self.empty = [each for each in containers if not each]  # most of them
+        self.contents = [(each, each.copy()) for each in containers if each]
 
     def restore(self) -> None:
         target: Any = self.target
@@ -55,8 +56,8 @@ class _Saved:
             target.__class__ = self.cls
         vars(target).clear()
         vars(target).update(self.attributes)
-        for mapping, content in self.dicts:
-            mapping.clear()
-            mapping.update(content)
-        for sequence, items in self.lists:
-            sequence[:] = items
+        for container in self.empty:
+            container.clear()
+        for container, content in self.contents:
+            container.clear()
+            container.update(content) if isinstance(container, dict) else container.extend(content)

@@ -6,7 +6,7 @@ spatial. Both keep the tensor's own Parameter object, so that an optimizer built
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,9 +141,14 @@ class Held(NamedTuple):
 
 def held(model: nn.Module) -> list[Held]:
     """Everything in a model that is under a parametrization of this package, in model order."""
+    return held_in(model.named_modules())
+
+
+def held_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Held]:
+    """The same of some named modules, without their children."""
     return [
         Held(name, module, tensor_name, tensors[0])
-        for name, module in model.named_modules()
+        for name, module in modules
         if parametrize.is_parametrized(module)
         for tensor_name, tensors in parametrizations(module).items()
         if isinstance(tensors[0], Mask)

@@ -460,6 +460,93 @@ def test_interactive_steps_rank_by_coefficients() -> None:
     assert cutter.pruning_history() != histories[0]
 
 
+def prune_softly(cutter: Any) -> None:
+    """As the host's README has it: channels are zeroed, and may come back."""
+    for group in cutter.step(interactive=True):
+        for dep, idxs in group:
+            layer = dep.target.module
+            if dep.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels):
+                layer.weight.data[:, idxs] *= 0
+            elif dep.handler in (tp.prune_conv_out_channels, tp.prune_linear_out_channels):
+                layer.weight.data[idxs] *= 0
+                if layer.bias is not None:
+                    layer.bias.data[idxs] *= 0
+            elif dep.handler == tp.prune_batchnorm_out_channels:
+                layer.weight.data[idxs] *= 0
+                layer.bias.data[idxs] *= 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("basis", ["standard", "dct"])
+def test_soft_pruning_reaches_coefficients(basis: str, masked: bool) -> None:
+    model, plain, x = twins(basis, Residual)
+    if masked:
+        set_masks(model, {layer.name: torch.rand(layer.coefficients.shape) < 0.9 for layer in layers(model)})
+        plain.load_state_dict(bake(copy.deepcopy(model)).state_dict())
+    before = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
+    for each in (model, plain):
+        cls = tp.pruner.BasePruner
+        options = {"importance": magnitude(), "ignored_layers": [each.head]}
+        prune_softly(pruner(cls, each, x, **options) if each is model else cls(each, x, **options))
+    same(model, plain, x)
+    for layer, twin in zip(layers(model), layers(plain), strict=True):
+        gone = (twin.coefficients == 0).flatten(2).all(2) if twin.coefficients.dim() == 4 else twin.coefficients == 0
+        assert bool(gone.any()) and not bool(gone.all())
+        kept = torch.ones_like(layer.coefficients) if layer.mask is None else layer.mask
+        assert not bool((layer.coefficients * kept)[gone].any())
+        assert torch.equal(layer.coefficients[~gone], before[layer.name][~gone])  # bit for bit
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_between_groups_the_model_is_whole() -> None:
+    model, plain, x = twins("dct", Residual)
+    cutter = pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head])
+    theirs = tp.pruner.BasePruner(plain, x, importance=magnitude(), ignored_layers=[plain.head])
+    for group, twin in zip(cutter.step(interactive=True), theirs.step(interactive=True), strict=True):
+        same(model, plain, x)
+        kernels = model.wide.weight.detach().clone()
+        kernels[2, 3, :, 0] = torch.tensor([1.0, -2.0, 3.0])
+        for each in (model, plain):  # any write counts, for what is computed next, and for the group
+            each.wide.weight.data.copy_(kernels)
+        torch.testing.assert_close(model.wide.weight, plain.wide.weight)
+        for each in (model, plain):
+            each.train()(x).sum().backward()
+        torch.testing.assert_close(model.wide.weight, plain.wide.weight)
+        group.prune()
+        twin.prune()
+    same(model, plain, x)
+
+
+def test_a_group_that_fails_is_undone_alone() -> None:
+    model, plain, x = twins("dct", Residual)
+    cutter = pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head])
+    first, second = cutter.step(interactive=True)
+    first.prune()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    history, attributes = list(cutter.pruning_history()), [vars(module).copy() for module in model.modules()]
+
+    def broken(idxs: object) -> None:
+        raise OSError("full")
+
+    broken.target = second[-1].dep.target  # type: ignore[attr-defined]
+    second.add_dep(broken, second[-1].idxs)
+    with pytest.raises(OSError, match="full"):
+        second.prune()
+    assert cutter.pruning_history() == history and len(history) == 1
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    for module, kept in zip(model.modules(), attributes, strict=True):
+        assert {name: value for name, value in vars(module).items() if isinstance(value, int)} == {
+            name: value for name, value in kept.items() if isinstance(value, int)
+        }
+    second.items.pop()
+    second.prune()
+    theirs = tp.pruner.BasePruner(plain, x, importance=magnitude(), ignored_layers=[plain.head])
+    theirs.step()
+    same(model, plain, x)
+
+
 def test_an_importance_asked_by_hand_reads_coefficients() -> None:
     model, plain, x = twins("dct")
     with torch.no_grad():

@@ -61,7 +61,7 @@ _MODULES = (*_RATIO_DICTS, "in_channel_groups", "out_channel_groups", "num_heads
 
 
 def pruner(
-    cls: type[Pruner],
+    cls: type[Pruner] | functools.partial[Pruner],
     model: nn.Module,
     example_inputs: Any,
     *,
@@ -71,7 +71,7 @@ def pruner(
     """Make a pruner of Torch-Pruning that works in either space.
 
     Args:
-        cls: a pruner class of Torch-Pruning, or a subclass of one's own.
+        cls: a pruner class of Torch-Pruning, a subclass of one's own, or a `functools.partial` of either.
         model: in the interspace, plain, or partly one and partly the other; in training or evaluation mode, which it
             keeps.
         example_inputs: as the host takes them: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
@@ -106,17 +106,19 @@ def pruner(
     >>> [tuple(layer.weight.shape) for layer in bake(model) if isinstance(layer, nn.Conv2d)]
     [(4, 3, 3, 3), (4, 4, 3, 3)]
     """
-    if not (isinstance(cls, type) and issubclass(cls, tp.pruner.BasePruner)):
+    asked: Any = cls
+    if isinstance(asked, functools.partial) and not asked.args:
+        asked, host_arguments = asked.func, {**asked.keywords, **host_arguments}
+    if not (isinstance(asked, type) and issubclass(asked, tp.pruner.BasePruner)):
         raise InvalidPrunerError(cls)
     _check_model(model, optimizer)
-    arguments = _arguments(cls, model, host_arguments)
-    asked: Any = cls
+    arguments = _arguments(asked, model, host_arguments)
     subclass = _subclass(asked)
     found: Pruner = subclass.__new__(subclass)
     view = PlainView(model, lambda: not _keeps_its_own_gradients(vars(found).get("importance")))
     vars(found).update(_ip_view=view, _ip_optimizer=optimizer, _ip_writes=[])
     try:
-        with lent(found, _reads_magnitudes(cls)):
+        with lent(found, _reads_magnitudes(asked)):
             modes = [(module, module.training) for module in model.modules()]
             try:
                 subclass.__init__(found, model, example_inputs, **arguments)
@@ -138,7 +140,8 @@ def pruner(
 def count_ops_and_params(model: nn.Module, example_inputs: Any, **host_arguments: Any) -> Any:
     """The host's ``tp.utils.count_ops_and_params``, which by itself overlooks layers in the interspace.
 
-    Counts what the baked model has: bases are not in it.
+    Counts what the baked model has: bases are not in it. With ``layer_wise=True`` every module of the model is a key of
+    the host's dicts; those that make a layer's weight have zeros, and the layer has what it costs.
 
     >>> from ip_plugin import interspace
     >>> model = interspace(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False)))
@@ -146,7 +149,11 @@ def count_ops_and_params(model: nn.Module, example_inputs: Any, **host_arguments
     (162.0, 18)
     """
     with plain_layers(model):
-        return tp.utils.count_ops_and_params(model, example_inputs, **host_arguments)
+        found = tp.utils.count_ops_and_params(model, example_inputs, **host_arguments)
+    for by_layer in found[2:]:
+        for module in model.modules():
+            by_layer.setdefault(module, 0)
+    return found
 
 
 @contextmanager

@@ -319,7 +319,7 @@ class InvalidPrunerError(InterspaceError):
 
     def __init__(self, found: object) -> None:
         super().__init__(
-            "A pruner class of torch_pruning (or a subclass of one) must be given, the class itself.",
+            "A pruner class of torch_pruning (or a subclass, or a partial of one with named arguments) must be given.",
             f"{found!r}",
             "pass for example tp.pruner.BasePruner, and its arguments by name",
         )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -440,6 +441,14 @@ def test_interactive_steps_and_groups_by_hand() -> None:
         cutter.manual_prune_width(each.narrow, tp.prune_conv_out_channels, [1])
         cutter.manual_prune_width(each.narrow, tp.prune_conv_out_channels, 0.7)
     assert ours.pruning_history() == theirs.pruning_history()
+    same(model, plain, x)
+
+
+def test_a_partial_of_a_pruner_is_that_pruner_with_these_arguments() -> None:
+    model, plain, x = twins()
+    entry = partial(tp.pruner.BasePruner, pruning_ratio=0.1, importance=magnitude())
+    pruner(entry, model, x, pruning_ratio=0.5, ignored_layers=[model.head]).step()
+    entry(plain, x, pruning_ratio=0.5, ignored_layers=[plain.head], out_channel_groups={}).step()
     same(model, plain, x)
 
 
@@ -979,6 +988,12 @@ def test_multiply_adds_and_parameters_are_counted_truly() -> None:
         # The host adds the additions of biases.
         bias = modules[row.layer].bias
         assert found[2][modules[row.layer]] == row.macs_dense + (0 if bias is None else bias.numel()), row.layer
+    for counts, of_baked in zip(found[2:], theirs[2:], strict=True):
+        assert set(counts) == set(model.modules())
+        named = {name: counts[module] for name, module in model.named_modules()}
+        expected = {name: of_baked[module] for name, module in baked.named_modules()}
+        assert {name: named.pop(name) for name in expected} == expected
+        assert named and not any(named.values())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -1120,6 +1135,8 @@ def test_what_a_host_writes_is_scaled_back() -> None:
         ({"num_heads": {nn.Linear(8, 4): 2}}, ForeignModuleError, "`num_heads`"),
         ({"cls": nn.Linear}, InvalidPrunerError, "nn.modules.linear.Linear"),
         ({"cls": tp.importance.GroupMagnitudeImportance}, InvalidPrunerError, "GroupMagnitude"),
+        ({"cls": partial(nn.Linear, bias=False)}, InvalidPrunerError, "nn.modules.linear.Linear"),
+        ({"cls": partial(tp.pruner.BasePruner, nn.Linear(2, 2))}, InvalidPrunerError, "functools.partial"),
         ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ],
 )
@@ -1130,7 +1147,7 @@ def test_bad_input_is_refused_and_changes_nothing(
     if space == "spatial":
         model = plain
     arguments = {
-        name: value(model) if callable(value) and not isinstance(value, type) else value
+        name: value(model) if callable(value) and not isinstance(value, (type, partial)) else value
         for name, value in options.items()
     }
     before = state_of(model)

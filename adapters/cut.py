@@ -8,7 +8,7 @@ of how the host cuts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,13 @@ class Slot(NamedTuple):
 
 
 @torch.no_grad()
-def follow(cut: Callable[[], None], modules: Iterable[nn.Module], view: PlainView, optimizer: Optimizer | None) -> None:
+def follow(
+    cut: Callable[[], None],
+    modules: Iterable[nn.Module],
+    view: PlainView,
+    optimizer: Optimizer | None,
+    arranged: Mapping[tuple[nn.Module, str], Tensor] | None = None,
+) -> None:
     """Let a host cut Parameters, and cut what belongs to them in the same way.
 
     New Parameters keep ``requires_grad``; in `optimizer` they take the place and the state of the old ones. Where a
@@ -40,6 +46,8 @@ def follow(cut: Callable[[], None], modules: Iterable[nn.Module], view: PlainVie
         modules: those whose Parameters it may replace.
         view: entered; the modules are plain.
         optimizer: one that trains the model.
+        arranged: {(module, name of a Parameter): index of each of its entries, in its shape}: the order in which the
+            host is shown them, which then is their order. Others are in the order that they have.
 
     Raises:
         UnfollowedCutError: the host did more to a Parameter than to select from it. The caller undoes everything.
@@ -53,11 +61,14 @@ def follow(cut: Callable[[], None], modules: Iterable[nn.Module], view: PlainVie
     with view.exact(slots) as loans:
         masks = {id(loan.lent): loan for loan in loans if loan.parametrization.mask is not None}
         marked: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
-        for parameter in dict.fromkeys(slots.values()):
-            if id(parameter) in masks or (optimizer is not None and optimizer.state.get(parameter)):
+        for slot, parameter in slots.items():
+            order = (arranged or {}).get(slot)
+            has_state = optimizer is not None and bool(optimizer.state.get(parameter))
+            if parameter not in marked and (order is not None or id(parameter) in masks or has_state):
                 marked[parameter] = parameter.data, parameter.grad
                 parameter.grad = None
-                parameter.data = _positions(parameter)
+                positions = _positions(parameter)
+                parameter.data = positions if order is None else positions.flatten()[order.to(positions.device)]
         try:
             cut()
         finally:

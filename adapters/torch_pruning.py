@@ -306,8 +306,10 @@ def _group_class(cls: Any) -> Any:
         owners = _owners(found._ip_view.model, [dep.target.module for dep, _ in self.items])
         # What a user's own pruning function changes is not known.
         modules = None if graph.CUSTOMIZED_PRUNERS else owners
+        arranged = vars(self).get("arranged")
         with lent(found, False, modules=modules, nodes=[dep.target for dep, _ in self.items]):
-            follow(lambda: host_prune(self, None, *args, **kwargs), owners, found._ip_view, found._ip_optimizer)
+            cut = functools.partial(host_prune, self, None, *args, **kwargs)
+            follow(cut, owners, found._ip_view, found._ip_optimizer, arranged)
 
     return type(cls.__name__, (cls,), {"prune": functools.wraps(host_prune)(prune), "__module__": cls.__module__})
 

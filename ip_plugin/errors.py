@@ -359,14 +359,7 @@ class ExampleInputError(InterspaceError):
 
 
 class ChangedOutputError(InterspaceError):
-    """Cutting masked channels would change what a model computes."""
-
-    def __init__(self, moved: float) -> None:
-        super().__init__(
-            "A channel that masks have left empty must contribute nothing to the model's outputs.",
-            f"the outputs for the example inputs would change by {moved:.2g} of their size",
-            "an activation that does not take 0 to 0 may be the reason; prune with the channels cut, by Torch-Pruning",
-        )
+    """Cutting masked channels would change what a model computes, or that cannot be told."""
 
 
 class InvalidStudyError(InterspaceError):

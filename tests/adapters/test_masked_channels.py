@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ip_plugin import bake, interspace, masks, report, set_masks
+from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune as prune
 from ip_plugin.errors import ChangedOutputError, ExampleInputError
 
@@ -64,10 +64,12 @@ def test_what_nothing_makes_is_cut(space: str, training: bool) -> None:
     expected = model.eval()(x)
     model.train(training)
     before = report(copy.deepcopy(model), x).prunable.macs_dense
-    cut_masked_channels(model, x)
+    with pytest.warns(UserWarning, match=r"^2 masked channels of 'depthwise' stay: .*\('grouped'\)$") as caught:
+        cut_masked_channels(model, x)
+    assert caught[0].filename == __file__
     assert model.training is training
-    # The grouped convolution reads 0 to 5 and 6 to 11 of the concatenation, and must lose the same place in both: 5 and
-    # 11 (the last of the branch) are empty, 0 to 2 and 6 to 8 are not both.
+    # The grouped convolution reads 0 to 5 and 6 to 11 of the concatenation, and must lose equally many of both: 1, 3, 5
+    # and 11 (the last of the branch) are empty.
     assert (model.stem.out_channels, model.left.out_channels, model.branch.out_channels) == (7, 7, 3)
     assert (model.left.in_channels, model.depthwise.groups, model.grouped.in_channels) == (7, 10, 10)
     torch.testing.assert_close(model.eval()(x), expected)
@@ -152,6 +154,19 @@ def test_an_output_that_would_change_is_refused_and_nothing_changes() -> None:
         cut_masked_channels(model, torch.randn(1, 5, 8, 8))
 
 
+def test_a_model_that_outputs_nan_is_refused_for_that() -> None:
+    model = interspace(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3)))
+    set_masks(model, {"0": masked((6, 3, 3, 3), 0, [0, 1])})
+    x = torch.randn(1, 3, 8, 8)
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ChangedOutputError, match="Found: 4 NaN values in the outputs before anything was cut"):
+        cut_masked_channels(model, x)
+    assert model[0].out_channels == 6
+    model[2].bias.data[1] = torch.inf  # as logits that are masked
+    cut_masked_channels(model, torch.randn(1, 3, 8, 8))
+    assert model[0].out_channels == 4
+
+
 def test_the_optimizer_goes_on() -> None:
     model = interspace(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 3)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -224,6 +239,96 @@ def test_channels_that_do_not_fall_into_the_groups_stay() -> None:
     model, x = Joined(), torch.randn(1, 3, 4, 4)
     set_masks(model, {"six": masked((6, 3, 1, 1), 0, [0, 1, 2]), "two": masked((2, 3, 1, 1), 0, [1])})
     expected = model(x)
-    cut_masked_channels(model, x)
+    with pytest.warns(UserWarning, match="masked channels of '(six|two)' stay: .*'grouped'"):
+        cut_masked_channels(model, x)
     assert (model.six.out_channels, model.two.out_channels) == (6, 2)
     torch.testing.assert_close(model(x), expected)
+
+
+def grouped(cls: type[nn.Module] = nn.Conv2d, out: int = 16) -> nn.Sequential:
+    """A grouped convolution of four groups, four inputs each, between two others."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        cls(16, out, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, 4, 3),
+    ).double()  # fmt: skip
+
+
+#: Channels of each group of four that stay.
+EQUALLY_MANY = [[0], [1], [3], [2]]
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+@pytest.mark.parametrize("with_optimizer", [False, True])
+@pytest.mark.parametrize("where", ["inputs", "outputs", "both"])
+def test_groups_that_lose_different_channels_but_equally_many(where: str, with_optimizer: bool, space: str) -> None:
+    model = grouped()
+    if space == "interspace":
+        interspace(model, basis="dct", sharing="model")
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(x).square().sum().backward()
+    optimizer.step()
+    gone = [4 * group + i for group, kept in enumerate(EQUALLY_MANY) for i in range(4) if i not in kept]
+    kept = [4 * group + i for group, (i,) in enumerate(EQUALLY_MANY)]
+    keep = {"3": torch.rand(16, 4, 3, 3) < 0.7}
+    if where != "outputs":
+        keep["0"] = masked((16, 3, 3, 3), 0, gone)
+        nn.init.constant_(model[1].running_mean, 0)
+        model[1].bias.data[gone] = 0
+        model[1].weight.data[gone] = 0
+    if where != "inputs":
+        keep["3"] &= masked((16, 4, 3, 3), 0, gone)
+        model[4].bias.data[gone] = model[4].weight.data[gone] = 0
+    set_masks(model, keep)
+    expected, masks_before = model.eval()(x), masks(model)
+    mine = optimizer.state[
+        prunable(model)[1].module.original if space == "interspace" else getattr(*prunable(model)[1])
+    ]
+    momentum = mine["momentum_buffer"].clone()
+    cut_masked_channels(model, x, optimizer=optimizer if with_optimizer else None)
+    channels = (model[0].out_channels, model[3].in_channels, model[3].out_channels, model[6].in_channels)
+    assert channels == {"inputs": (4, 4, 16, 16), "outputs": (16, 16, 4, 4), "both": (4, 4, 4, 4)}[where]
+    torch.testing.assert_close(model(x), expected)
+    rows = kept if where != "inputs" else list(range(16))
+    columns = [EQUALLY_MANY[row // 4] if where != "outputs" else [0, 1, 2, 3] for row in rows]
+    expected_mask = torch.stack([masks_before["3"][row, some] for row, some in zip(rows, columns, strict=True)])
+    assert torch.equal(masks(model)["3"], expected_mask)
+    if with_optimizer:
+        found = optimizer.state[getattr(*prunable(model)[1])]["momentum_buffer"]
+        assert torch.equal(found, torch.stack([momentum[row, some] for row, some in zip(rows, columns, strict=True)]))
+
+
+def test_groups_that_lose_unequally_many_keep_some_with_a_warning() -> None:
+    model = grouped()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    gone = [0, 1, 2, 5, 6, 8, 11, 14, 15, 12]  # three, two, two, three
+    nn.init.constant_(model[1].weight, 1)
+    set_masks(model, {"0": masked((16, 3, 3, 3), 0, gone)})
+    expected = model.eval()(x)
+    with pytest.warns(UserWarning, match=r"^2 masked channels of '0' stay: .* \('3'\)$"):
+        cut_masked_channels(model, x)
+    assert (model[0].out_channels, model[3].in_channels) == (8, 8)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_of_grouped_convolutions_without_anything_left_one_channel_of_each_group_stays() -> None:
+    model = grouped()
+    set_masks(model, {"0": torch.zeros(16, 3, 3, 3)})
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = model.eval()(x)
+    with pytest.warns(UserWarning, match="^4 masked channels of '0' stay"):
+        cut_masked_channels(model, x)
+    assert (model[0].out_channels, model[3].in_channels) == (4, 4)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_grouped_transposed_convolutions_are_left_alone_with_a_warning() -> None:
+    model = grouped(nn.ConvTranspose2d)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    set_masks(model, {"0": masked((16, 3, 3, 3), 0, [0, 4, 8, 12])})
+    expected = model.eval()(x)
+    with pytest.warns(UserWarning, match="^4 masked channels of '0' stay: .* no transposed ones"):
+        cut_masked_channels(model, x)
+    assert model[0].out_channels == 16
+    assert torch.equal(model(x), expected)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning as Host
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ip_plugin import bake, host_masks
 from ip_plugin.adapters import torch_prune
@@ -22,6 +23,18 @@ from ip_plugin.layer import target
 from ip_plugin.reparametrization import Interspace, held, ours
 
 Pairs = Sequence[tuple[nn.Module, str]]
+
+
+class _OneLine:
+    """A layer that is printed as on the plain model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __repr__(self) -> str:
+        if not parametrize.is_parametrized(self.module):
+            return repr(self.module)
+        return f"{parametrize.type_before_parametrizations(self.module).__name__}({self.module.extra_repr()})"
 
 
 class ModelPruning(Host):
@@ -60,6 +73,15 @@ class ModelPruning(Host):
     def _apply_global_pruning(self, amount: float) -> None:
         method: Any = self.pruning_fn
         torch_prune.global_unstructured(self._parameters_to_prune, method, **self._resolve_global_kwargs(amount))
+
+    def _log_sparsity_stats(self, *args: Any, **kwargs: Any) -> None:
+        """The host's log lines, with layers as the plain model has them: a line each."""
+        pairs = self._parameters_to_prune
+        self._parameters_to_prune = [(_OneLine(module), name) for module, name in pairs]
+        try:
+            super()._log_sparsity_stats(*args, **kwargs)
+        finally:
+            self._parameters_to_prune = pairs
 
     @torch.no_grad()
     def apply_lottery_ticket_hypothesis(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,8 @@ class TestModelPruning:
                 epochs=1,
             )
         assert "Pruned: 0/372 (0.00%) -> 30/372 (8.06%)" in caplog.text
+        messages = [record.getMessage() for record in caplog.records if "Applied" in record.getMessage()]
+        assert len(messages) == 1 + len(targets(module)) and not any("\n" in message for message in messages)
+        plain = repr(bake(copy.deepcopy(module.network))[0])
+        assert f"Applied `L1Unstructured` to `{plain}.weight` with amount=30" in messages[1]
+        assert re.search(r"Pruned: 0 \(0\.00%\) -> \d+ \(\d", messages[1])

@@ -15,6 +15,9 @@ filter has unit norm, masked entries as zeros; scores made of gradients do not d
 that a traced optimizer does not have joins the group of its coefficients. Write pruners of your own as subclasses of
 these.
 
+NNI's helpers that look at layers are here too (``auto_set_denpendency_group_ids``, ``count_flops_params``, the
+dependencies of shapes): NNI's own find no convolutions in the interspace. For others there is `plain_layers`.
+
 NNI 3.0 is archived. It needs ``filelock<3.12`` and ``typeguard<4.1.3``, and its Lightning is ``pytorch_lightning``,
 not ``lightning.pytorch``.
 """
@@ -36,25 +39,45 @@ from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSet
 from torch import Tensor, nn
 
 from ip_plugin import host_masks
+from ip_plugin.adapters.nni_helpers import (
+    ChannelDependency,
+    GroupDependency,
+    InputChannelDependency,
+    ReshapeDependency,
+    auto_set_denpendency_group_ids,
+    compute_sparsity_compact2origin,
+    compute_sparsity_mask2compact,
+    count_flops_params,
+)
 from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
+from ip_plugin.adapters.plain_view import plain_layers
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
 from ip_plugin.gauge import unit_gauge
 from ip_plugin.reparametrization import Interspace, held, ours, ours_in, parametrizations
 
 __all__ = [
     "AGPPruner",
+    "ChannelDependency",
     "FPGMPruner",
+    "GroupDependency",
+    "InputChannelDependency",
     "L1NormPruner",
     "L2NormPruner",
     "LevelPruner",
     "LightningEvaluator",
     "LinearPruner",
     "MovementPruner",
+    "ReshapeDependency",
     "SlimPruner",
     "TaylorPruner",
     "TorchEvaluator",
+    "auto_set_denpendency_group_ids",
+    "compute_sparsity_compact2origin",
+    "compute_sparsity_mask2compact",
     "config_list",
+    "count_flops_params",
     "finish",
+    "plain_layers",
     "speedup",
 ]
 

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from ip_plugin import basis as bases
 from ip_plugin import host_masks
+from ip_plugin.adapters.transaction import transaction
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
 from ip_plugin.layer import Target, add_mask
 from ip_plugin.reparametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
@@ -112,6 +113,25 @@ class PlainView:
         if self.shown:
             for loan in loans:
                 loan.show()
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """For a host's functions that look at layers: while the block runs, the model is one of plain layers.
+
+    Their ``weight`` is the masked coefficients in unit gauge, ``weight.grad`` their gradient: an importance of
+    Torch-Pruning that is called by hand reads these. To be read, not cut: only groups of a pruner made by
+    `ip_plugin.adapters.torch_pruning.pruner` cut. Masks of `torch.nn.utils.prune` become masks of this package.
+
+    >>> from ip_plugin import interspace
+    >>> model = interspace(nn.Sequential(nn.Conv2d(1, 2, 3)), basis=2 * torch.eye(9))
+    >>> with plain_layers(model):
+    ...     type(model[0]).__name__
+    'Conv2d'
+    """
+    with transaction(model.modules()), PlainView(model).lend() as view:
+        view.show()
+        yield model
 
 
 class Loan:

@@ -47,7 +47,7 @@ from ip_plugin.layer import is_prunable
 
 from .cut import follow
 from .kernel_writes import KernelWrites
-from .plain_view import Loan, PlainView
+from .plain_view import Loan, PlainView, plain_layers
 from .torch_pruning_variety import VariedImportance
 from .transaction import transaction
 
@@ -154,24 +154,6 @@ def count_ops_and_params(model: nn.Module, example_inputs: Any, **host_arguments
         for module in model.modules():
             by_layer.setdefault(module, 0)
     return found
-
-
-@contextmanager
-def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """For calls of the host outside of a pruner: while the block runs, the model is one of plain layers.
-
-    Their ``weight`` is the masked coefficients in unit gauge, ``weight.grad`` their gradient: an importance that is
-    called by hand reads these. To be read, not cut: only groups of a pruner made by `pruner` cut.
-
-    >>> from ip_plugin import interspace
-    >>> model = interspace(nn.Sequential(nn.Conv2d(1, 2, 3)), basis=2 * torch.eye(9))
-    >>> with plain_layers(model):
-    ...     type(model[0]).__name__
-    'Conv2d'
-    """
-    with transaction(model.modules()), PlainView(model).lend() as view:
-        view.show()
-        yield model
 
 
 # The host's classes, in either space -----------------------------------------------------------------------------

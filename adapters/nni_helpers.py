@@ -1,0 +1,74 @@
+"""NNI's helpers that look at a model's layers, in either space: they see plain layers whose weights are coefficients.
+
+On a model in the interspace NNI's own functions of these names find no convolutions, without a word: by class names,
+and in traces of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from nni.compression import utils as host
+from nni.compression.utils import counter as host_counter
+from nni.compression.utils import shape_dependency as host_dependencies
+from torch import nn
+
+from ip_plugin.adapters.plain_view import plain_layers
+
+Result = TypeVar("Result")
+
+
+def _on_plain_layers(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The host's function, with every model among its arguments seen as plain layers while it runs."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        with ExitStack() as stack:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, nn.Module):
+                    stack.enter_context(plain_layers(value))
+            return function(*args, **kwargs)
+
+    return call
+
+
+auto_set_denpendency_group_ids = _on_plain_layers(host.auto_set_denpendency_group_ids)
+compute_sparsity_compact2origin = _on_plain_layers(host.compute_sparsity_compact2origin)
+compute_sparsity_mask2compact = _on_plain_layers(host.compute_sparsity_mask2compact)
+count_flops_params = _on_plain_layers(host_counter.count_flops_params)
+
+
+class _OnPlainLayers(host_dependencies.Dependency):  # type: ignore[misc]
+    """A dependency of the host's that is found on plain layers, when it is made and when it is built anew."""
+
+    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as stack:
+            if model is not None:
+                stack.enter_context(plain_layers(model))
+            super().__init__(model, *args, **kwargs)
+
+    def build_dependency(self) -> None:
+        """Find the dependencies; see the host's class."""
+        with ExitStack() as stack:
+            if self.model is not None:
+                stack.enter_context(plain_layers(self.model))
+            super().build_dependency()
+
+
+class ChannelDependency(_OnPlainLayers, host_dependencies.ChannelDependency):  # type: ignore[misc]
+    """Layers whose output channels must be pruned alike; see the host's class."""
+
+
+class InputChannelDependency(_OnPlainLayers, host_dependencies.InputChannelDependency):  # type: ignore[misc]
+    """Layers whose input channels must be pruned alike; see the host's class."""
+
+
+class GroupDependency(_OnPlainLayers, host_dependencies.GroupDependency):  # type: ignore[misc]
+    """Numbers of groups in which layers must be pruned; see the host's class."""
+
+
+class ReshapeDependency(_OnPlainLayers, host_dependencies.ReshapeDependency):  # type: ignore[misc]
+    """Layers behind which a reshape breaks the channels; see the host's class."""

@@ -4,8 +4,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-# Before torch starts its threads: tests share the machine with a second worker.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch starts its threads: tests run in as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

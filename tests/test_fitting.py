@@ -59,7 +59,7 @@ def test_bases_are_orthonormal_and_better_than_the_standard_basis(shape: tuple[i
     assert all(later <= earlier for earlier, later in zip(found.errors, found.errors[1:], strict=False))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.integers(0, 50), st.integers(1, 40), st.booleans())
 def test_never_worse_than_magnitude_pruning(
     seed: int, shape: tuple[int, ...], fiftieths: int, count: int, trained: bool

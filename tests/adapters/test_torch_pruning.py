@@ -124,15 +124,17 @@ def magnitude(**options: Any) -> Any:
 
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
+    models = torchvision.models
+    if name == "bottlenecks":
+        return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10).double()
+    if name == "densenet":
+        return models.DenseNet(8, (3, 3, 3, 3), 16, num_classes=10).double()
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    model = getattr(torchvision.models, name)(num_classes=10, **options)
-    if name == "vgg16_bn":  # the convolutions are what is tested: 119 million weights of linear layers take their time
-        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 10)
-    return model.double()
+    return getattr(models, name)(num_classes=10, **options).double()
 
 
-NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121", "googlenet", "regnet_y_400mf",
-            "efficientnet_b0", "convnext_tiny")  # fmt: skip
+NETWORKS = ("resnet18", "bottlenecks", "densenet", "mobilenet_v2", "googlenet", "regnet_y_400mf", "efficientnet_b0",
+            "convnext_tiny")  # fmt: skip
 
 
 def heads(model: nn.Module) -> list[nn.Module]:
@@ -201,13 +203,15 @@ IMPORTANCES: dict[str, Callable[[], Any]] = {
 }
 #: What does not depend on the direction of the axes: equal to the plain twin in any orthonormal basis.
 INVARIANT = ("l2", "normalizer_sum", "reduction_sum", "bn_scale", "fpgm", "random", "taylor_multivariable")
-SMALL = ("mobilenet_v2", "vgg", "regnet")
 
 
 @pytest.mark.parametrize(
     ("name", "importance"),
+    [("mobilenet_v2", importance) for importance in IMPORTANCES]
     # The host's FPGM fails on grouped convolutions, on a plain model too.
-    [(n, i) for n in (*SMALL, "net") for i in IMPORTANCES if i != "fpgm" or n not in ("regnet", "net")]
+    + [("net", importance) for importance in IMPORTANCES if importance != "fpgm"]
+    + [("vgg", importance) for importance in ("fpgm", "bn_scale", "hessian", "normalizer_max")]
+    + [("regnet", importance) for importance in ("l2", "reduction_gate", "taylor")]
     + [("resnet18", "fpgm")],
 )
 def test_importances_choose_what_they_choose_on_the_plain_twin(name: str, importance: str) -> None:

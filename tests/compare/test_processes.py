@@ -23,7 +23,7 @@ from ip_plugin.compare.runs import execute
 from ip_plugin.compare.study import compare
 from ip_plugin.errors import TrialFailedError
 
-SETTINGS = Settings(epochs=1, finetune_epochs=1)
+SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=300)
 RUNS = [Run("torch:l1", 0.9, space, seed) for seed in (0, 1) for space in ("spatial", "interspace")]  # type: ignore[arg-type]
 BAD = Run("torch:l1", 0.999999, "spatial", 0)  # keeps nothing
 
@@ -86,7 +86,7 @@ def test_a_study_in_processes_and_one_after_the_other_fill_the_same_folder(tmp_p
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 def test_an_interrupt_leaves_no_process_and_what_has_finished(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ip_plugin", "compare", "--jobs", "2", "--epochs", "2"]
+    command = [sys.executable, "-m", "ip_plugin", "compare", "--jobs", "2", "--epochs", "2", "--train-images", "300"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
         stdout=subprocess.PIPE,

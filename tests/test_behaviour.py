@@ -16,6 +16,8 @@ import ip_plugin
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune
 
+pytestmark = pytest.mark.contract
+
 
 def random_masks(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)

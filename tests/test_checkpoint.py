@@ -29,6 +29,8 @@ from ip_plugin.adapters import torch_prune
 from ip_plugin.adapters.torch_pruning import pruner
 from ip_plugin.methods import NofM, apply_masks, magnitude, select
 
+pytestmark = pytest.mark.contract
+
 Prune = Callable[[nn.Module], None]
 
 

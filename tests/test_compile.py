@@ -12,6 +12,8 @@ from torch import nn
 
 from ip_plugin import interspace, masks, set_masks
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_computes_what_eager_computes() -> None:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from workers import KINDS_TRAINED, SCHEDULES, case_of, sparse_worker, steps, worker
+from workers import KINDS_TRAINED, SCHEDULES, case_of, steps, worker
 
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.errors import WrappedModelError
 
+pytestmark = pytest.mark.contract
 
-def test_two_processes_have_the_same_masks_after_every_update(tmp_path: Path) -> None:
-    mp.spawn(sparse_worker, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes has found, see `workers`."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_have_the_same_masks_after_every_update(found: list[dict[str, Any]]) -> None:
+    first, second = (each["masks"] for each in found)
     assert list(first) == list(SCHEDULES)
     for kind, updates in first.items():
         assert len(updates) == 6
@@ -28,9 +38,15 @@ def test_two_processes_have_the_same_masks_after_every_update(tmp_path: Path) ->
         assert any(not torch.equal(updates[0][name], updates[-1][name]) for name in updates[0]), kind
 
 
-def test_two_processes_train_the_model_that_one_process_trains(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_processes_that_see_other_data_get_the_same_scores(found: list[dict[str, Any]]) -> None:
+    (first, alone), (second, _) = (each["scores"] for each in found)
+    assert len(first) == 6
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first, alone)
+
+
+def test_two_processes_train_the_model_that_one_process_trains(found: list[dict[str, Any]]) -> None:
+    first, second = (each["trained"] for each in found)
     assert len(first) == len(KINDS_TRAINED) * 3 * 2
     for name, (state, bases) in first.items():
         kind, sharing, masked = name.split("-")

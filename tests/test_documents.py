@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,17 +95,32 @@ PIPELINES = {
 }
 
 
+Example = Callable[..., str]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Example:
+    """Runs an example in this process, and returns what it has printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(ROOT / "examples")  # as Python does where a script is run
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("arguments", [[], ["--interspace"]])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_the_example_pipelines_run_in_either_space(name: str, arguments: list[str]) -> None:
-    command = [sys.executable, ROOT / "examples" / name, "--epochs", "1", "--finetune-epochs", "1"]
-    command += ["--pruning-steps", "5"] if name.startswith("nni") else []
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    assert re.search(PIPELINES[name][0], run.stdout)
-    accuracies = re.findall(r": +([\d.]+) %", run.stdout)
+def test_the_example_pipelines_run_in_either_space(name: str, arguments: list[str], example: Example) -> None:
+    steps = ["--pruning-steps", "5"] if name.startswith("nni") else []
+    printed = example(name, "--epochs", "1", "--finetune-epochs", "1", *steps, *arguments)
+    assert re.search(PIPELINES[name][0], printed)
+    accuracies = re.findall(r": +([\d.]+) %", printed)
     assert accuracies[-2] == accuracies[-1]
-    assert "baked:" in run.stdout.splitlines()[-1]
+    assert "baked:" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -118,11 +134,16 @@ def test_the_example_is_switched_by_one_flag(name: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "arguments"), [("rigl", []), ("grasp", ["--interspace"])])
-def test_the_example_of_sparse_training_keeps_equally_many_numbers(method: str, arguments: list[str]) -> None:
-    command = [sys.executable, ROOT / "examples" / "sparse_training.py", "--method", method, "--epochs", "1"]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    assert re.fullmatch(rf"{method}: [\d.]+ %, 281[0-2] of 56224 numbers left\n", run.stdout)
+def test_the_example_of_sparse_training_keeps_equally_many_numbers(
+    method: str, arguments: list[str], example: Example
+) -> None:
+    printed = example("sparse_training.py", "--method", method, "--epochs", "1", *arguments)
+    assert re.fullmatch(rf"{method}: [\d.]+ %, 281[0-2] of 56224 numbers left\n", printed)
+
+
+def test_the_picture_of_the_readme_is_drawn(example: Example, tmp_path: Path) -> None:
+    example("draw_filter.py", "--output", str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("arguments", "numba"), [([], False), (["--interspace"], True)], ids=str)
@@ -132,7 +153,16 @@ def test_the_example_of_deployment_measures_what_it_says(arguments: list[str], n
     else:
         (tmp_path / "numba.py").write_text("raise ImportError('not installed')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, ROOT / "examples" / "deploy.py", "--epochs", "1", "--finetune-epochs", "0", *arguments]
+    epochs = "1" if arguments else "0"  # a training is enough
+    command = [
+        sys.executable,
+        ROOT / "examples" / "deploy.py",
+        "--epochs",
+        epochs,
+        "--finetune-epochs",
+        "0",
+        *arguments,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, run.stderr
     dense, sparse, factor = re.search(r"bytes +([\d,]+) +([\d,]+) +([\d.]+) times smaller", run.stdout).groups()  # type: ignore[union-attr]

@@ -19,6 +19,8 @@ import ip_plugin
 from ip_plugin import adopt_masks, bake, errors, interspace, join_optimizer, load, normalize, report, save, set_masks
 from ip_plugin.adapters import torch_prune
 
+pytestmark = pytest.mark.contract
+
 
 def network() -> nn.Sequential:
     return nn.Sequential(

@@ -13,6 +13,8 @@ from ip_plugin import interspace, normalize
 from ip_plugin.gauge import unit_gauge
 from ip_plugin.layer import layers
 
+pytestmark = pytest.mark.contract
+
 
 def stretched(case: Case) -> tuple[nn.Sequential, torch.Tensor]:
     """A model whose filters have norms other than one."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.contract
+
 OPTIONAL = ["torchvision", "torch_pruning", "nni", "lightning", "pytorch_lightning", "sklearn", "scipy", "matplotlib"]
 OPTIONAL += ["safetensors", "rich", "typer", "jinja2", "filelock", "pandas", "numba", "ip_plugin.adapters.torch_prune"]
 

@@ -13,6 +13,8 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import adopt_masks, bake, interspace, masks, prunable, set_masks
 
+pytestmark = pytest.mark.contract
+
 KEEP = torch.tensor([[True, False, True], [False, True, True]])
 
 

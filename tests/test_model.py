@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations
 from ip_plugin import bake, interspace, prunable, set_masks
 from ip_plugin.adapters import torch_prune
 
+pytestmark = pytest.mark.contract
+
 
 class Residual(nn.Module):
     def __init__(self) -> None:

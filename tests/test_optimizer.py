@@ -12,6 +12,8 @@ from torch import nn
 
 from ip_plugin import interspace, join_optimizer, param_groups
 
+pytestmark = pytest.mark.contract
+
 
 def basis_of(layer: nn.Module) -> nn.Parameter:
     found: nn.Parameter = layer.parametrizations.weight[0].basis

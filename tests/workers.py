@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from kinds import SHARINGS, Case
 from torch import nn
 
-from ip_plugin import masks, prunable
+from ip_plugin import interspace, masks, prunable
 from ip_plugin.adapters import torch_prune
+from ip_plugin.methods import SET, Gradual, RigL, grasp, movement, snip
 
 KINDS_TRAINED = ("conv1d", "conv2d", "conv3d", "transposed2d", "depthwise")
 
@@ -42,6 +43,13 @@ def join(rank: int, folder: str) -> None:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     join(rank, folder)
+    found = {"trained": trained(rank), "scores": scores(rank), "masks": sparsely_trained(rank)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def trained(rank: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
+    """Each process has half of a batch: states after training, and numbers of bases."""
     results = {}
     for kind in KINDS_TRAINED:
         for sharing in SHARINGS:
@@ -52,19 +60,31 @@ def worker(rank: int, folder: str) -> None:
                 steps(wrapped, x[mine], target[mine], wrapped.parameters())
                 shared = len([n for n, _ in model.named_parameters() if n.endswith("basis")])
                 results[f"{kind}-{sharing}-{masked}"] = (model.state_dict(), shared)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
+
+
+def scores(rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Scores that the processes compute together from one batch each, and those of both batches without the other."""
+    torch.manual_seed(0)
+    model = interspace(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double(), basis="dct"
+    )
+    data = [(torch.randn(5, 3, 4, 4).double(), torch.arange(5) % 3) for _ in range(2)]
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    results = []
+    for batches, network in (([data[rank]], wrapped), (data, model)):
+        found = [score(network, batches, F.cross_entropy) for score in (snip, grasp, movement)]
+        results.append([each for by_target in found for each in by_target.values()])
+    F.cross_entropy(wrapped(data[rank][0]), data[rank][1]).backward()
+    wrapped(data[rank][0])
+    return results[0], results[1]
 
 
 SCHEDULES = ("set", "rigl", "gradual", "snip")
 
 
-def sparse_worker(rank: int, folder: str) -> None:
-    """Sparse training, where every process has data of its own; keeps the masks after every update."""
-    from ip_plugin.methods import SET, Gradual, RigL, snip
-
-    torch.set_num_threads(1)
-    join(rank, folder)
+def sparsely_trained(rank: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Sparse training, where every process has data of its own: the masks after every update."""
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
     for kind in SCHEDULES:
         torch.manual_seed(0)
@@ -100,5 +120,4 @@ def sparse_worker(rank: int, folder: str) -> None:
             optimizer.step()
             schedule.step(*([lambda batch=batch, loss=loss: loss(batch)] if kind == "rigl" else []))
             seen[kind].append(masks(model))  # before the next forward pass, which sends buffers round
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return seen

@@ -22,6 +22,8 @@ from ip_plugin import bake, interspace, masks, prunable, report  # noqa: E402
 from ip_plugin.adapters import torch_prune  # noqa: E402
 from ip_plugin.adapters.lightning import ModelPruning  # noqa: E402
 
+pytestmark = pytest.mark.contract
+
 
 class Module(lightning.LightningModule):
     def __init__(self, space: str = "spatial", **options: Any) -> None:

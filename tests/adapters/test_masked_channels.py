@@ -19,6 +19,8 @@ pytest.importorskip("torch_pruning")
 from ip_plugin.adapters.channels import inputs_left, outputs_left
 from ip_plugin.adapters.masked_channels import cut_masked_channels
 
+pytestmark = pytest.mark.contract
+
 
 class Net(nn.Module):
     """A residual sum, a concatenation, a depthwise and a grouped convolution, a flattened linear layer."""

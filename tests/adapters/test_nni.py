@@ -29,6 +29,8 @@ from nni.compression.base.setting import PruningSetting
 from ip_plugin.adapters import ChannelCriterion, Criterion, nni
 from ip_plugin.adapters.nni_criteria import CRITERIA
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:

@@ -22,7 +22,7 @@ from nni.compression.utils import shape_dependency as host_dependencies
 
 from ip_plugin.adapters import nni
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore")]
 
 
 class Residual(nn.Module):

@@ -21,7 +21,7 @@ torchvision = pytest.importorskip("torchvision")
 
 from ip_plugin.adapters import nni  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from ip_plugin import adopt_masks, bake, errors, interspace, masks, prunable, re
 from ip_plugin.adapters import Criterion, hosts
 from ip_plugin.adapters import torch_prune as prune
 
+pytestmark = pytest.mark.contract
+
 Pairs: TypeAlias = list[tuple[nn.Module, str]]
 Pipeline: TypeAlias = Callable[[Any, Pairs], None]
 

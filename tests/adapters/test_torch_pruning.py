@@ -37,7 +37,10 @@ torchvision = pytest.importorskip("torchvision")
 
 from ip_plugin.adapters.torch_pruning import count_ops_and_params, plain_layers, pruner  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected", "ignore:.*is deprecated")
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.filterwarnings("ignore:Unwrapped parameters detected", "ignore:.*is deprecated"),
+]
 
 
 class Net(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -15,12 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from ip_plugin.compare.config import Run, Settings, Study
+from ip_plugin.compare.config import Run, Settings
 from ip_plugin.compare.processes import Processes
 from ip_plugin.compare.runs import execute
-from ip_plugin.compare.study import compare
 from ip_plugin.errors import TrialFailedError
 
 SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=300)
@@ -73,15 +70,6 @@ def test_what_is_not_asked_for_any_more_is_stopped() -> None:
     assert len(active_children()) == 2
     cells.close()
     assert active_children() == []
-
-
-def test_a_study_in_processes_and_one_after_the_other_fill_the_same_folder(tmp_path: Path) -> None:
-    study = Study(settings=SETTINGS, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0, 1))
-    console = Console(file=io.StringIO(), width=120)
-    assert compare(replace(study, seeds=(0,)), tmp_path, console) == {}
-    assert compare(study, tmp_path, console, engine=Processes(2)) == {}
-    assert "2 of 4 runs are in" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")

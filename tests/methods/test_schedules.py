@@ -19,6 +19,8 @@ from ip_plugin.errors import AlreadySparserError, InvalidAmountError, InvalidLos
 from ip_plugin.layer import layers
 from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
 
+pytestmark = pytest.mark.contract
+
 SPACES = ["spatial", "interspace", "moved"]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -791,39 +789,3 @@ def test_a_compiled_model_is_scored_and_does_not_compile_again(name: str) -> Non
     assert counter.frame_count == compiled_once
     model(x)
     assert model._compiled_call_impl is not None
-
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from ip_plugin import interspace, methods
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = interspace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double(), basis="dct")
-data = [(torch.randn(5, 3, 4, 4).double(), torch.arange(5) % 3) for _ in range(2)]
-wrapped = nn.parallel.DistributedDataParallel(model)
-loss, results = nn.functional.cross_entropy, []
-for batches, network in (([data[rank]], wrapped), (data, model)):
-    found = [score(network, batches, loss) for score in (methods.snip, methods.grasp, methods.movement)]
-    results.append([score for scores in found for score in scores.values()])
-loss(wrapped(data[rank][0]), data[rank][1]).backward()
-wrapped(data[rank][0])
-torch.save(results, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_processes_that_see_other_data_get_the_same_scores(tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for process in running:
-        _, output = process.communicate(timeout=100)
-        assert process.returncode == 0, output
-    (first, alone), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert len(first) == 6
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    torch.testing.assert_close(first, alone)

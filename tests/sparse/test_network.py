@@ -26,6 +26,8 @@ from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.images import pack
 
+pytestmark = pytest.mark.contract
+
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 
 

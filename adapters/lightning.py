@@ -77,7 +77,8 @@ class ModelPruning(Host):
     def _log_sparsity_stats(self, *args: Any, **kwargs: Any) -> None:
         """The host's log lines, with layers as the plain model has them: a line each."""
         pairs = self._parameters_to_prune
-        self._parameters_to_prune = [(_OneLine(module), name) for module, name in pairs]
+        one_line: Any = [(_OneLine(module), name) for module, name in pairs]
+        self._parameters_to_prune = one_line
         try:
             super()._log_sparsity_stats(*args, **kwargs)
         finally:

@@ -7,7 +7,7 @@ norms behind them), or if nothing is left that uses it. Torch-Pruning finds what
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch_pruning as tp
@@ -205,11 +205,11 @@ def _arranged(group: Any, graph: Any) -> dict[tuple[nn.Module, str], Tensor]:
     return found
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def _is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
-def _is_grouped(module: nn.Module) -> bool:
+def _is_grouped(module: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
 
 

@@ -147,7 +147,7 @@ class Loan:
         _refuse_foreign(each)
         self.layer, self.module, self.tensor_name = each.layer, each.module, each.tensor_name
         self.chain, self.parametrization = each.chain, each.parametrization
-        self.cls, self.children = type(each.module), each.module._modules["parametrizations"]
+        self.cls, self.children = type(each.module), parametrizations(each.module)
         self.names = tuple(self.children)
         self.lent: nn.Parameter
         self.unit = True
@@ -163,7 +163,7 @@ class Loan:
             and module._modules.get("parametrizations") is self.children
             and self.chain._parameters.get("original") is not None
             and len(self.chain) == 1
-            and tuple(self.children) == self.names
+            and tuple(parametrizations(module)) == self.names
         )
 
     def begin(self, unit: bool) -> None:

@@ -51,11 +51,11 @@ def main():
     left, right = figure.subfigures(1, 2, width_ratios=(9, 4))
     rows = left.subplots(3, 9)
     left.suptitle("The filter basis, shared by all layers, and one kernel's coefficients", fontsize="medium")
-    highest = coefficients[shown].abs().max()
+    highest = float(coefficients[shown].abs().max())
     for n in range(9):
-        draw(rows[0, n], basis[n], basis.abs().max())
+        draw(rows[0, n], basis[n], float(basis.abs().max()))
         for row, values in ((1, coefficients), (2, pruned)):
-            axis, value = rows[row, n], values[shown, n]
+            axis, value = rows[row, n], float(values[shown, n])
             axis.bar([0], [value], color="tab:blue", width=0.8)
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set(xlim=(-0.8, 0.8), ylim=(-1.1 * highest, 1.1 * highest), xticks=[], yticks=[])
@@ -66,13 +66,13 @@ def main():
     panels = right.subplots(3, 1)
     titles = ("the kernel", f"from {KEPT} coefficients (IP)", f"from {KEPT} weights (SP)")
     for axis, kernel, title in zip(panels, (kernels, interspace_kernels, spatial_kernels), titles, strict=True):
-        draw(axis, kernel[shown], kernels[shown].abs().max())
+        draw(axis, kernel[shown], float(kernels[shown].abs().max()))
         axis.set_title(title, fontsize="medium")
     figure.savefig(output, dpi=130, metadata={"Software": None})
 
 
 def draw(axis, kernel, highest):
-    axis.imshow(kernel.reshape(3, 3), cmap="RdBu", vmin=-highest, vmax=highest)
+    axis.imshow(kernel.reshape(3, 3).numpy(), cmap="RdBu", vmin=-highest, vmax=highest)
     axis.set(xticks=[], yticks=[])
 
 

@@ -18,6 +18,9 @@ from ip_plugin.adapters import torch_prune
 
 pytestmark = pytest.mark.contract
 
+#: Of those kinds whose kernels are composed by the same operations, one.
+KINDS_COMPILED = ("conv1d", "conv2d", "conv3d", "transposed2d_grouped", "depthwise", "1x3", "circular", "subclass")
+
 
 def random_masks(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
@@ -308,7 +311,7 @@ def test_every_floating_dtype_works(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(model[i].weight, weight, rtol=0, atol=tolerance)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS_COMPILED)
 def test_torch_compile_takes_the_whole_graph(kind: str) -> None:
     model, x = KINDS[kind].ready()
     interspace(model, basis="orthonormal", sharing="model")
@@ -322,7 +325,7 @@ def test_torch_compile_takes_the_whole_graph(kind: str) -> None:
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS_COMPILED)
 def test_torch_export_takes_the_model(kind: str) -> None:
     model, x = KINDS[kind].ready()
     interspace(model, basis="orthonormal", sharing="model")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sklearn.datasets
 import torch
 
 import ip_plugin
@@ -99,15 +99,18 @@ Example = Callable[..., str]
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Example:
-    """Runs an example in this process, and returns what it has printed."""
+def example(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Example:
+    """Runs an example in this process, and returns what it has printed; it must end well."""
 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(ROOT / "examples")  # as Python does where a script is run
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-        return capsys.readouterr().out
+        try:
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code
+        return capfd.readouterr().out
 
     return run
 
@@ -147,36 +150,30 @@ def test_the_picture_of_the_readme_is_drawn(example: Example, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("arguments", "numba"), [([], False), (["--interspace"], True)], ids=str)
-def test_the_example_of_deployment_measures_what_it_says(arguments: list[str], numba: bool, tmp_path: Path) -> None:
+def test_the_example_of_deployment_measures_what_it_says(
+    arguments: list[str], numba: bool, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     if numba:
         pytest.importorskip("numba")
     else:
         (tmp_path / "numba.py").write_text("raise ImportError('not installed')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    epochs = "1" if arguments else "0"  # a training is enough
-    command = [
-        sys.executable,
-        ROOT / "examples" / "deploy.py",
-        "--epochs",
-        epochs,
-        "--finetune-epochs",
-        "0",
-        *arguments,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert run.returncode == 0, run.stderr
-    dense, sparse, factor = re.search(r"bytes +([\d,]+) +([\d,]+) +([\d.]+) times smaller", run.stdout).groups()  # type: ignore[union-attr]
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the fresh process
+    digits = sklearn.datasets.load_digits()
+    few = SimpleNamespace(images=digits.images[:300], target=digits.target[:300])
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
+    printed = example("deploy.py", "--epochs", "1", "--finetune-epochs", "0", *arguments)
+    dense, sparse, factor = re.search(r"bytes +([\d,]+) +([\d,]+) +([\d.]+) times smaller", printed).groups()  # type: ignore[union-attr]
     sizes = [int(each.replace(",", "")) for each in (dense, sparse)]
     # 592,032 weights, and biases and norms
     assert 4 * 592_000 < sizes[0] < 4 * 605_000
     assert sizes[1] < sizes[0] / 10 and float(factor) == round(sizes[0] / sizes[1], 1)
-    assert "loaded: outputs differ by " in run.stdout
-    measured = re.search(r"latency +([\d.]+) ms +([\d.]+) ms +[\d.]+ times (faster|slower)", run.stdout)
+    assert "loaded: outputs differ by " in printed
+    measured = re.search(r"latency +([\d.]+) ms +([\d.]+) ms +[\d.]+ times (faster|slower)", printed)
     assert (measured is not None) == numba
     if measured is not None:
         assert (float(measured[2]) < float(measured[1])) == (measured[3] == "faster") or measured[1] == measured[2]
-        assert "run sparse: outputs differ by " in run.stdout
-        layers = re.findall(r"layer (\d+): [\d.]+% zeros, run (?:direct|fused|winograd|dense)", run.stdout)
+        assert "run sparse: outputs differ by " in printed
+        layers = re.findall(r"layer (\d+): [\d.]+% zeros, run (?:direct|fused|winograd|dense)", printed)
         assert layers == ["0", "3", "7", "10", "15"]
     else:
-        assert "The latency is not measured: sparse networks need numba (not installed); run: pip install" in run.stdout
+        assert "The latency is not measured: sparse networks need numba (not installed); run: pip install" in printed

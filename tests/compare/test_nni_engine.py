@@ -152,10 +152,10 @@ def test_a_trial_that_dies_before_it_says_anything_is_reported(tmp_path: Path) -
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_it_leaves_no_process_and_loses_no_finished_run(number: signal.Signals, tmp_path: Path) -> None:
     settings = replace(QUICK, train_images=300)
-    study = Study(settings=settings, criteria=("torch:random",), sparsities=(0.9,), seeds=(0, 1))
+    study = Study(settings=settings, criteria=("torch:random",), sparsities=(0.9,), seeds=(0,))
     command = ("-m", "ip_plugin", "compare", "--epochs", 2, "--finetune-epochs", 1, "--criteria", "torch:random")
     command += ("--train-images", 300)
-    command += ("--sparsities", 0.9, "--seeds", "0,1", "--engine", "nni", "--nni-concurrency", 2)
+    command += ("--sparsities", 0.9, "--seeds", 0, "--engine", "nni", "--nni-concurrency", 1)
     process = start(tmp_path, *command, "--output", tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "results.csv").exists():
@@ -172,7 +172,7 @@ def test_stopped_it_leaves_no_process_and_loses_no_finished_run(number: signal.S
     assert marked(str(tmp_path)) == []
     assert list((tmp_path / "temporary").glob("ip-plugin-nni-*")) == []
     before = rows_of(tmp_path / "out")
-    assert 1 <= len(before) < 4
+    assert len(before) == 1
     # The other engine goes on.
     assert compare(study, tmp_path / "out", silent()) == {}
     after = rows_of(tmp_path / "out")

@@ -189,7 +189,7 @@ def _arranged(group: Any, graph: Any) -> dict[tuple[nn.Module, str], Tensor]:
 
     The host cuts from all groups the inputs that go from the first.
     """
-    found = {}
+    found: dict[tuple[nn.Module, str], Tensor] = {}
     for item in group.items:
         module = item.dep.target.module
         if not _is_grouped(module) or graph.is_out_channel_pruning_fn(item.dep.handler):

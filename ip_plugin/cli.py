@@ -110,7 +110,7 @@ def compare(
 ) -> None:
     """Train and prune a small network in both spaces, and show which one is more accurate.
 
-    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in less than three minutes on
+    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in about two minutes on
     two cores. Stopped and started again, it goes on where it was, with either engine.
     """
     if deploy_threads is not None and not deploy:

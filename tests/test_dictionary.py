@@ -16,7 +16,6 @@ from ip_plugin.coding import code
 from ip_plugin.dictionary import Dictionary, learn
 from ip_plugin.fitting import Kernels, fit, largest
 
-
 SHAPES = [(3,), (1, 3), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
 
 

@@ -26,8 +26,6 @@ from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.images import pack
 
-pytestmark = pytest.mark.contract
-
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 
 
@@ -87,6 +85,7 @@ class Block(nn.Module):
         return self.relu(self.two(x)) + self.one(x) + x.mean((2, 3), keepdim=True)
 
 
+@pytest.mark.contract
 @SPACES
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_values_that_are_used_more_than_once(space: str, deterministic: bool) -> None:

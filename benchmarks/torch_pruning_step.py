@@ -1,8 +1,9 @@
-"""Time of `pruner(...).step()` of Torch-Pruning on a ResNet-50 in the interspace, as a ratio to the plain one.
+"""Time of Torch-Pruning in the interspace: `pruner(...).step()`, and a loop over the groups of an interactive step.
 
     python benchmarks/torch_pruning_step.py
 
-Limit: 1.15. "host" is the host's own class on the plain network, without the adapter.
+Limits: 1.15 for a step on a ResNet-50, as a ratio to the plain network with the adapter; 1.3 for the loop on a
+ResNet-50 and a DenseNet-121, as a ratio to the host's own class on the plain network.
 """
 
 from __future__ import annotations
@@ -75,6 +76,38 @@ def main() -> None:
     print(f"torch {torch.__version__}, torch-pruning, ResNet-50, half of the channels, 2 threads; to plain:")
     for name, ratio in found.items():
         print(f"  {name}: {ratio}")
+    for name in ("resnet50", "densenet121"):
+        interactive(name)
+
+
+def interactive(name: str) -> None:
+    """A loop over the groups of an interactive step; what the constructor takes does not count."""
+    torch.manual_seed(0)
+    plain = getattr(torchvision.models, name)()
+    x = torch.randn(1, 3, 64, 64)
+
+    def loop(network: nn.Module, adapted: bool) -> Callable[[], Callable[[], None]]:
+        def prepare() -> Callable[[], None]:
+            model = copy.deepcopy(network)
+            head = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            options = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.5,
+                       "ignored_layers": head}  # fmt: skip
+            cls = tp.pruner.BasePruner
+            cutter = pruner(cls, model, x, **options) if adapted else cls(model, x, **options)
+
+            def run() -> None:
+                for group in cutter.step(interactive=True):
+                    group.prune()
+
+            return run
+
+        return prepare
+
+    variants = {"plain": loop(plain, True), "interspace": loop(moved(interspace(copy.deepcopy(plain))), True)}
+    found = side_by_side(loop(plain, False), variants, rounds=10, warmup=2, prepared=True)
+    print(f"{name}, for group in pruner.step(interactive=True): group.prune(); to the host:")
+    for variant, ratio in found.items():
+        print(f"  {variant}: {ratio}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ class ModelPruning(Host):
                 host_masks.parameter(*target(module, name)).copy_(value)
                 if isinstance(then, Interspace) and isinstance(now, Interspace):
                     now.basis.copy_(then.basis)
+                    now.constraint = then.constraint
 
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Make masked entries zeros and remove the masks, ours and the host's."""

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ip_plugin.errors import ChangedOutputError
 from ip_plugin.example_input import run
-from ip_plugin.model import Model
+from ip_plugin.layer import Model
 from ip_plugin.reparametrization import Interspace, held, leave
 
 from .channels import inputs_left, outputs_left

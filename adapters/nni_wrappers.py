@@ -33,8 +33,8 @@ from ip_plugin.errors import (
     OptimizerMismatchError,
     UnknownLayerError,
 )
-from ip_plugin.layer import Target, add_mask, target
-from ip_plugin.model import Model
+from ip_plugin.layer import Model, Target, add_mask, target
+from ip_plugin.masks import warn_of_thin_layers
 from ip_plugin.reparametrization import ours_in, restore_order
 
 #: NNI's name for the wrapper of a module, among the module's children.
@@ -130,6 +130,9 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
         AlreadyParametrizedError: NNI has pruned below someone else's parametrization.
             In all cases nothing has changed.
 
+    Warns:
+        LayerCollapseWarning: of a global group, layers keep less than a tenth of the share that all keep together.
+
     >>> from ip_plugin import interspace, masks
     >>> from ip_plugin.adapters.nni import L1NormPruner
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -169,6 +172,13 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
         add_mask(Target(each.wrapper.module, each.tensor_name), each.kept)
     _remove_channels(model, {each.layer[0] for each in found if each.in_blocks and each.layer[1] == "weight"})
     pruner.finished = True
+    groups: dict[Any, list[tuple[str, Tensor]]] = {}
+    for each in found:
+        group = each.wrapper.pruning_target_spaces[each.tensor_name].global_group_id
+        groups.setdefault(group, []).append((each.layer[0], each.kept))
+    for group, kept in groups.items():
+        if group is not None:  # one threshold for them all
+            warn_of_thin_layers(kept)
     return model
 
 

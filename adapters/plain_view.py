@@ -208,7 +208,7 @@ class Loan:
         space, values = self.parametrization, self.lent.detach()
         if not isinstance(space, Interspace):
             return values
-        basis = space.basis.detach()
+        basis = space.effective_basis.detach()
         if self._scale is not None:  # the filters have unit norm where the coefficients are shown scaled
             norms = self._scale.reshape(-1, 1)
             basis = torch.where(norms > 0, basis / norms, 0)
@@ -248,10 +248,8 @@ def _take_back(
 
 def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
     """What coefficients are multiplied by to be in unit gauge; None where that is one, to rounding."""
-    if not isinstance(parametrization, Interspace):
-        return None
-    norms = bases.norms(parametrization.basis.detach())
-    if bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
+    norms = parametrization.filter_norms if isinstance(parametrization, Interspace) else None
+    if norms is None or bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
         return None
     return norms.reshape(1, 1, *coefficients.shape[2:])
 

@@ -44,7 +44,8 @@ from ip_plugin.errors import (
     NotPrunedError,
 )
 from ip_plugin.gauge import unit_gauge
-from ip_plugin.layer import Target, combined, mask_target, target
+from ip_plugin.layer import Target, combined, described, mask_of, mask_target, target
+from ip_plugin.masks import warn_of_thin_layers
 from ip_plugin.reparametrization import Interspace, held, leave, ours, ours_in, restore_order
 
 __all__ = [
@@ -305,6 +306,9 @@ def global_unstructured(
     Raises:
         NothingToPruneError, DuplicateTargetError, InvalidAmountError, InvalidScoresError: nothing has changed.
         TypeError: the method is not unstructured.
+
+    Warns:
+        LayerCollapseWarning: tensors keep less than a tenth of the share of entries that all keep together.
     """
     if importance_scores is not None and not isinstance(importance_scores, Mapping):
         raise TypeError("global_unstructured(): importance_scores must be of type dict")
@@ -327,6 +331,8 @@ def global_unstructured(
         host.global_unstructured([tuple(where) for where in targets], pruning_method, scores, **kwargs)
     for module, name in pairs:
         _expose(module, name)
+    kept = [(target(*pair), mask_of(target(*pair))) for pair in pairs]
+    warn_of_thin_layers([(described(where, mask), mask) for where, mask in kept if mask is not None])
 
 
 @torch.no_grad()

@@ -46,7 +46,6 @@ from ip_plugin.example_input import run
 from ip_plugin.layer import is_prunable
 
 from .cut import follow
-from .kernel_writes import KernelWrites
 from .plain_view import Loan, PlainView, plain_layers
 from .torch_pruning_variety import VariedImportance
 from .transaction import transaction
@@ -116,7 +115,7 @@ def pruner(
     subclass = _subclass(asked)
     found: Pruner = subclass.__new__(subclass)
     view = PlainView(model, lambda: not _keeps_its_own_gradients(vars(found).get("importance")))
-    vars(found).update(_ip_view=view, _ip_optimizer=optimizer, _ip_writes=[])
+    vars(found).update(_ip_view=view, _ip_optimizer=optimizer)
     try:
         with lent(found, _reads_magnitudes(asked)):
             modes = [(module, module.training) for module in model.modules()]
@@ -183,8 +182,6 @@ def lent(
             view.show()
         yield
         return
-    for writes in found._ip_writes:
-        writes.take_over()
     graph = vars(found).get("DG")
     objects: list[object] = [found, vars(found).get("importance"), graph]
     if modules is not None:
@@ -216,7 +213,7 @@ def _wrapped(method: Callable[..., Any], owner: Callable[[Any], Any], magnitudes
 
 
 def _advanced(found: Any, magnitudes: bool, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """The host's generator, with the model lent while it runs, and writes into kernels taken over between."""
+    """The host's generator, with the model lent while it runs."""
     again: list[Loan] | None = None
     while True:
         with lent(found, magnitudes and again is None, again=again):
@@ -226,13 +223,7 @@ def _advanced(found: Any, magnitudes: bool, steps: Generator[Any, Any, Any]) -> 
                 return end.value
             if _is_the_hosts(type(found)):  # all that it changes is its own, and it asks for magnitudes by its methods
                 again = list(found._ip_view.loans.values())
-        writes = KernelWrites(dep.target.module for dep, _ in item) if isinstance(item, tp.Group) else KernelWrites([])
-        found._ip_writes.append(writes)
-        try:
-            yield item
-        finally:
-            found._ip_writes.remove(writes)
-            writes.close()
+        yield item
 
 
 def _public_methods(cls: type) -> dict[str, Callable[..., Any]]:

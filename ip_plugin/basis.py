@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor
 from .errors import InvalidBasisError
 
 BasisSpec: TypeAlias = Literal["standard", "orthonormal", "dct"] | Tensor
+Constraint: TypeAlias = Literal["none", "unit", "orthonormal"]
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 #: A basis whose condition number, in unit gauge, is above this is refused: with float32 weights the relative error of
 #: converting is about 6e-8 times the condition number.
@@ -77,6 +79,59 @@ def _dct(kernel: Sequence[int]) -> Tensor:
         cosines[0] /= math.sqrt(2.0)
         product = torch.kron(product, cosines * math.sqrt(2.0 / size))
     return product
+
+
+def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
+    """The filters that kernels are composed of: the rows of a trained basis, under a constraint.
+
+    Differentiable any number of times. The standard basis stays what it is bit for bit, and the scale of a row of
+    `basis` does not matter under ``"unit"`` and ``"orthonormal"``: neither weight decay nor a large step can change it.
+
+    Args:
+        basis: ``(N, N)``, the Parameter that is trained.
+        constraint: ``"none"``; ``"unit"``: every row divided by its norm; ``"orthonormal"``: the rows orthonormalised
+            one after the other (Gram and Schmidt; by QR).
+
+    Returns:
+        ``(N, N)``. A row of zeros gives a row of zeros.
+
+    >>> constrained(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), "unit")
+    tensor([[0.6000, 0.8000],
+            [0.0000, 1.0000]])
+    >>> constrained(torch.tensor([[3.0, 0.0], [1.0, 2.0]]), "orthonormal") + 0.0
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    if constraint == "none":
+        return basis
+    # By the largest entry first: the squares of what weight decay leaves of a filter may underflow.
+    largest = basis.detach().abs().amax(dim=1, keepdim=True)
+    scaled = basis / torch.where(largest > 0, largest, 1.0)
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(0.5)
+    if constraint == "unit":
+        return unit
+    wide = unit if unit.dtype in (torch.float32, torch.float64) else unit.float()
+    q, r = torch.linalg.qr(wide.mT)
+    rows: Tensor = (q * torch.where(r.diagonal() < 0, -1, 1)).mT
+    return rows.to(basis.dtype)
+
+
+def normalized(basis: Tensor, constraint: Constraint) -> Tensor:
+    """A basis to begin with under a constraint.
+
+    Raises:
+        InvalidBasisError: it is to be orthonormal, and its filters are not orthogonal.
+    """
+    if constraint == "none":
+        return basis
+    found = constrained(basis, "unit")
+    if constraint == "orthonormal" and not bool((found @ found.mT - torch.eye(len(found))).abs().max() < 1e-5):
+        raise InvalidBasisError(
+            'The filters of a basis must be orthogonal for constraint="orthonormal".',
+            "filters that are not",
+            'use constraint="unit", or another basis',
+        )
+    return found
 
 
 def _checked(basis: Tensor, kernel: Sequence[int]) -> Tensor:

@@ -16,9 +16,9 @@ from .basis import check_regular
 from .compact_file import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
 from .contents import check_modules, packed, places
 from .errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
-from .layer import inner
+from .layer import Model, inner
 from .loading import Plan
-from .model import Model
+from .optimizer import watch
 from .records import Basis, Description, Record
 
 FilePath: TypeAlias = str | os.PathLike[str]
@@ -82,7 +82,7 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
         if space is not None:
             number = numbers.setdefault(id(space.basis), len(known))
             if number == len(known):
-                known.append(Basis(space.basis.requires_grad))
+                known.append(Basis(space.basis.requires_grad, space.constraint))
                 tensors[basis_name(number)] = native(space.basis)
         parts: dict[str, Tensor] = {}
         stored_dtype = ""
@@ -140,7 +140,7 @@ def _check(model: nn.Module) -> None:
         if isinstance(place.module, ParametrizationList) and place.mask is not None:
             raise AlreadyParametrizedError(place.name, "another package, and pruned beneath")
         if place.interspace is not None:
-            check_regular(place.interspace.basis, place.name)
+            check_regular(place.interspace.effective_basis, place.name)
 
 
 @torch.no_grad()
@@ -178,4 +178,5 @@ def load(model: Model, path: FilePath) -> Model:
     """
     with opened(Path(path)) as file:
         Plan(inner(model), file).carry_out()
+    watch(model)
     return model

@@ -84,6 +84,9 @@ def compare(
     ] = DEFAULT.settings.finetune_epochs,
     basis: Annotated[str, typer.Option(help="standard, orthonormal or dct.")] = DEFAULT.settings.basis,
     sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
+    constraint: Annotated[
+        str, typer.Option(help="What holds of the filters of bases: unit (norm), orthonormal or none.")
+    ] = DEFAULT.settings.constraint,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.settings.lr,
     basis_lr: Annotated[float, typer.Option(help="That of the bases, as a multiple.")] = DEFAULT.settings.basis_lr,
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
@@ -122,6 +125,7 @@ def compare(
             train_images=train_images,
             basis=basis,  # type: ignore[arg-type]  # checked there
             sharing=sharing,  # type: ignore[arg-type]
+            constraint=constraint,  # type: ignore[arg-type]
             epochs=epochs,
             finetune_epochs=finetune_epochs,
             lr=lr,

@@ -89,7 +89,7 @@ def check_modules(model: nn.Module) -> None:
         if len(each.chain) > 1:
             raise AlreadyParametrizedError.beside_ours(each.layer, list(each.chain)[1:], each.tensor_name)
     for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if type(module).get_extra_state is not nn.Module.get_extra_state and not isinstance(module, Interspace):
             raise NotStorableError(name, f"the extra state of a {type(module).__name__}", "keep it in buffers")
 
 

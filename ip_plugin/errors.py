@@ -606,7 +606,7 @@ class UnknownTargetError(InterspaceError):
 
 
 class LayerCollapseWarning(UserWarning):
-    """A layer would lose its last entries, and the network with it what passes through that layer."""
+    """A layer keeps almost nothing, or nothing, of what passes through it, while others keep much more."""
 
 
 class InvalidScheduleError(InterspaceError):

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from . import basis as bases
 from .errors import InvalidBasisError
-from .layer import Layer, layers
-from .model import Model
+from .layer import Layer, Model, layers
 from .reparametrization import Interspace, Mask
 from .variety import Similarity
 
@@ -40,10 +39,8 @@ def unit_gauge(coefficients: Tensor, parametrization: Mask | None) -> Tensor:
         coefficients: ``(out, in, *kernel)``, or any tensor that is not in the interspace.
         parametrization: what the tensor is under; without a basis the tensor is returned as it is.
     """
-    if not isinstance(parametrization, Interspace):
-        return coefficients
-    norms = bases.norms(parametrization.basis.detach())
-    return coefficients * norms.reshape(1, 1, *coefficients.shape[2:])
+    norms = parametrization.filter_norms if isinstance(parametrization, Interspace) else None
+    return coefficients if norms is None else coefficients * norms.reshape(1, 1, *coefficients.shape[2:])
 
 
 @torch.no_grad()
@@ -56,16 +53,18 @@ def compared(coefficients: Tensor, parametrization: Mask | None, similarity: Sim
         similarity: "coefficients" or "weights".
     """
     if similarity == "weights" and isinstance(parametrization, Interspace):
-        return bases.compose(coefficients.detach(), parametrization.basis.detach())
+        return bases.compose(coefficients.detach(), parametrization.effective_basis.detach())
     return unit_gauge(coefficients.detach(), parametrization)
 
 
 @torch.no_grad()
 def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
-    """Give every basis filter unit norm, for good; the function that the model computes does not change.
+    """Give the filters of bases without a constraint unit norm, for good; the function that is computed stays.
 
-    Coefficients of all layers that share a basis are scaled with it. Gradients are scaled the other way, and so is the
-    state of `optimizer`; state of an optimizer that is not torch's own is reset with a warning.
+    For bases of ``constraint="none"``, from a checkpoint or from `ip_plugin.methods.refine`; they have the constraint
+    ``"unit"`` afterwards. Coefficients of all layers that share a basis are scaled with it. Gradients are scaled the
+    other way, and so is the state of `optimizer`; state of an optimizer that is not torch's own is reset with a
+    warning.
 
     Args:
         model: changed in place. A plain model stays as it is.
@@ -78,14 +77,14 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
         InvalidBasisError: a filter of norm zero (or NaN); the model is as it was.
 
     >>> from ip_plugin import interspace
-    >>> model = interspace(nn.Conv2d(3, 16, 3), basis=2 * torch.eye(9))
+    >>> model = interspace(nn.Conv2d(3, 16, 3), basis=2 * torch.eye(9), constraint="none")
     >>> space = normalize(model).parametrizations.weight[0]
-    >>> torch.equal(space.basis, torch.eye(9))
-    True
+    >>> torch.equal(space.basis, torch.eye(9)), space.constraint
+    (True, 'unit')
     """
     sharers: dict[nn.Parameter, list[Layer]] = {}
     for layer in layers(model):
-        if layer.interspace is not None:
+        if layer.interspace is not None and layer.interspace.constraint == "none":
             sharers.setdefault(layer.interspace.basis, []).append(layer)
     found = {basis: bases.norms(basis) for basis in sharers}
     for basis, norm in found.items():
@@ -98,12 +97,17 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
             )
     reset: set[str] = set()
     for basis, norm in found.items():
+        for layer in sharers[basis]:
+            assert layer.interspace is not None
+            layer.interspace.constraint = "unit"
         if bool((norm == 1).all()):
             continue
         for layer in sharers[basis]:
             scale = norm.reshape(1, 1, *layer.coefficients.shape[2:])
             reset |= _rescale(layer.coefficients, scale, optimizer)
         reset |= _rescale(basis, 1 / norm[:, None], optimizer)
+        if basis.grad is not None:  # what would change a norm has no effect any more
+            basis.grad -= (basis.grad * basis).sum(1, keepdim=True) * basis
     if reset:
         warnings.warn(f"optimizer state was reset, its meaning is not known: {', '.join(sorted(reset))}", stacklevel=2)
     return model

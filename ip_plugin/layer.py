@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from . import host_masks
 from .errors import NonFiniteWeightError
 from .reparametrization import Interspace, Mask, enter, ours, ours_in, parametrizations
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Target(NamedTuple):
@@ -41,6 +43,14 @@ def mask_of(where: Target) -> Tensor | None:
     """What our mask and the host's keep together of a target; None if there is neither."""
     found = ours_in(where.module)
     return combined(None if found is None else found.mask, host_masks.mask(*where))
+
+
+def described(where: tuple[nn.Module, str], like: Tensor) -> str:
+    """A target for a person, where names of layers are not known: ``weight of shape (10, 32)``."""
+    module, what = where
+    if isinstance(module, parametrize.ParametrizationList):
+        what = "coefficients" if isinstance(module[0], Interspace) else "weight"
+    return f"{what} of shape {tuple(like.shape)}"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Plan:
         self._bases = [
             nn.Parameter(file.basis(number), basis.trained) for number, basis in enumerate(file.description.bases)
         ]
+        self._constraints = [basis.constraint for basis in file.description.bases]
 
     def _match(self) -> None:
         """Names, kinds, dtypes and ties of the model's tensors are those of the file."""
@@ -172,9 +173,11 @@ class Plan:
         _replace(parameter, values)
         for place in members:
             if place.interspace is None:
-                enter(place.module, place.tensor_name, Interspace(parameter, tuple(like.shape[2:])))
+                space = Interspace(parameter, tuple(like.shape[2:]), self._constraints[number])
+                enter(place.module, place.tensor_name, space)
             else:
                 place.interspace.basis = parameter
+                place.interspace.constraint = self._constraints[number]
                 place.interspace.converted_at = None
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from . import host_masks
-from .errors import AlreadyParametrizedError, InvalidMaskError, UnknownLayerError
-from .layer import Layer, layers
-from .model import Model
+from .errors import AlreadyParametrizedError, InvalidMaskError, LayerCollapseWarning, UnknownLayerError
+from .layer import Layer, Model, layers
+
+#: Of the share of its entries that a layer keeps, to the share that all layers keep together.
+THIN = 0.1
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -104,3 +107,30 @@ def adopt_masks(model: Model) -> Model:
             assert mask is not None
             layer.set_mask(mask)
     return model
+
+
+def warn_of_thin_layers(masks: Sequence[tuple[str, Tensor]], stacklevel: int = 3) -> None:
+    """Warn once of layers that a common threshold leaves with less than a tenth of the share that all keep together.
+
+    Args:
+        masks: (name or description of a layer, what it keeps) of all that were pruned together.
+        stacklevel: of the warning.
+
+    >>> import torch
+    >>> kept = [("conv", torch.ones(100, dtype=torch.bool)), ("fc", torch.arange(20) < 0)]
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warn_of_thin_layers(kept)
+    >>> str(caught[0].message)[:76]
+    'layers keep less than a tenth of the share of entries that all keep together'
+    """
+    kept, size = sum(int(mask.sum()) for _, mask in masks), sum(mask.numel() for _, mask in masks)
+    thin = [name for name, mask in masks if int(mask.sum()) * size < THIN * kept * mask.numel()]
+    if thin:
+        listed = ", ".join(thin[:6]) + (f" and {len(thin) - 6} more" if len(thin) > 6 else "")
+        warnings.warn(
+            f"layers keep less than a tenth of the share of entries that all keep together: {listed}. Rank by LAMP "
+            "(`ip_plugin.methods.prune(model, lamp, sparsity=...)`), keep a minimum in each layer (its `floor=`), or "
+            "use one threshold for each layer",
+            LayerCollapseWarning,
+            stacklevel=stacklevel,
+        )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from . import basis as bases
 from . import host_masks
 from .amounts import check_fraction
-from .basis import BasisSpec
+from .basis import CONSTRAINTS, BasisSpec, Constraint
 from .errors import (
     AlreadyInterspaceError,
     AlreadyParametrizedError,
@@ -30,10 +31,10 @@ from .errors import (
     WrappedModelError,
 )
 from .fitting import Kernels, fit, kernel_rows, largest
-from .layer import Layer, Target, check_finite, layers
+from .layer import Layer, Model, Target, check_finite, layers
+from .optimizer import check_trains, join_optimizer, watch
 from .reparametrization import Interspace, enter, held, leave, parametrizations
 
-Model = TypeVar("Model", bound=nn.Module)
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]
 
@@ -44,15 +45,17 @@ def interspace(
     basis: BasisSpec | Literal["fitted"] = "standard",
     sharing: Sharing = "layer",
     layers: Selection = None,
+    constraint: Constraint = "unit",
     train_basis: bool = True,
     seed: int = 0,
     sparsity: float | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Model:
     """Move convolutions to the interspace: write their kernels as linear combinations of a trainable filter basis.
 
     The network computes what it computed before, bit for bit with the standard basis. The Parameter that was a layer's
     ``weight`` holds the coefficients from now on (same object, same shape), so pruners act on them and an optimizer
-    goes on training them; the bases must join that optimizer: `join_optimizer`. Inverse: `bake`.
+    goes on training them; the bases must join that optimizer, which `optimizer` does. Inverse: `bake`.
 
     After Wimmer, Mehnert and Condurache, "Interspace Pruning: Using Adaptive Filter Representations to Improve
     Training of Sparse CNNs", CVPR 2022, arXiv 2203.07808; an independent implementation.
@@ -67,9 +70,13 @@ def interspace(
             callable (name, module) -> hashable; layers with equal values share.
         layers: names of the layers to convert, or a predicate (name, module) -> bool that is asked for each of the
             convolutions that can be converted; None converts them all.
+        constraint: what holds of the filters however they are trained: ``"unit"`` norm, ``"orthonormal"``, or
+            ``"none"``. Without one, a free scale between coefficients and filters moves as they are trained, and
+            magnitudes of coefficients cannot be compared with those of weights, nor with each other.
         train_basis: whether bases require gradients; the basis of frozen coefficients never does.
         seed: seed of ``"orthonormal"``, and of the sample that ``"fitted"`` looks at first.
         sparsity: what ``"fitted"`` is fitted for; nothing is pruned (`ip_plugin.methods.prune_fitted` does both).
+        optimizer: one that was built before and trains the model: the bases join it at once, as by `join_optimizer`.
 
     Returns:
         The model.
@@ -77,9 +84,13 @@ def interspace(
     Raises:
         InterspaceError: one of its subclasses says what is wrong; the model is as it was.
 
+    Warns:
+        UserWarning: later, once, if an optimizer steps the coefficients and none has the bases that should be trained.
+
     Note:
-        Initialise before: a weight that is composed can be assigned (``conv.weight = value``), but what is done to it
-        in place (``nn.init``, ``conv.reset_parameters()``) is done to a temporary tensor and lost.
+        The weight of a layer is computed, and can be written all the same: ``conv.weight = value``,
+        ``nn.init.zeros_(conv.weight)``, ``conv.weight.data[0] *= 2`` and ``conv.reset_parameters()`` give the layer
+        coefficients of what was written. What numpy writes into its memory is lost.
 
     Note:
         ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
@@ -92,7 +103,7 @@ def interspace(
     True
     >>> model[0].parametrizations.weight
     ParametrizationList(
-      (0): Interspace(kernel=3x3, basis=9 filters)
+      (0): Interspace(kernel=3x3, basis=9 filters, constraint=unit)
     )
     """
     if (isinstance(basis, str) and basis == "fitted") != (sparsity is not None):
@@ -103,26 +114,34 @@ def interspace(
         )
     if sparsity is not None:
         check_fraction(sparsity)
+    if constraint not in CONSTRAINTS:
+        raise InvalidBasisError(
+            '`constraint` must be "unit", "orthonormal" or "none".', f"{constraint!r}", 'leave it out: "unit"'
+        )
     groups = groups_of(model, sharing, layers)
+    if optimizer is not None:
+        check_trains(optimizer, [layer for members in groups for layer in members])
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
     for members in groups:
-        values = _basis(members, basis, sparsity, generator).to(members[0].weight.dtype)
-        plans.append((members, values, None if bases.is_standard(values) else bases.inverse(values)))
+        values = bases.normalized(_basis(members, basis, sparsity, generator), constraint).to(members[0].weight.dtype)
+        filters = bases.constrained(values, constraint)
+        plans.append((members, values, filters, None if bases.is_standard(filters) else bases.inverse(filters)))
     # Everything that can be wrong has been refused; from here on the model changes.
-    for members, values, inverse in plans:
+    for members, values, filters, inverse in plans:
         weights = [layer.weight for layer in members]
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
-            space = Interspace(parameter, _kernel(layer))
+            space = Interspace(parameter, _kernel(layer), constraint)
             enter(layer.module, "weight", space)
             if inverse is not None:
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
-                    bases.transform_(weight.grad, values.mT)
+                    bases.transform_(weight.grad, filters.mT)
                 space.converted_at = weight._version
-    return model
+    watch(model)
+    return model if optimizer is None else join_optimizer(model, optimizer)
 
 
 def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[Layer]]:

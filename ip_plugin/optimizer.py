@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from . import basis as bases
 from .errors import OptimizerMismatchError
-from .layer import Layer, layers
-from .model import Model
+from .layer import Layer, Model, layers
+from .reparametrization import Interspace
+
+_watched: WeakSet[Any] = WeakSet()  # torch's ParametrizationLists, each with an Interspace
+_checked: WeakSet[Optimizer] = WeakSet()
+_hook: RemovableHandle | None = None
 
 
 def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
@@ -42,11 +52,8 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     """
     converted = [layer for layer in layers(model) if layer.interspace is not None]
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    check_trains(optimizer, converted)
     mine = [layer for layer in converted if id(layer.coefficients) in group_of]
-    if converted and not mine:
-        raise OptimizerMismatchError(
-            f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups"
-        )
     names = {id(p): name for name, p in model.named_parameters()}
     joined: dict[int, tuple[Layer, dict[str, Any]]] = {}
     for layer in mine:
@@ -74,6 +81,15 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     return model
 
 
+def check_trains(optimizer: Optimizer, converted: Sequence[Layer]) -> None:
+    """Raise OptimizerMismatchError if an optimizer trains none of some layers."""
+    trained = _ids(optimizer)
+    if converted and not any(id(layer.coefficients) in trained for layer in converted):
+        raise OptimizerMismatchError(
+            f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups"
+        )
+
+
 def _carry_state(layer: Layer, optimizer: Optimizer) -> str | None:
     """Write state that was gathered for weights in the coefficients' basis; returns what could not be done."""
     space, coefficients = layer.interspace, layer.coefficients
@@ -89,7 +105,7 @@ def _carry_state(layer: Layer, optimizer: Optimizer) -> str | None:
     momentum = optimizer.state[coefficients].get("momentum_buffer")
     if momentum is not None:
         # Momentum is a sum of gradients, and d/dc = d/dh times the transposed basis.
-        bases.transform_(momentum, space.basis.detach().mT)
+        bases.transform_(momentum, space.effective_basis.detach().mT)
     return None
 
 
@@ -124,3 +140,51 @@ def param_groups(
         if basis_lr is not None:
             groups[1]["lr"] = basis_lr
     return groups
+
+
+def watch(model: nn.Module) -> None:
+    """Warn once if an optimizer steps coefficients of a model whose trained bases no optimizer has."""
+    global _hook
+    _watched.update(layer.target.module for layer in layers(model) if layer.interspace is not None)
+    _checked.clear()
+    if _hook is None and _watched:
+        _hook = register_optimizer_step_post_hook(_warn_of_bases_left_out)
+
+
+def _warn_of_bases_left_out(optimizer: Optimizer, *_: object) -> None:
+    if torch.compiler.is_compiling() or optimizer in _checked:
+        return
+    _checked.add(optimizer)
+    left_out = _left_out(optimizer)
+    if not left_out:
+        return
+    for other in gc.get_objects():
+        if issubclass(type(other), Optimizer):
+            held = _ids(other)
+            left_out = [chain for chain in left_out if id(chain[0].basis) not in held]
+    if left_out:
+        _watched.difference_update(left_out)
+        warnings.warn(
+            f"{type(optimizer).__name__} trains the coefficients of {len(left_out)} layers in the interspace, and no "
+            "optimizer trains their filter bases, so they stay what they are: call "
+            "`ip_plugin.join_optimizer(model, optimizer)`, or convert with `interspace(model, optimizer=optimizer)`; "
+            "bases that are held on purpose need `interspace(model, train_basis=False)`",
+            stacklevel=3,
+        )
+
+
+def _left_out(optimizer: Optimizer) -> list[Any]:
+    """The watched layers of which an optimizer trains the coefficients, and not the basis that should be trained."""
+    held = _ids(optimizer)
+    return [
+        chain
+        for chain in _watched
+        if isinstance(chain[0], Interspace)
+        and chain[0].basis.requires_grad
+        and id(chain.original) in held
+        and id(chain[0].basis) not in held
+    ]
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from .amounts import is_count
+from .basis import CONSTRAINTS, Constraint
 from .errors import InvalidFileError
 from .positions import CODINGS
 
@@ -49,9 +50,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Basis:
-    """A filter basis: whether it is trained."""
+    """A filter basis.
+
+    Attributes:
+        trained: whether it is.
+        constraint: see `ip_plugin.basis.constrained`; files from before there were constraints have none.
+    """
 
     trained: bool
+    constraint: Constraint = "none"
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Description:
             tuple(_typed(Basis, f"basis {i}", basis) for i, basis in enumerate(bases)),
             groups,
         )
+        for number, basis in enumerate(found.bases):
+            _require(basis.constraint in CONSTRAINTS, f"the constraint {basis.constraint[:80]!r}", f"basis {number}")
         for name, record in found.tensors.items():
             _check(name, record, found)
         used = {record.basis for record in found.tensors.values()} - {None}

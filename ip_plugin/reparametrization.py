@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from . import basis as bases
+from .basis import CONSTRAINTS, Constraint
+from .composed_weight import serve
 
 
 class Mask(nn.Module):
@@ -59,44 +61,66 @@ class Interspace(Mask):
     Args:
         basis: Parameter ``(N, N)``, one filter a row; layers may share the object.
         kernel: spatial shape of the kernels, ``prod(kernel) == N``.
+        constraint: what holds of the filters that kernels are composed of, whatever `basis` is trained to; see
+            `ip_plugin.basis.constrained`. Part of the ``state_dict``, but no buffer: it is not cast or averaged.
 
     >>> space = Interspace(nn.Parameter(torch.eye(9)), (3, 3))
     >>> space(torch.ones(8, 4, 3, 3)).shape, space.filters.shape
     (torch.Size([8, 4, 3, 3]), torch.Size([9, 3, 3]))
     """
 
-    def __init__(self, basis: nn.Parameter, kernel: Sequence[int]) -> None:
+    def __init__(self, basis: nn.Parameter, kernel: Sequence[int], constraint: Constraint = "none") -> None:
         super().__init__()
         self.basis = basis
         self.kernel = tuple(kernel)
+        #: ``"none"``, ``"unit"`` or ``"orthonormal"``; layers that share a basis have one.
+        self.constraint = constraint
         #: Version of the coefficients when a basis that is not standard changed their values; None once an optimizer
         #: that still has state of the old values has been told (`join_optimizer`).
         self.converted_at: int | None = None
 
+    def get_extra_state(self) -> Tensor:
+        """The constraint as a number."""
+        return torch.tensor(CONSTRAINTS.index(self.constraint), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over a constraint from a ``state_dict``."""
+        self.constraint = CONSTRAINTS[int(state)]
+
+    @property
+    def effective_basis(self) -> Tensor:
+        """What kernels are composed of, ``(N, N)``: `basis` under the constraint, differentiable in it."""
+        return bases.constrained(self.basis, self.constraint)
+
     @property
     def filters(self) -> Tensor:
-        """The basis as a person looks at it: ``(N, *kernel)``."""
-        return self.basis.detach().reshape(-1, *self.kernel)
+        """The effective basis as a person looks at it: ``(N, *kernel)``."""
+        return self.effective_basis.detach().reshape(-1, *self.kernel)
+
+    @property
+    def filter_norms(self) -> Tensor | None:
+        """The norms of the filters, ``(N,)``; None where the constraint makes them 1."""
+        return bases.norms(self.basis.detach()) if self.constraint == "none" else None
 
     def forward(self, original: Tensor) -> Tensor:
         """Weights ``(out, in, *kernel)`` from coefficients of the same shape."""
         if torch.is_autocast_enabled(original.device.type):
             # In the coefficients' own precision: the convolution that uses the weight rounds it once.
             with torch.autocast(original.device.type, enabled=False):
-                return bases.compose(super().forward(original), self.basis)
-        return bases.compose(super().forward(original), self.basis)
+                return bases.compose(super().forward(original), self.effective_basis)
+        return bases.compose(super().forward(original), self.effective_basis)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Coefficients of the kernels `value` in the present basis."""
-        return bases.transform_(value.detach().clone(), bases.inverse(self.basis))
+        return bases.transform_(value.detach().clone(), bases.inverse(self.effective_basis))
 
     def extra_repr(self) -> str:
         """The basis and how much is pruned, for ``print(model)``."""
         kernel = "x".join(map(str, self.kernel))
+        constraint = "" if self.constraint == "none" else f", constraint={self.constraint}"
         frozen = "" if self.basis.requires_grad else ", frozen"
-        return ", ".join(
-            filter(None, (f"kernel={kernel}, basis={len(self.basis)} filters{frozen}", super().extra_repr()))
-        )
+        basis = f"kernel={kernel}, basis={len(self.basis)} filters{constraint}{frozen}"
+        return ", ".join(filter(None, (basis, super().extra_repr())))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -173,6 +197,7 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     chain = parametrizations(module)[tensor_name]
     chain.original = parameter
     chain[0] = parametrization
+    serve(module, tensor_name)
     parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
 
 
@@ -240,12 +265,15 @@ def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         if kept is not None:
             state_dict[plain] = state_dict.pop(f"{plain}_orig")
             state_dict[f"{key}.0.mask"] = kept != 0
-            if isinstance(parametrization, Interspace) and not bases.is_standard(parametrization.basis):
+            if isinstance(parametrization, Interspace) and not bases.is_standard(parametrization.effective_basis):
                 error_messages.append(
                     f"{plain} was pruned by torch.nn.utils.prune, and a mask of weights is none of coefficients in a "
                     "basis that is not the standard one: load it into the plain model, make its zeros permanent with "
                     "ip_plugin.bake(model), and call ip_plugin.interspace(model) then"
                 )
+        if f"{key}.0.basis" in state_dict and f"{key}.0._extra_state" not in state_dict:
+            # Saved before there were constraints. The basis is what kernels were composed of.
+            state_dict[f"{key}.0._extra_state"] = torch.tensor(CONSTRAINTS.index("none"))
         saved = state_dict.get(f"{key}.0.mask")
         if parametrization.mask is None and saved is not None and saved.shape == shape:
             parametrization.mask = torch.ones_like(tensors.original, dtype=torch.bool)

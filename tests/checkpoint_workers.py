@@ -49,7 +49,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Of every tensor of the model and the optimizer; names are the host's or ours, values the same."""
-    tensors = [t for n, t in model.state_dict().items() if not n.endswith("mask")]
+    tensors = [t for n, t in model.state_dict().items() if not n.endswith(("mask", "_extra_state"))]
     for state in optimizer.state_dict()["state"].values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return [hashlib.sha256(bytes(t.contiguous().reshape(-1).view(torch.uint8).tolist())).hexdigest() for t in tensors]

@@ -94,9 +94,9 @@ class Case:
     def convert(self, model: nn.Sequential, **options: Any) -> nn.Sequential:
         return interspace(model, basis=basis_for(self.basis, model), sharing=SHARINGS[self.sharing], **options)
 
-    def interspace(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Tensor]:
+    def interspace(self, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Sequential, Tensor]:
         model, x = self.plain(dtype)
-        return self.convert(model), x
+        return self.convert(model, **options), x
 
 
 #: Every kind with every basis, and the sharings dealt out so that every two of the three meet.

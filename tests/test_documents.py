@@ -58,9 +58,9 @@ def test_contributing_maps_every_file() -> None:
 def test_dependencies_point_one_way() -> None:
     """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
     names = (
-        "errors amounts files seeds timing ranking basis fitting coding dictionary variety reparametrization "
-        "host_masks layer model masks gauge optimizer example_input positions contents report records compact_file "
-        "resizing loading checkpoint inspection"
+        "errors amounts files seeds timing ranking basis fitting coding dictionary variety composed_weight "
+        "reparametrization host_masks layer optimizer model masks gauge example_input positions contents report "
+        "records compact_file resizing loading checkpoint inspection"
     )
     order = names.split()
     modules = {p.stem for p in (ROOT / "ip_plugin").glob("*.py")} - {"__init__", "__main__", "cli"}

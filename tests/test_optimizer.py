@@ -11,6 +11,7 @@ from kinds import Case, backward, every_case
 from torch import nn
 
 from ip_plugin import interspace, join_optimizer, param_groups
+from ip_plugin.errors import OptimizerMismatchError
 
 pytestmark = pytest.mark.contract
 
@@ -183,3 +184,66 @@ def test_param_groups_of_a_plain_model_and_without_a_rate_for_bases() -> None:
     assert len(group["params"]) == 6
     groups = param_groups(interspace(plain), weight_decay=0.1, basis_weight_decay=0.2)
     assert "lr" not in groups[1] and groups[1]["weight_decay"] == 0.2
+
+
+def step(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    backward(model, x)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_bases_that_no_optimizer_trains_are_warned_of_once(kind: type[torch.optim.Optimizer]) -> None:
+    model, x = Case("conv2d", "standard", "model").plain()
+    optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+    interspace(model)
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} trains the coefficients of .*join_optimizer") as caught:
+        step(model, x, optimizer)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, x, optimizer)
+        step(model, x, kind(model.parameters(), lr=0.01))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("how", ["joined", "at once", "built after", "held", "frozen", "by another", "compiled"])
+def test_bases_that_are_trained_or_held_on_purpose_are_not_warned_of(how: str) -> None:
+    model, x = Case("conv2d", "standard", "layer").plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    interspace(model, train_basis=how != "held", optimizer=optimizer if how == "at once" else None)
+    others = []
+    if how in ("joined", "compiled"):
+        join_optimizer(model, optimizer)
+    elif how == "built after":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    elif how == "frozen":
+        for layer in model:
+            basis_of(layer).requires_grad_(False) if hasattr(layer, "parametrizations") else None
+    elif how == "by another":
+        others = [torch.optim.Adam([basis_of(layer) for layer in model if hasattr(layer, "parametrizations")])]
+    stepped = torch.compile(optimizer.step, backend="eager") if how == "compiled" else optimizer.step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        backward(model, x)
+        stepped()
+    assert all(optimizers.state == {} for optimizers in others)
+
+
+def test_converting_with_the_optimizer_is_joining_at_once() -> None:
+    model, _ = Case("conv2d", "standard", "layer").plain()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, weight_decay=0.1) for each in (model, twin)]
+    interspace(model, basis="dct", optimizer=optimizers[0])
+    join_optimizer(interspace(twin, basis="dct"), optimizers[1])
+    shapes = [[p.shape for group in each.param_groups for p in group["params"]] for each in optimizers]
+    assert shapes[0] == shapes[1]
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizers[0].param_groups[0]["params"]}
+
+
+def test_converting_with_the_optimizer_of_another_model_changes_nothing() -> None:
+    model, x = Case("conv2d", "standard", "layer").plain()
+    before, out = list(model.state_dict()), model(x)
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.01)
+    with pytest.raises(OptimizerMismatchError):
+        interspace(model, optimizer=optimizer)
+    assert list(model.state_dict()) == before and torch.equal(model(x), out)
+    assert len(optimizer.param_groups[0]["params"]) == 2

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from ip_plugin.basis import CONSTRAINTS, Constraint
 from ip_plugin.errors import InvalidStudyError
 
 from . import criteria as known_criteria
@@ -39,8 +40,8 @@ class Settings:
         task: name of a task, see `ip_plugin.compare.tasks`.
         data: where the task's data lies; None for a task that brings its own.
         train_images: how many of the training images are used, the same ones in every run; None for all.
-        basis, sharing: as `ip_plugin.interspace` takes them. On a network as small as the default one a basis for
-            every layer costs a fifth of the budget at 98 % sparsity, so layers share one.
+        basis, sharing, constraint: as `ip_plugin.interspace` takes them. On a network as small as the default one a
+            basis for every layer costs a fifth of the budget at 98 % sparsity, so layers share one.
         epochs: of training.
         finetune_epochs: after pruning a trained network, with a quarter of the learning rate.
         batch_size, lr, weight_decay: of SGD with momentum 0.9 and a one-cycle schedule; bases have no weight decay.
@@ -55,6 +56,7 @@ class Settings:
     train_images: int | None = None
     basis: Literal["standard", "orthonormal", "dct"] = "orthonormal"
     sharing: Literal["layer", "model"] = "model"
+    constraint: Constraint = "unit"
     epochs: int = 16
     finetune_epochs: int = 8
     batch_size: int = 100
@@ -68,6 +70,8 @@ class Settings:
         _require("task", self.task in TASKS, self.task, f"one of {', '.join(TASKS)}")
         bases = ("standard", "orthonormal", "dct")
         _require("basis", self.basis in bases, self.basis, f"one of {', '.join(bases)}")
+        constraints = ", ".join(CONSTRAINTS)
+        _require("constraint", self.constraint in CONSTRAINTS, self.constraint, f"one of {constraints}")
         _require("sharing", self.sharing in ("layer", "model"), self.sharing, "layer or model")
         TASKS[self.task].check(self.data)
         if self.train_images is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
-from ip_plugin.errors import InvalidStudyError
+from ip_plugin.errors import InvalidStudyError, LayerCollapseWarning
 from ip_plugin.layer import layers
 from ip_plugin.seeds import derived_seed
 
@@ -88,7 +89,8 @@ def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, 
         Split(*(tensor.to(settings.device) for tensor in split))
         for split in task.load(settings.data, settings.train_images)
     )
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapseWarning)  # a study compares criteria as they are
         torch.manual_seed(run.seed)
         model = task.network().to(settings.device)
         dense = None if settings.deploy_threads is None else copy.deepcopy(model).eval()
@@ -177,7 +179,8 @@ def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> li
         pays = not budget or available > members[0][2]
         (converted if pays else spatial).extend(name for name, _, _ in members)
     if converted:
-        interspace(model, basis=settings.basis, sharing=settings.sharing, layers=converted, seed=run.seed)
+        how = {"basis": settings.basis, "sharing": settings.sharing, "constraint": settings.constraint}
+        interspace(model, layers=converted, seed=run.seed, **how)  # type: ignore[arg-type]
     return spatial
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidScopeError
 from ..fitting import Keep, Kernels, fit, kernel_rows, largest
-from ..layer import Layer, by_basis, check_finite, layers
-from ..model import Model, Sharing, bake, groups_of, interspace
+from ..layer import Layer, Model, by_basis, check_finite, layers
+from ..model import Sharing, bake, groups_of, interspace
 from .derivatives import Batches, pair
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
 from .refinement import refine

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
-from ..layer import Layer
-from ..model import Model
+from ..layer import Layer, Model
 from .derivatives import Batches, call, pair, pure, unwrapped
 from .inputs import Moments, multiplies, observe, rows
 
@@ -184,7 +183,7 @@ def _fitted(
     mask = mine.mask
     assert mask is not None
     start = rows(module, coefficients).to(second.dtype)
-    basis = torch.eye(start.shape[3]) if space is None else space.basis.detach()
+    basis = torch.eye(start.shape[3]) if space is None else space.effective_basis.detach()
     goal = rows(module, its.composed).to(second.dtype)
     found = least_squares(second, goal, start, rows(module, mask), basis.to(start), ridge)
     value = coefficients.clone(memory_format=torch.contiguous_format)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..basis import check_regular, compose
 from ..dictionary import Dictionary, learn
 from ..fitting import Kernels, kernel_rows
-from ..layer import Layer, by_basis, check_finite
-from ..model import Model
+from ..layer import Layer, Model, by_basis, check_finite
 from .derivatives import unwrapped
 from .reconstruction import twins_of
 
@@ -31,7 +30,8 @@ def refine(
     layers that share a basis never rises; where nothing better is found, they stay as they are. So do layers without a
     basis, and those that share one where nothing is masked.
 
-    Filters are scaled such that no step in the coefficients moves a kernel farther than it is long. Some nearly depend
+    Filters are scaled such that no step in the coefficients moves a kernel farther than it is long, so these bases have
+    no constraint afterwards. Some filters nearly depend
     on each other: in a fine-tuning, hold the basis (``requires_grad_(False)``, or `ip_plugin.param_groups` with
     ``basis_lr=0``), or train it slowly.
 
@@ -91,7 +91,10 @@ def _refined(
 
 def _write(members: Sequence[Layer], found: Dictionary) -> None:
     longest = float(torch.linalg.matrix_norm(found.basis, 2))
-    _basis(members[0]).copy_(found.basis / longest)
+    for layer in members:
+        assert layer.interspace is not None
+        layer.interspace.constraint = "none"
+        layer.interspace.basis.copy_(found.basis / longest)
     for layer, (coefficients, mask) in zip(members, found.codes, strict=True):
         held = layer.coefficients
         held.copy_((coefficients * longest).reshape(held.shape))
@@ -105,4 +108,4 @@ def _without_mask(layer: Layer) -> Tensor:
 
 def _basis(layer: Layer) -> Tensor:
     assert layer.interspace is not None
-    return layer.interspace.basis.detach()
+    return layer.interspace.effective_basis.detach()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..amounts import check_fraction, is_count
 from ..errors import InvalidScheduleError
-from ..model import Model
+from ..layer import Model
 from .scores import Scores, magnitude
 from .selection import Scope, apply_masks, select
 

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import basis as bases
 from ..errors import (
     InvalidOutputsError,
     InvalidTemperatureError,
@@ -44,6 +43,7 @@ from ..errors import (
 from ..example_input import run
 from ..gauge import unit_gauge
 from ..layer import Layer, Target, layers
+from ..reparametrization import Interspace
 from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 
 Scores: TypeAlias = dict[Target, Tensor]
@@ -200,8 +200,9 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
 
 def _over_squared_norms(layer: Layer, gradient: Tensor) -> Tensor:
     """Of the two factors one belongs to the gradient, the other to the Hessian that is applied to it."""
-    if layer.interspace is not None:
-        norms = bases.norms(layer.interspace.basis.detach()).reshape(1, 1, *gradient.shape[2:])
+    norms = None if layer.interspace is None else layer.interspace.filter_norms
+    if norms is not None:
+        norms = norms.reshape(1, 1, *gradient.shape[2:])
         # The gradient of a coefficient whose filter is zero is zero; so is its score.
         return gradient * torch.where(norms > 0, norms.square().reciprocal(), 0.0)
     return gradient
@@ -243,6 +244,12 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         for name, buffer in inner.named_buffers():
             tensors[name] = _wide(torch.zeros_like(buffer) if id(buffer) in means else buffer.detach().clone())
         name_of = {id(p): name for name, p in inner.named_parameters()}
+        for space in inner.modules():
+            if isinstance(space, Interspace):  # it is the filters that kernels are composed of that lose their signs
+                tensors[name_of[id(space.basis)]] = _wide(space.effective_basis.detach().abs())
+        for space in inner.modules():
+            if isinstance(space, Interspace):
+                space.constraint = "none"
         leaves = [tensors[name_of[id(each.coefficients)]].requires_grad_() for each in found]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
         flow = sum(each.double().sum() for each in _floating(outputs))

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +17,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..amounts import check_count, check_fraction, is_count
 from ..errors import (
@@ -27,17 +25,14 @@ from ..errors import (
     InvalidFloorError,
     InvalidPatternError,
     InvalidScopeError,
-    LayerCollapseWarning,
     NonFiniteScoresError,
     NothingToPruneError,
     PatternMismatchError,
     UnknownTargetError,
 )
-from ..layer import Target, layers, target
-from ..masks import set_masks
-from ..model import Model
+from ..layer import Model, Target, described, layers, target
+from ..masks import set_masks, warn_of_thin_layers
 from ..ranking import keep_largest
-from ..reparametrization import Interspace
 
 Scope: TypeAlias = Literal["global", "layer", "erk"]
 Masks: TypeAlias = dict[Target, Tensor]
@@ -98,7 +93,7 @@ def select(
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
             `erk`. Counts of layers sum to the count exactly (largest remainder).
         floor: how many entries every layer keeps at least (fewer only where fewer are left). With the default 0 the
-            choice is that of the scores alone, and a layer that loses its last entries is warned of.
+            choice is that of the scores alone.
         pattern: N of every M entries, in each layer alike; instead of sparsity, count, scope and floor.
 
     Returns:
@@ -113,7 +108,7 @@ def select(
         InvalidScopeError, InvalidFloorError, InvalidPatternError, PatternMismatchError
 
     Warns:
-        LayerCollapseWarning: a layer loses everything that it had left, while others keep some.
+        LayerCollapseWarning: layers keep less than a tenth of the share of entries that all layers keep together.
 
     >>> from torch import nn
     >>> scores = {Target(nn.Linear(4, 1), "weight"): torch.tensor([[0.5, 2.0, -1.0, 3.0]])}
@@ -129,7 +124,7 @@ def select(
         others = {"sparsity": sparsity, "count": count, "scope": scope, "floor": floor}
         if others != {"sparsity": None, "count": None, "scope": "global", "floor": 0}:
             raise InvalidPatternError(f"{pattern} and {others}")
-        misfits = [_describe(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
+        misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
         if misfits:
             raise PatternMismatchError(str(pattern), misfits)
         return {where: pattern.mask(score) for where, score in scores.items()}
@@ -156,8 +151,9 @@ def select(
         where: mask.reshape(score.shape).to(score.device)
         for (where, score), mask in zip(scores.items(), kept, strict=True)
     }
-    if keep:
-        _warn_of_collapse(masks, left)
+    warn_of_thin_layers(
+        [(described(where, mask), mask) for (where, mask), n in zip(masks.items(), left, strict=True) if n]
+    )
     return masks
 
 
@@ -280,24 +276,4 @@ def _check(scores: Mapping[Target, Tensor]) -> None:
     for where, score in scores.items():
         bad = int((score.isnan() | (score == math.inf)).sum())
         if bad:
-            raise NonFiniteScoresError(_describe(where, score), bad)
-
-
-def _describe(where: Target, score: Tensor) -> str:
-    module, what = where
-    if isinstance(module, ParametrizationList):
-        what = "coefficients" if isinstance(module[0], Interspace) else "weight"
-    return f"{what} of shape {tuple(score.shape)}"
-
-
-def _warn_of_collapse(masks: Mapping[Target, Tensor], left: Sequence[int]) -> None:
-    dead = [
-        _describe(where, mask) for (where, mask), had in zip(masks.items(), left, strict=True) if had and not mask.any()
-    ]
-    if dead:
-        warnings.warn(
-            f"{len(dead)} of {len(masks)} layers lose everything that they had left: {', '.join(dead[:6])}; "
-            "floor=1 keeps the best entry of each",
-            LayerCollapseWarning,
-            stacklevel=3,
-        )
+            raise NonFiniteScoresError(described(where, score), bad)

@@ -115,7 +115,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         each = of_ours.get(id(module))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or (isinstance(module, Mask) and name == "mask"):
+            if tensor is None or (isinstance(module, Mask) and name != "basis"):
                 continue
             plain = f"{each.layer}.{each.tensor_name}" if each and name == "original" else f"{prefix}.{name}"
             found[plain.removeprefix(".")] = tensor

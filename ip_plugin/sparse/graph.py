@@ -179,7 +179,7 @@ def _values(layer: Layer) -> tuple[Tensor, Tensor | None]:
     if layer.mask is not None:
         values = values * layer.mask
     interspace = layer.interspace
-    basis = None if interspace is None else interspace.basis.detach()
+    basis = None if interspace is None else interspace.effective_basis.detach()
     return values.flatten(2), basis
 
 

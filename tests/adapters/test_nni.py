@@ -306,8 +306,9 @@ def moved(model: nn.Sequential) -> nn.Sequential:
         n = model.get_submodule(layer).weight.shape[2:].numel()  # type: ignore[union-attr, operator]
         generator = torch.Generator().manual_seed(n)
         interspace(
-            model, layers=[layer], basis=torch.diag(torch.arange(1.0, n + 1)) + torch.rand(n, n, generator=generator)
-        )
+            model, layers=[layer], constraint="none",
+            basis=torch.diag(torch.arange(1.0, n + 1)) + torch.rand(n, n, generator=generator),
+        )  # fmt: skip
     return model
 
 
@@ -349,7 +350,7 @@ def test_scores_made_of_gradients_do_not_depend_on_the_gauge(name: str, monkeypa
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: None)
 
     def chosen(scaled: bool) -> Any:
-        model = interspace(network(), layers=["0"], train_basis=False)
+        model = interspace(network(), layers=["0"], train_basis=False, constraint="none")
         if scaled:  # by powers of two, so that rounding is the same
             space, scale = model[0].parametrizations.weight, 2.0 ** torch.arange(-4, 5)
             space.original.data.div_(scale.reshape(3, 3))
@@ -984,6 +985,7 @@ def test_channels_are_cut_as_on_the_plain_twin(name: str) -> None:
     torch.testing.assert_close(bake(model).eval()(X), plain.eval()(X))
 
 
+@pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
 @pytest.mark.parametrize("space", ["spatial", "interspace", "interspace moved"])
 @pytest.mark.parametrize("name", EXACT)
 def test_criteria_prune_exactly_as_many_as_asked(name: str, space: str) -> None:

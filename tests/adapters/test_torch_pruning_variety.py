@@ -128,7 +128,7 @@ def test_coefficients_or_kernels_are_compared(similarity: Any, masked: bool, cal
     basis = (torch.eye(9) + 0.8 * torch.rand(9, 9)).double()
     basis[4] = 0
     model: Any = nn.Sequential(nn.Conv2d(2, 16, 3, bias=False), nn.Conv2d(16, 2, 1)).double()
-    interspace(model, basis=torch.eye(9).double())
+    interspace(model, basis=torch.eye(9).double(), constraint="none")
     with torch.no_grad():
         model[0].parametrizations.weight[0].basis.copy_(basis)
     if masked:

@@ -128,9 +128,8 @@ def test_movement_cuts_the_filters_of_least_movement(space: str, varied: bool) -
     scores = movement(twin, training.batches(10), training.loss)
     first = next(layers(twin))
     worth, values = scores[first.target].flatten(1).sum(1), first.coefficients.detach()
-    norms = 1 if first.interspace is None else first.interspace.basis.detach().norm(dim=1).reshape(1, 1, 3, 3)
     assert len(worth.unique()) == 32
-    order = removal_order(worth, values * norms, strength=float(varied))
+    order = removal_order(worth, values, strength=float(varied))
     kept = order[16:].sort().values
     found = training.began[1]
     name = "0.weight" if space == "spatial" else "0.parametrizations.weight.original"

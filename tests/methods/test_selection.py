@@ -69,7 +69,7 @@ def test_masks_worked_out_by_hand(case: str) -> None:
 
 def test_a_floor_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
     scores = scores_of([[1.0, 3.0, 2.0]], [[10.0, 12.0, 11.0, 13.0]])
-    with pytest.warns(errors.LayerCollapseWarning, match=r"1 of 2 layers lose .*: t0 of shape \(1, 3\); floor=1") as w:
+    with pytest.warns(errors.LayerCollapseWarning, match=r"together: t0 of shape \(1, 3\)\. .*LAMP.*floor=") as w:
         assert kept(methods.select(scores, count=4)) == [[0, 0, 0], [0, 1, 1, 1]]
     assert w[0].filename == __file__
     with warnings.catch_warnings():
@@ -79,6 +79,17 @@ def test_a_floor_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warni
         methods.select(scores, sparsity=1.0)  # asked for
         gone = scores_of([[-INF, -INF, -INF]], [[10.0, 12.0, 11.0, 13.0]])
         assert kept(methods.select(gone, count=4, floor=1)) == [[0, 0, 0], [0, 1, 1, 1]]  # nothing was left before
+
+
+def test_layers_with_less_than_a_tenth_of_the_common_share_are_warned_of() -> None:
+    """Of 100 and 1,000 entries 220 are kept, a fifth; a tenth of it, two in a hundred entries, is no reason yet."""
+    for few in (1, 2, 3):
+        first = torch.cat([torch.full((few,), 2.0), torch.zeros(100 - few)])[None]
+        second = torch.cat([torch.full((220 - few,), 2.0), torch.zeros(780 + few)])[None]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert counts(methods.select(scores_of(first, second), count=880)) == [few, 220 - few]
+        assert [each.category for each in caught] == [errors.LayerCollapseWarning] * (few < 2)
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])

@@ -1,0 +1,151 @@
+"""The composed weight of a layer as code outside of a forward pass gets it: writes in place reach the coefficients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+
+class _RelatedToAnyTensor(torch._C._TensorMeta):
+    """`torch.testing.assert_close` compares related classes only, and people compare weights with Parameters."""
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, Tensor)
+
+
+class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
+    """A weight that a parametrization of this package computed, or a view of one.
+
+    ``nn.init.zeros_(conv.weight)`` and ``conv.weight.data[:4] *= 0`` would write into a temporary tensor. Here every
+    operation that may write is followed by a comparison, and kernels that have changed get coefficients of what was
+    written. Other kernels keep their coefficients bit for bit, and pruned entries stay pruned. What is computed from a
+    composed weight is an ordinary tensor, and so are its copies and what is saved of it.
+
+    What numpy and other libraries write into its memory is not seen.
+
+    >>> from ip_plugin import interspace
+    >>> conv = interspace(nn.Conv2d(3, 8, 3), basis="dct")
+    >>> conv.weight.data[[1, 5]] *= 0
+    >>> conv.parametrizations.weight.original.flatten(1).any(dim=1).tolist()
+    [True, False, True, True, True, False, True, True]
+    """
+
+    _chain: parametrize.ParametrizationList
+    _whole: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation of ordinary tensors; take over what it has written; hand out views as views."""
+        kwargs = kwargs or {}
+        mine = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls]
+        with torch._C.DisableTorchFunctionSubclass():
+            before = [each._whole.clone() for each in mine] if _may_write(func, kwargs) else []
+            result = func(*args, **kwargs)
+            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+                _write(mine[0]._chain, torch.ones_like(mine[0]._whole, dtype=torch.bool), _plain(args[1]))
+                return result
+            for each, values in zip(mine, before, strict=False):
+                written = each._whole != values
+                if bool(written.any()):
+                    _write(each._chain, written, each._whole)
+            if type(result) in (tuple, list):
+                return type(result)(_linked(leaf, mine) for leaf in result)
+            return _linked(result, mine)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(_plain(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied: Tensor = _plain(self).__deepcopy__(memo)
+        return copied
+
+
+def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """By its name: ``mul_``, ``__setitem__``, ``__imul__``; or it was given ``out=`` or ``inplace=True``."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
+    return name.endswith("_") or kwargs.get("out") is not None or kwargs.get("inplace") is True
+
+
+def _plain(leaf: Any) -> Any:
+    if type(leaf) is not ComposedWeight:
+        return leaf
+    with torch._C.DisableTorchFunctionSubclass():
+        return leaf.as_subclass(Tensor)
+
+
+def _linked(leaf: Any, mine: list[ComposedWeight]) -> Any:
+    """A result that shares memory with a composed weight, as one."""
+    if type(leaf) is Tensor:
+        for each in mine:
+            if leaf.untyped_storage()._cdata == each._whole.untyped_storage()._cdata:
+                return _as_composed(leaf, each._chain, each._whole)
+    return leaf
+
+
+def _as_composed(tensor: Tensor, chain: parametrize.ParametrizationList, whole: Tensor) -> ComposedWeight:
+    linked = tensor.as_subclass(ComposedWeight)
+    linked._chain, linked._whole = chain, whole
+    return linked
+
+
+@torch.no_grad()
+def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tensor) -> None:
+    """Give kernels that were written coefficients of what they are now."""
+    goal = torch.where(written, values, chain())
+    if len(chain) > 1:
+        chain.right_inverse(goal)
+        return
+    if written.dim() > 2:
+        written = written.flatten(2).any(2).reshape(*written.shape[:2], *[1] * (written.dim() - 2))
+    original, parametrization = chain.original, chain[0]
+    assert isinstance(original, Tensor)
+    original.copy_(torch.where(written, parametrization.right_inverse(goal), original))  # type: ignore[operator]
+
+
+def serve(module: nn.Module, tensor_name: str) -> None:
+    """Let a parametrized tensor of `module` be written and assigned in every way in which a Parameter can be.
+
+    Args:
+        module: of a class of its own, which torch's `register_parametrization` has made.
+        tensor_name: what is parametrized.
+    """
+    cls: Any = type(module)
+    composed: property = vars(cls)[tensor_name]
+
+    def get(self: nn.Module) -> Tensor:
+        """The tensor; in a forward pass nothing but the tensor."""
+        value: Tensor = composed.fget(self)  # type: ignore[misc]
+        if torch.compiler.is_compiling() or type(value) is not Tensor or _in_forward(sys._getframe(1)):
+            return value
+        chain: Any = self.parametrizations
+        return _as_composed(value, chain[tensor_name], value.detach())
+
+    setattr(cls, tensor_name, property(get, composed.fset))
+    cls.__setattr__ = _assign
+
+
+def _in_forward(caller: FrameType) -> bool:
+    """Whether a layer computes: it is its `forward` that reads the weight, or a part of it."""
+    name = caller.f_code.co_name
+    return name.startswith(("forward", "_forward", "_conv_forward")) or torch._C._get_tracing_state() is not None
+
+
+def _assign(self: nn.Module, name: str, value: Any) -> None:
+    """``conv.weight = nn.Parameter(...)`` is an assignment of its values; torch refuses to replace what is computed."""
+    if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
+        value = value.detach()
+    super(type(self), self).__setattr__(name, value)

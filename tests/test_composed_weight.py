@@ -1,0 +1,162 @@
+"""Writes into a weight that is computed: they do what they would do to the weight of the plain layer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from kinds import Case, every_case
+from torch import Tensor, nn
+
+from ip_plugin import interspace, masks, set_masks
+from ip_plugin.composed_weight import ComposedWeight
+
+pytestmark = pytest.mark.contract
+
+Write = Callable[[Tensor], object]
+
+
+def soft(weight: Tensor) -> None:
+    weight.data[[1, 2]] *= 0
+
+
+def without_graph(write: Write) -> Write:
+    def inner(weight: Tensor) -> None:
+        with torch.no_grad():
+            write(weight)
+
+    return inner
+
+
+WRITES: dict[str, Write] = {
+    **{
+        name: getattr(nn.init, name)
+        for name in ("zeros_", "ones_", "normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_",
+                     "kaiming_normal_", "kaiming_uniform_", "orthogonal_", "dirac_")
+    },
+    "constant_": lambda weight: nn.init.constant_(weight, 0.5),
+    "data in place": lambda weight: weight.data.mul_(2),
+    "data at indices": soft,
+    "data of a view": lambda weight: weight.data.transpose(0, 1)[0].add_(1),
+    "data set": lambda weight: setattr(weight, "data", torch.linspace(0, 1, weight.numel()).reshape(weight.shape)),
+    "detached": lambda weight: weight.detach()[0].fill_(3),
+    "copy_": without_graph(lambda weight: weight.copy_(torch.linspace(0, 1, weight.numel()).reshape(weight.shape))),
+    "item": without_graph(lambda weight: weight.__setitem__(0, 1.0)),
+    "subtraction": without_graph(lambda weight: weight.__isub__(0.1)),
+    "foreach": lambda weight: torch._foreach_mul_([weight.data], 0.5),
+    "out": lambda weight: torch.mul(weight.detach(), 2, out=weight.data),
+    "relu": lambda weight: nn.functional.relu(weight.data, inplace=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("basis", ["standard", "dct"])
+def test_a_write_does_what_it_does_to_a_plain_layer(name: str, basis: str) -> None:
+    plain = nn.Conv2d(3, 8, 3)
+    layer = interspace(copy.deepcopy(plain), basis=basis)  # type: ignore[arg-type]
+    coefficients = layer.parametrizations.weight.original
+    for each in (plain, layer):
+        torch.manual_seed(1)
+        WRITES[name](each.weight)
+    torch.testing.assert_close(layer.weight, plain.weight)
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(layer(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert layer.parametrizations.weight.original is coefficients and coefficients.requires_grad
+
+
+@every_case
+def test_layers_are_reset_as_plain_ones_are(case: Case) -> None:
+    plain, x = case.plain()
+    model = case.convert(copy.deepcopy(plain))
+    for each in (plain, model):
+        torch.manual_seed(1)
+        for module in each.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-4)
+
+
+def test_kernels_that_are_not_written_keep_their_coefficients_bit_for_bit() -> None:
+    layer = interspace(nn.Conv2d(3, 8, 3), basis="orthonormal")
+    before = layer.parametrizations.weight.original.detach().clone()
+    with torch.no_grad():
+        layer.weight[2, 1, 0, 0] = 5.0
+    moved = (layer.parametrizations.weight.original != before).flatten(2).any(2)
+    assert moved.nonzero().tolist() == [[2, 1]]
+
+
+def test_pruned_coefficients_stay_pruned_and_a_spatial_layer_is_written_too() -> None:
+    for layer in (interspace(nn.Conv2d(3, 8, 3), basis="dct"), nn.Linear(4, 4)):
+        kept = torch.rand(layer.weight.shape) < 0.5
+        set_masks(layer, {"": kept})
+        nn.init.ones_(layer.weight)
+        assert torch.equal(masks(layer)[""], kept)
+        if isinstance(layer, nn.Linear):
+            assert torch.equal(layer.weight, kept.float())
+
+
+def test_a_weight_that_was_fetched_before_a_step_does_not_bring_old_kernels_back() -> None:
+    layer = interspace(nn.Conv2d(3, 8, 3))
+    weight = layer.weight
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(1)
+        expected = layer.weight.clone()
+        weight[0] = 0.0
+        expected[0] = 0.0
+    torch.testing.assert_close(layer.weight, expected)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_parameter_can_be_assigned(wrapped: bool) -> None:
+    layer = interspace(nn.Conv2d(3, 8, 3), basis="dct")
+    coefficients = layer.parametrizations.weight.original
+    value = torch.randn(8, 3, 3, 3)
+    layer.weight = nn.Parameter(value) if wrapped else value
+    layer.bias = nn.Parameter(torch.zeros(8))
+    torch.testing.assert_close(layer.weight, value)
+    assert layer.parametrizations.weight.original is coefficients
+    assert not layer.bias.any() and isinstance(layer.bias, nn.Parameter)
+
+
+def test_a_copy_is_written_alone() -> None:
+    layer = interspace(nn.Conv2d(3, 8, 3), basis="dct")
+    other = copy.deepcopy(layer)
+    before = layer.weight.detach().clone()
+    other.reset_parameters()
+    nn.init.zeros_(other.weight)
+    assert not other.weight.any() and torch.equal(layer.weight, before)
+
+
+def test_what_is_computed_copied_or_saved_is_an_ordinary_tensor() -> None:
+    layer = interspace(nn.Conv2d(3, 8, 3), basis="dct")
+    saved = io.BytesIO()
+    torch.save(layer.weight.detach(), saved)
+    saved.seek(0)
+    for found in (
+        layer.weight * 2, layer.weight.clone(), layer.weight.sum(), copy.deepcopy(layer.weight.detach()),
+        torch.load(saved),
+    ):  # fmt: skip
+        assert type(found) is Tensor
+    assert "ComposedWeight" not in repr(layer.weight)
+    assert type(layer.weight.shape) is torch.Size and layer.weight.detach().requires_grad_().is_leaf
+    first, *_ = layer.weight.unbind()
+    assert type(first) is ComposedWeight
+    (gradient,) = torch.autograd.grad(layer.weight.square().sum(), layer.parametrizations.weight.original)
+    torch.testing.assert_close(gradient, 2 * layer.parametrizations.weight.original, atol=1e-6, rtol=1e-5)
+
+
+def test_a_forward_pass_computes_with_ordinary_tensors() -> None:
+    """The class costs time and would be seen by compilers, so that only code outside of a forward pass gets it."""
+    seen: list[type] = []
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(type(self.weight))
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    layer = interspace(Standardised(3, 8, 3))
+    layer(torch.randn(1, 3, 5, 5))
+    assert seen == [Tensor] and type(layer.weight) is ComposedWeight

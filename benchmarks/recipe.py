@@ -25,7 +25,7 @@ from ip_plugin.compare.tasks import Split
 TODAY = "none-orthonormal-model"
 CELLS = (
     TODAY, "unit-orthonormal-model", "unit-standard-layer", "unit-standard-model", "orthonormal-standard-layer",
-    "orthonormal-standard-model",
+    "orthonormal-standard-model", "unit-dct-model", "unit-dct-layer",
 )  # fmt: skip
 
 
@@ -42,13 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cells", type=lambda text: tuple(text.split(",")), default=CELLS)
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=tuple(range(6)))
     args = parser.parse_args()
     tasks.TASKS["digits"] = replace(DIGITS, read=held_out)
     for cell in args.cells:
         constraint, basis, sharing = cell.split("-")
         settings = Settings(constraint=constraint, basis=basis, sharing=sharing)  # type: ignore[arg-type]
         spaces = ("spatial", "interspace") if cell == TODAY else ("interspace",)
-        study = Study(settings=settings, spaces=spaces, seeds=tuple(range(6)))  # type: ignore[arg-type]
+        study = Study(settings=settings, spaces=spaces, seeds=args.seeds)  # type: ignore[arg-type]
         compare(study, args.folder / cell, Console(quiet=True))
     found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for cell in CELLS:

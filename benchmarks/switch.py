@@ -3,6 +3,7 @@
     python benchmarks/switch.py digits switch-study            # every space, optimizer, method and seed
     python benchmarks/switch.py cifar10 switch-study --data cifar10.npz --spaces SP,unit-standard
     python benchmarks/switch.py digits switch-study --table    # what came out
+    python benchmarks/switch.py digits switch-study --kept adam-constant
 
 A cell is a space, an optimizer and a seed: in it, each method prunes to 50, 75, 90, 95 and 98 % of the prunable
 entries, the same number in every space (bases are not counted: someone who switches asks for the same amount).
@@ -82,7 +83,7 @@ def small() -> nn.Module:
 SETTINGS = {
     "digits": Setting(small, train=600, held_out=298, epochs=20, tuned=6, batch=50, onecycle=0.05, constant=0.02),
     "cifar10": Setting(
-        TASKS["cifar10"].network, train=4000, held_out=4000, epochs=6, tuned=2, batch=100, onecycle=0.15, constant=0.05
+        TASKS["cifar10"].network, train=2000, held_out=2000, epochs=4, tuned=1, batch=50, onecycle=0.1, constant=0.03
     ),
 }
 
@@ -350,6 +351,18 @@ def table(rows: list[Row]) -> None:
                 print(f"    {optimizer}, {method} at {sparsity:.0%}: {mean:+.2f} ± {width:.2f} {verdict}")
 
 
+def kept_table(rows: list[Row], optimizer: str) -> None:
+    """Share of each layer that iterative pruning with one threshold keeps, in percent, mean over the seeds."""
+    found: dict[tuple[float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.optimizer == optimizer and row.method == "iterative":
+            for layer, share in json.loads(row.kept).items():
+                found[row.sparsity, row.space][layer].append(100 * share)
+    for (sparsity, space), by_layer in sorted(found.items(), key=lambda item: (item[0][0], SPACES.index(item[0][1]))):
+        shares = ", ".join(f"{layer}: {sum(values) / len(values):.1f}" for layer, values in by_layer.items())
+        print(f"{sparsity:.0%} {space}: {shares}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     listed = lambda text: tuple(text.split(","))  # noqa: E731
@@ -364,9 +377,12 @@ def main() -> None:
         "--test", action="store_true", help="measure on the test images: once, after everything is chosen"
     )
     parser.add_argument("--table", action="store_true", help="show what is there")
+    parser.add_argument("--kept", choices=OPTIMIZERS, help="show what each layer keeps under an optimizer")
     args = parser.parse_args()
     path = args.folder / f"{args.task}{'-test' if args.test else ''}.csv"
-    if args.table:
+    if args.kept:
+        kept_table(read(path), args.kept)
+    elif args.table:
         table(read(path))
     else:
         study(args, path)

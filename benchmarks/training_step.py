@@ -1,6 +1,7 @@
 """What a training step costs in the interspace: ResNet-18, 32x32 images, against the same step of the plain network.
 
     python benchmarks/training_step.py
+    python benchmarks/training_step.py --constraints
 
 A step is zero_grad, forward, backward and SGD with momentum. "masked" is at 90 % sparsity, against the plain network
 with masks of the same density.
@@ -28,6 +29,7 @@ from harness import UNSTEADY, side_by_side
 from torch import nn
 
 import ip_plugin
+from ip_plugin.basis import CONSTRAINTS
 
 #: (stem, batch): the most that the ratio of an unmasked step may be.
 CASES = {("imagenet", 32): 1.45, ("imagenet", 128): 1.18, ("cifar", 32): 1.10}
@@ -42,7 +44,8 @@ def network(stem: str, variant: str) -> nn.Module:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     if "interspace" in variant:
-        ip_plugin.interspace(model)
+        constraint, _, _ = variant.rpartition(" interspace")
+        ip_plugin.interspace(model, constraint=constraint if constraint in CONSTRAINTS else "unit")
     if "masked" in variant:
         targets = [
             (name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
@@ -91,13 +94,27 @@ def in_turn(allocator: str) -> None:
             print(f"  {allocator}: {stem} stem, batch {batch:3}: {name} / {baseline} {found}{limit}", flush=True)
 
 
+def of_constraints() -> None:
+    """Print what constraints cost, in this process: ratios to the interspace without one."""
+    for stem, batch in CASES:
+        variants = {name: stepper(stem, batch, f"{name} interspace") for name in ("unit", "orthonormal")}
+        for name, found in side_by_side(stepper(stem, batch, "none interspace"), variants, rounds=60).items():
+            print(
+                f"  {stem} stem, batch {batch:3}: {name} / none {found.ratio:.3f}, drift {found.drift:.0%}", flush=True
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--constraints", action="store_true", help="measure what constraints cost, and nothing else")
     parser.add_argument("--in-turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.constraints:
+        of_constraints()
+        return
     if arguments.in_turn:
         in_turn(arguments.in_turn)
         return

@@ -128,21 +128,13 @@ def test_the_scale_of_a_filter_and_decay_without_end_change_nothing(constraint: 
     with torch.no_grad():
         basis.copy_(start * torch.logspace(-3, 3, 9)[:, None])
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-        basis.copy_(start * 1e-41)  # some of its numbers have four digits there, and their squares none
-        torch.testing.assert_close(model(x), expected, atol=0.01, rtol=0.01)
+        basis.copy_(start * 1e-28)  # the squares of such numbers are zero in float32
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
         basis.copy_(start)
         for _ in range(100_000):  # of a learning rate of 0.01 and a weight decay of 0.05
             basis.mul_(1 - 5e-4)
     torch.testing.assert_close(backward(model, x), expected, atol=1e-5, rtol=1e-5)
     assert basis.abs().max() > 0 and basis.grad is not None and basis.grad.isfinite().all()
-
-
-def test_a_filter_of_zeros_gives_no_nan() -> None:
-    model, x = moved("unit")
-    with torch.no_grad():
-        spaces(model)[0].basis[3] = 0
-    assert backward(model, x).isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ip_plugin.errors import ChangedOutputError
-from ip_plugin.example_input import run
 from ip_plugin.layer import Model
 from ip_plugin.reparametrization import Interspace, held, leave
+from ip_plugin.utils.example_input import run
 
 from .channels import inputs_left, outputs_left
 from .torch_pruning import lent, pruner

@@ -35,7 +35,7 @@ from ip_plugin.methods import (
     snip,
     synflow,
 )
-from ip_plugin.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed
 
 #: Batches that scores are computed on: of a hundred images, a thousand in all.
 _BATCHES = 10

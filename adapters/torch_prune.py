@@ -34,7 +34,6 @@ from torch.nn.utils.prune import PruningContainer
 
 from ip_plugin import host_masks, prunable
 from ip_plugin.adapters import Criterion
-from ip_plugin.amounts import is_count, is_fraction
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -47,6 +46,7 @@ from ip_plugin.gauge import unit_gauge
 from ip_plugin.layer import Target, combined, described, mask_of, mask_target, target
 from ip_plugin.masks import warn_of_thin_layers
 from ip_plugin.reparametrization import Interspace, held, leave, ours, ours_in, restore_order
+from ip_plugin.utils.validation import is_count, is_fraction
 
 __all__ = [
     "BasePruningMethod",

@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ip_plugin.amounts import is_fraction
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -42,8 +41,9 @@ from ip_plugin.errors import (
     InvalidRatioError,
     OptimizerMismatchError,
 )
-from ip_plugin.example_input import run
 from ip_plugin.layer import is_prunable
+from ip_plugin.utils.example_input import run
+from ip_plugin.utils.validation import is_fraction
 
 from .cut import follow
 from .plain_view import Loan, PlainView, plain_layers

@@ -25,7 +25,7 @@ from ip_plugin.compare.training import accuracy
 from ip_plugin.dictionary import learn
 from ip_plugin.fitting import Kernels, fit, kernel_rows, largest
 from ip_plugin.methods import reestimate_batch_norm
-from ip_plugin.ranking import keep_largest
+from ip_plugin.utils.topk import keep_largest
 
 #: Rounds without gain after which the search for a basis for rounded coefficients ends.
 PATIENCE = 5

@@ -30,9 +30,9 @@ from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS, Split
 from ip_plugin.compare.training import Training, accuracy
 from ip_plugin.errors import LayerCollapseWarning
-from ip_plugin.files import write_whole
 from ip_plugin.methods import Batches, lamp, magnitude, prune, prune_fitted, reconstruct, reestimate_batch_norm
 from ip_plugin.methods.schedules import Score
+from ip_plugin.utils.atomic import write_whole
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TRAINED_ON, TUNED_ON = 25_000, 5_000

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ip_plugin import timing
+from ip_plugin.utils import timing
 
 UNSTEADY = 0.10
 

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from ip_plugin import interspace, report
 from ip_plugin.adapters import torch_prune
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.files import write_whole
 from ip_plugin.methods import Gradual, RigL, lamp, prune, snip
+from ip_plugin.utils.atomic import write_whole
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98)
 BASES = {

@@ -11,7 +11,7 @@ from torch import nn
 from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS, Split
 from ip_plugin.compare.training import Training
-from ip_plugin.files import write_whole
+from ip_plugin.utils.atomic import write_whole
 
 
 def trained(model: nn.Module, path: Path, settings: Settings, train: Split, seed: int) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import nn
 
 from ip_plugin import bake, interspace, load, report, save
 from ip_plugin.methods import lamp, prune
-from ip_plugin.timing import side_by_side
+from ip_plugin.utils.timing import side_by_side
 
 IMAGES = 50  # whose outputs are compared
 

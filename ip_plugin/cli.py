@@ -25,8 +25,8 @@ from .compare.runs import Engine, here
 from .compare.study import compare as run_study
 from .compare.tasks import TASKS
 from .errors import InterspaceError
-from .files import replacing
 from .inspection import inspect
+from .utils.atomic import replacing
 
 T = TypeVar("T")
 DEFAULT = Study()

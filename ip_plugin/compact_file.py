@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .basis import check_regular
 from .errors import InvalidBasisError, InvalidFileError
-from .files import replacing
 from .positions import Positions, decode
 from .records import Description, Record
+from .utils.atomic import replacing
 
 #: Dtypes that safetensors has a name for.
 NATIVE = {

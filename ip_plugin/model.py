@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from . import basis as bases
 from . import host_masks
-from .amounts import check_fraction
 from .basis import CONSTRAINTS, BasisSpec, Constraint
 from .errors import (
     AlreadyInterspaceError,
@@ -34,6 +33,7 @@ from .fitting import Kernels, fit, kernel_rows, largest
 from .layer import Layer, Model, Target, check_finite, layers
 from .optimizer import check_trains, join_optimizer, watch
 from .reparametrization import Interspace, enter, held, leave, parametrizations
+from .utils.validation import check_fraction
 
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]

@@ -20,9 +20,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import host_masks
 from .contents import packed
-from .example_input import run
 from .layer import Layer, Target, combined, is_prunable, layers, output_filters
 from .reparametrization import Mask, held
+from .utils.example_input import run
 from .variety import measure
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from .amounts import is_fraction
 from .errors import InvalidVarietyError
+from .utils.validation import is_fraction
 
 #: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
 Similarity: TypeAlias = Literal["coefficients", "weights"]

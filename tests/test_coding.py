@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ip_plugin.coding import code
-from ip_plugin.ranking import keep_largest
+from ip_plugin.utils.topk import keep_largest
 
 
 def regular(n: int, generator: torch.Generator) -> Tensor:

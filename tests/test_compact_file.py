@@ -23,11 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ip_plugin import errors, files, interspace, load, save, set_masks
+from ip_plugin import errors, interspace, load, save, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.compact_file import _checksum, _digits_at, opened
 from ip_plugin.errors import InvalidFileError
 from ip_plugin.inspection import inspect
+from ip_plugin.utils import atomic as files
 
 
 def network() -> nn.Sequential:

@@ -19,7 +19,7 @@ from pathlib import Path
 from nni.experiment import ExperimentConfig
 
 from ip_plugin.compare.nni_experiment import portal, running
-from ip_plugin.files import write_whole
+from ip_plugin.utils.atomic import write_whole
 
 HERE = Path(__file__).parent.resolve()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ip_plugin import save
 from ip_plugin.errors import InvalidStudyError
-from ip_plugin.timing import side_by_side
+from ip_plugin.utils.timing import side_by_side
 
 #: How often each network is called and timed, after so many calls that are not.
 ROUNDS, WARMUP = 200, 20

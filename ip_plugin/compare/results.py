@@ -19,7 +19,7 @@ import torch
 
 import ip_plugin
 from ip_plugin.errors import ForeignFolderError
-from ip_plugin.files import write_whole
+from ip_plugin.utils.atomic import write_whole
 
 from .config import SPACES, Run, Settings
 from .deployment import Deployment

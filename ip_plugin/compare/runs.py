@@ -23,7 +23,7 @@ from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
 from ip_plugin.errors import InvalidStudyError, LayerCollapseWarning
 from ip_plugin.layer import layers
-from ip_plugin.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria
 from .config import Run, Settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ip_plugin.files import write_whole
+from ip_plugin.utils.atomic import write_whole
 
 from . import report
 from .config import Run, Study

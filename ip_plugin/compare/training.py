@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ip_plugin import param_groups
 from ip_plugin.adapters import Begin
-from ip_plugin.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed
 
 from .config import Settings
 from .tasks import Split, Task

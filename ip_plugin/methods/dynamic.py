@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..amounts import is_fraction
 from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
 from ..gauge import unit_gauge
 from ..layer import Layer, layers
 from ..masks import adopt_masks
-from ..ranking import keep_largest
 from ..reparametrization import Interspace
-from ..seeds import derived_seed
+from ..utils.seeds import derived_seed
+from ..utils.topk import keep_largest
+from ..utils.validation import is_fraction
 from .derivatives import unwrapped
 from .schedules import due, whole
 from .scores import random

@@ -40,10 +40,10 @@ from ..errors import (
     NonFiniteScoresError,
     NothingToPruneError,
 )
-from ..example_input import run
 from ..gauge import unit_gauge
 from ..layer import Layer, Target, layers
 from ..reparametrization import Interspace
+from ..utils.example_input import run
 from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 
 Scores: TypeAlias = dict[Target, Tensor]

@@ -18,7 +18,6 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..amounts import check_count, check_fraction, is_count
 from ..errors import (
     AlreadySparserError,
     InvalidAmountError,
@@ -32,7 +31,8 @@ from ..errors import (
 )
 from ..layer import Model, Target, described, layers, target
 from ..masks import set_masks, warn_of_thin_layers
-from ..ranking import keep_largest
+from ..utils.topk import keep_largest
+from ..utils.validation import check_count, check_fraction, is_count
 
 Scope: TypeAlias = Literal["global", "layer", "erk"]
 Masks: TypeAlias = dict[Target, Tensor]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..amounts import is_fraction
 from ..errors import InvalidScheduleError
 from ..reparametrization import Mask, held
+from ..utils.validation import is_fraction
 from .schedules import Score, pruned_share
 from .scores import magnitude
 from .selection import Scope, apply_masks, select

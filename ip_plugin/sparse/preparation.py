@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidResponsesError, SparseFallbackWarning
-from ..example_input import run
 from ..model import bake
+from ..utils.example_input import run
 from .graph import UntraceableError, takes, trace
 from .network import SparseNetwork, check_input
 from .tuning import Chooser

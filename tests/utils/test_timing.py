@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ip_plugin import timing
+from ip_plugin.utils import timing
 
 
 def test_calls_take_turns_and_the_warmup_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ip_plugin import ranking
-from ip_plugin.ranking import keep_largest, kth_largest
+from ip_plugin.utils import topk as ranking
+from ip_plugin.utils.topk import keep_largest, kth_largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

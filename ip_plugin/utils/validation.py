@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import TypeGuard
 
-from .errors import InvalidAmountError
+from ..errors import InvalidAmountError
 
 
 def is_fraction(value: object) -> TypeGuard[float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ExampleInputError
+from ..errors import ExampleInputError
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ip_plugin.files import write_whole
+from ip_plugin.utils.atomic import write_whole
 
 
 def test_content_replaces_content(tmp_path: Path) -> None:

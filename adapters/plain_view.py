@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ip_plugin import basis as bases
 from ip_plugin import host_masks
 from ip_plugin.adapters.transaction import transaction
+from ip_plugin.basis import bases
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
 from ip_plugin.layer import Target, add_mask
 from ip_plugin.reparametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order

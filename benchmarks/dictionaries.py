@@ -19,11 +19,11 @@ import torch
 from fitted import TRAINED_ON, dense_network
 from torch import Tensor, nn
 
+from ip_plugin.basis.dictionary import learn
+from ip_plugin.basis.fitting import Kernels, fit, kernel_rows, largest
 from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import accuracy
-from ip_plugin.dictionary import learn
-from ip_plugin.fitting import Kernels, fit, kernel_rows, largest
 from ip_plugin.methods import reestimate_batch_norm
 from ip_plugin.utils.topk import keep_largest
 

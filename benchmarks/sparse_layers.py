@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from harness import side_by_side
 from torch import Tensor
 
-from ip_plugin import basis as bases
+from ip_plugin.basis import bases
 from ip_plugin.sparse import tuning
 from ip_plugin.sparse.convolution import looped
 from ip_plugin.sparse.graph import Convolution

@@ -29,7 +29,7 @@ from harness import UNSTEADY, side_by_side
 from torch import nn
 
 import ip_plugin
-from ip_plugin.basis import CONSTRAINTS
+from ip_plugin.basis.bases import CONSTRAINTS
 
 #: (stem, batch): the most that the ratio of an unmasked step may be.
 CASES = {("imagenet", 32): 1.45, ("imagenet", 128): 1.18, ("cifar", 32): 1.10}

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .basis import check_regular
+from .basis.bases import check_regular
 from .compact_file import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
 from .contents import check_modules, packed, places
 from .errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError

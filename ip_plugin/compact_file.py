@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .basis import check_regular
+from .basis.bases import check_regular
 from .errors import InvalidBasisError, InvalidFileError
 from .positions import Positions, decode
 from .records import Description, Record

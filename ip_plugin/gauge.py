@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from . import basis as bases
+from .basis import bases
 from .errors import InvalidBasisError
 from .layer import Layer, Model, layers
 from .reparametrization import Interspace, Mask

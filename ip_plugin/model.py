@@ -12,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from . import basis as bases
 from . import host_masks
-from .basis import CONSTRAINTS, BasisSpec, Constraint
+from .basis import bases
+from .basis.bases import CONSTRAINTS, BasisSpec, Constraint
+from .basis.fitting import Kernels, fit, kernel_rows, largest
 from .errors import (
     AlreadyInterspaceError,
     AlreadyParametrizedError,
@@ -29,7 +30,6 @@ from .errors import (
     UnsupportedDtypeError,
     WrappedModelError,
 )
-from .fitting import Kernels, fit, kernel_rows, largest
 from .layer import Layer, Model, Target, check_finite, layers
 from .optimizer import check_trains, join_optimizer, watch
 from .reparametrization import Interspace, enter, held, leave, parametrizations

@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import basis as bases
+from .basis import bases
 from .errors import OptimizerMismatchError
 from .layer import Layer, Model, layers
 from .reparametrization import Interspace

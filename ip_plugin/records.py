@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from .basis import CONSTRAINTS, Constraint
+from .basis.bases import CONSTRAINTS, Constraint
 from .errors import InvalidFileError
 from .positions import CODINGS
 from .utils.validation import is_count

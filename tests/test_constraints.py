@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from ip_plugin import interspace, join_optimizer, load, masks, normalize, save, set_masks
-from ip_plugin.basis import CONSTRAINTS, Constraint, constrained
+from ip_plugin.basis.bases import CONSTRAINTS, Constraint, constrained
 from ip_plugin.errors import InvalidBasisError
 from ip_plugin.reparametrization import Interspace
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from ip_plugin.basis import CONSTRAINTS, Constraint
+from ip_plugin.basis.bases import CONSTRAINTS, Constraint
 from ip_plugin.errors import InvalidStudyError
 
 from . import criteria as known_criteria

@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ..errors import InvalidScopeError
-from ..fitting import Keep, Kernels, fit, kernel_rows, largest
 from ..layer import Layer, Model, by_basis, check_finite, layers
 from ..model import Sharing, bake, groups_of, interspace
 from .derivatives import Batches, pair
@@ -39,7 +39,7 @@ def prune_fitted(
     seed: int = 0,
     progress: bool = False,
 ) -> Model:
-    """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.fitting`.
+    """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.basis.fitting`.
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
     scope (without a floor, and by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned in

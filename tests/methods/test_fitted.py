@@ -13,8 +13,10 @@ import torch_pruning as tp
 from kinds import KINDS
 from torch import Tensor, nn
 
-from ip_plugin import adopt_masks, bake, dictionary, interspace, masks, param_groups, prunable, report, set_masks
+from ip_plugin import adopt_masks, bake, interspace, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters import method_criteria, torch_prune, torch_pruning
+from ip_plugin.basis import dictionary
+from ip_plugin.basis.fitting import fit
 from ip_plugin.errors import (
     AlreadyPrunedError,
     InvalidAmountError,
@@ -25,7 +27,6 @@ from ip_plugin.errors import (
     NoBatchesError,
     NonFiniteWeightError,
 )
-from ip_plugin.fitting import fit
 from ip_plugin.layer import layers
 from ip_plugin.methods import (
     apply_masks,

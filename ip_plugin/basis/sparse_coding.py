@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .utils.topk import keep_largest
+from ..utils.topk import keep_largest
 
 #: Up to so many filters every subset of them is looked at (512 of nine); of more, one is added after the other.
 _ALL_SUBSETS = 9

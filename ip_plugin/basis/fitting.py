@@ -16,8 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import basis as bases
-from .utils.topk import keep_largest
+from ..utils.topk import keep_largest
+from . import bases
 
 #: Called with coefficients, a matrix for each layer; which of them to keep: bool tensors of their shapes. It must keep
 #: those of largest magnitude within each part that has a budget of its own, or the error could rise.

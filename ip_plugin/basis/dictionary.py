@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import basis as bases
-from .coding import Code, code
+from . import bases
 from .fitting import Kernels, sampled
+from .sparse_coding import Code, code
 
 #: Rows that the search looks at; it ends when a round lowers the squared error by less than this part of it.
 _SAMPLE = 1 << 14
@@ -51,10 +51,10 @@ def learn(
 ) -> Dictionary:
     """A basis in which layers that share it lose little with so many coefficients, and these coefficients.
 
-    By turns: `ip_plugin.coding.code` of every layer, and filters by least squares, at unit norm (the method of optimal
-    directions: Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. The error is
+    By turns: `ip_plugin.basis.sparse_coding.code` of every layer, and filters by least squares, at unit norm (the method
+    of optimal directions: Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. The error is
     never above that of the start, on the sample of kernels that is looked at where there are many. A good start is
-    orthonormal and fitted (`ip_plugin.fitting.fit`).
+    orthonormal and fitted (`ip_plugin.basis.fitting.fit`).
 
     Args:
         layers: of one group.

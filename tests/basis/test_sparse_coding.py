@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ip_plugin.coding import code
+from ip_plugin.basis.sparse_coding import code
 from ip_plugin.utils.topk import keep_largest
 
 
@@ -121,7 +121,7 @@ def test_many_kernels_are_coded_as_few_are(n: int, monkeypatch: pytest.MonkeyPat
     generator = torch.Generator().manual_seed(0)
     basis, rows = regular(n, generator), torch.randn(100, n, generator=generator)
     whole = code(rows, basis, 300)
-    monkeypatch.setattr("ip_plugin.coding._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("ip_plugin.basis.sparse_coding._ROWS_AT_ONCE", 7)
     parts = code(rows, basis, 300)
     assert torch.equal(parts.mask, whole.mask)
     torch.testing.assert_close(parts.coefficients, whole.coefficients)

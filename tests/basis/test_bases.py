@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from ip_plugin import basis as bases
+from ip_plugin.basis import bases
 from ip_plugin.errors import InvalidBasisError
 
 KERNELS = [(3,), (2, 2), (3, 3), (1, 5), (7, 7), (2, 3, 2)]

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ip_plugin import fitting, interspace
+from ip_plugin import interspace
+from ip_plugin.basis import fitting
+from ip_plugin.basis.fitting import Fit, Kernels, fit, largest
 from ip_plugin.errors import InvalidAmountError, InvalidBasisError
-from ip_plugin.fitting import Fit, Kernels, fit, largest
 from ip_plugin.layer import layers
 
 SHAPES = [(3,), (1, 3), (2, 2), (3, 3), (5, 5), (7, 7), (3, 2, 2)]

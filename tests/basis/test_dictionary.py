@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ip_plugin import dictionary
-from ip_plugin.basis import make
-from ip_plugin.coding import code
-from ip_plugin.dictionary import Dictionary, learn
-from ip_plugin.fitting import Kernels, fit, largest
+from ip_plugin.basis import dictionary
+from ip_plugin.basis.bases import make
+from ip_plugin.basis.dictionary import Dictionary, learn
+from ip_plugin.basis.fitting import Kernels, fit, largest
+from ip_plugin.basis.sparse_coding import code
 
 SHAPES = [(3,), (1, 3), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
 

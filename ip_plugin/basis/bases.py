@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InvalidBasisError
+from ..errors import InvalidBasisError
 
 BasisSpec: TypeAlias = Literal["standard", "orthonormal", "dct"] | Tensor
 Constraint: TypeAlias = Literal["none", "unit", "orthonormal"]

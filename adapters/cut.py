@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ip_plugin.core.parametrization import Interspace
 from ip_plugin.errors import UnfollowedCutError
-from ip_plugin.reparametrization import Interspace
 
 from .plain_view import Loan, PlainView
 

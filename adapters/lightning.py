@@ -17,10 +17,11 @@ from lightning.pytorch.callbacks import ModelPruning as Host
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ip_plugin import bake, host_masks
+from ip_plugin import bake
 from ip_plugin.adapters import torch_prune
-from ip_plugin.layer import target
-from ip_plugin.reparametrization import Interspace, held, ours
+from ip_plugin.core import torch_masks
+from ip_plugin.core.layer import target
+from ip_plugin.core.parametrization import Interspace, held, ours
 
 Pairs = Sequence[tuple[nn.Module, str]]
 
@@ -97,11 +98,11 @@ class ModelPruning(Host):
             for i, name in reference["names"]:
                 module = self._parameters_to_prune[i][0]
                 then, now = ours(first, name), ours(module, name)
-                value: Tensor = host_masks.parameter(*target(first, name))
+                value: Tensor = torch_masks.parameter(*target(first, name))
                 if drawn is not None:
                     value = getattr(drawn, name)
                     value = value if then is None else then.right_inverse(value)
-                host_masks.parameter(*target(module, name)).copy_(value)
+                torch_masks.parameter(*target(module, name)).copy_(value)
                 if isinstance(then, Interspace) and isinstance(now, Interspace):
                     now.basis.copy_(then.basis)
                     now.constraint = then.constraint

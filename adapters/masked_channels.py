@@ -18,9 +18,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ip_plugin.core.layer import Model
+from ip_plugin.core.parametrization import Interspace, held, leave
 from ip_plugin.errors import ChangedOutputError
-from ip_plugin.layer import Model
-from ip_plugin.reparametrization import Interspace, held, leave
 from ip_plugin.utils.example_input import run
 
 from .channels import inputs_left, outputs_left

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ip_plugin import prunable
 from ip_plugin.adapters import Criterion, Training, TrainingCriterion
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 from ip_plugin.methods import (
     SET,
     Gradual,

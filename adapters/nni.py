@@ -38,7 +38,6 @@ from nni.compression.base.config import default_config_schema, select_modules_by
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin import host_masks
 from ip_plugin.adapters.nni_helpers import (
     ChannelDependency,
     GroupDependency,
@@ -51,9 +50,10 @@ from ip_plugin.adapters.nni_helpers import (
 )
 from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
 from ip_plugin.adapters.plain_view import plain_layers
+from ip_plugin.core import torch_masks
+from ip_plugin.core.gauge import unit_gauge
+from ip_plugin.core.parametrization import Interspace, held, ours, ours_in, parametrizations
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
-from ip_plugin.gauge import unit_gauge
-from ip_plugin.reparametrization import Interspace, held, ours, ours_in, parametrizations
 
 __all__ = [
     "AGPPruner",
@@ -173,7 +173,7 @@ def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) ->
 
 def _check_masks(name: str, module: nn.Module) -> None:
     chains = parametrizations(module).values() if nn.utils.parametrize.is_parametrized(module) else ()
-    if any(host_masks.pruned_names(each) for each in (module, *chains)):
+    if any(torch_masks.pruned_names(each) for each in (module, *chains)):
         raise UnadoptedMaskError(name)
 
 

@@ -28,7 +28,7 @@ from ip_plugin.adapters.nni import (
 )
 from ip_plugin.adapters.nni_variety import with_variety
 from ip_plugin.adapters.torch_pruning_variety import MAKERS
-from ip_plugin.layer import Layer, layers
+from ip_plugin.core.layer import Layer, layers
 
 
 def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ip_plugin.core.gauge import compared
+from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.gauge import compared
-from ip_plugin.reparametrization import ours_in
 from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
 
 P = TypeVar("P", bound=type)

@@ -25,6 +25,9 @@ from torch.optim import Optimizer
 from ip_plugin.adapters.batch_norms import following
 from ip_plugin.adapters.channels import outputs_left
 from ip_plugin.adapters.transaction import transaction
+from ip_plugin.core.layer import Model, Target, add_mask, target
+from ip_plugin.core.masking import warn_of_thin_layers
+from ip_plugin.core.parametrization import ours_in, restore_order
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     AlreadyWrappedError,
@@ -33,9 +36,6 @@ from ip_plugin.errors import (
     OptimizerMismatchError,
     UnknownLayerError,
 )
-from ip_plugin.layer import Model, Target, add_mask, target
-from ip_plugin.masks import warn_of_thin_layers
-from ip_plugin.reparametrization import ours_in, restore_order
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"

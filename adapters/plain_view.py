@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ip_plugin import host_masks
 from ip_plugin.adapters.transaction import transaction
 from ip_plugin.basis import bases
+from ip_plugin.core import torch_masks
+from ip_plugin.core.layer import Target, add_mask
+from ip_plugin.core.parametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
-from ip_plugin.layer import Target, add_mask
-from ip_plugin.reparametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
 
 Rows: TypeAlias = "slice | types.EllipsisType"
 _COMPARED_AT_ONCE = 1 << 18
@@ -260,8 +260,8 @@ def take_over_masks(modules: Iterable[nn.Module]) -> None:
         foreign = isinstance(module, parametrize.ParametrizationList) and ours_in(module) is None
         if foreign or isinstance(module, nn.RNNBase):  # torch keeps the weights of these in a list, too
             continue
-        for name in host_masks.pruned_names(module):
-            kept = host_masks.take_off(module, name)
+        for name in torch_masks.pruned_names(module):
+            kept = torch_masks.take_off(module, name)
             assert kept is not None
             add_mask(Target(module, name), kept)
 

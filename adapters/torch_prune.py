@@ -32,8 +32,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 from torch.nn.utils.prune import PruningContainer
 
-from ip_plugin import host_masks, prunable
+from ip_plugin import prunable
 from ip_plugin.adapters import Criterion
+from ip_plugin.core import torch_masks
+from ip_plugin.core.gauge import unit_gauge
+from ip_plugin.core.layer import Target, combined, described, mask_of, mask_target, target
+from ip_plugin.core.masking import warn_of_thin_layers
+from ip_plugin.core.parametrization import Interspace, held, leave, ours, ours_in, restore_order
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -42,10 +47,6 @@ from ip_plugin.errors import (
     NothingToPruneError,
     NotPrunedError,
 )
-from ip_plugin.gauge import unit_gauge
-from ip_plugin.layer import Target, combined, described, mask_of, mask_target, target
-from ip_plugin.masks import warn_of_thin_layers
-from ip_plugin.reparametrization import Interspace, held, leave, ours, ours_in, restore_order
 from ip_plugin.utils.validation import is_count, is_fraction
 
 __all__ = [
@@ -90,7 +91,7 @@ def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
         yield
         return
     parametrization = ours_in(where.module)
-    theirs = host_masks.take_off(*where)
+    theirs = torch_masks.take_off(*where)
     order = tuple(where.module._parameters)
     before = combined(None if parametrization is None else parametrization.mask, theirs)
     if before is None and ones:
@@ -99,11 +100,11 @@ def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        host_masks.take_off(*where)
+        torch_masks.take_off(*where)
         restore_order(where.module, order)
         _give(where, theirs)
         raise
-    kept = host_masks.take_off(*where)
+    kept = torch_masks.take_off(*where)
     restore_order(where.module, order)
     if kept is not None:
         mask_target(where, kept)
@@ -141,7 +142,7 @@ def _check_amount(amount: object, available: int) -> None:
 def _available(where: Target, dim: int | None = None) -> int:
     """How many entries, or slices along `dim`, are not pruned yet."""
     tensor = getattr(*where)
-    kept = host_masks.mask(*where)
+    kept = torch_masks.mask(*where)
     if kept is None:
         kept = torch.ones_like(tensor, dtype=torch.bool)
     if dim is None or not -tensor.dim() <= dim < tensor.dim():
@@ -241,7 +242,7 @@ def _expose(module: nn.Module, name: str) -> None:
 
     def original(self: nn.Module) -> nn.Parameter:
         our_mask(self, f"{name}_orig")
-        return host_masks.parameter(*target(self, name))
+        return torch_masks.parameter(*target(self, name))
 
     for attribute, getter in ((f"{name}_mask", mask), (f"{name}_orig", original)):
         setattr(cls, attribute, property(getter))
@@ -346,7 +347,7 @@ def remove(module: M, name: str) -> M:
     """
     where = target(module, name)
     parametrization = ours_in(where.module)
-    theirs = host_masks.take_off(*where)
+    theirs = torch_masks.take_off(*where)
     kept = combined(None if parametrization is None else parametrization.mask, theirs)
     if kept is None:
         raise NotPrunedError(name, type(module).__name__)

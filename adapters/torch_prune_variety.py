@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
-from ip_plugin import host_masks
+from ip_plugin.core import torch_masks
+from ip_plugin.core.gauge import compared, unit_gauge
+from ip_plugin.core.layer import Target, mask_of, target
+from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
-from ip_plugin.gauge import compared, unit_gauge
-from ip_plugin.layer import Target, mask_of, target
-from ip_plugin.reparametrization import ours_in
 from ip_plugin.variety import Similarity, check_similarity, removal_order
 
 from . import torch_prune
@@ -70,7 +70,7 @@ def ln_structured(
             [1., 1.]])
     """
     where = _checked(module, name, dim)
-    values = host_masks.parameter(*where).detach()
+    values = torch_masks.parameter(*where).detach()
     if importance_scores is None:
         scores = unit_gauge(_masked(values, mask_of(where)), ours_in(where.module))
     elif importance_scores.shape == values.shape:
@@ -95,7 +95,7 @@ def random_structured(
 
     Args, returns, raises: as `ln_structured`.
     """
-    noise = torch.rand(host_masks.parameter(*_checked(module, name, dim)).shape[dim])
+    noise = torch.rand(torch_masks.parameter(*_checked(module, name, dim)).shape[dim])
     varied = varied_scores(module, name, noise, dim, strength=strength, similarity=similarity)
     return torch_prune.ln_structured(module, name, amount, math.inf, dim, varied)
 
@@ -124,7 +124,7 @@ def varied_scores(
     """
     where = _checked(module, name, dim)
     check_similarity(similarity)
-    tensor, mask = host_masks.parameter(*where).detach(), mask_of(where)
+    tensor, mask = torch_masks.parameter(*where).detach(), mask_of(where)
     if scores.shape != tensor.shape[dim : dim + 1]:
         found = f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}"
         raise InvalidVarietyError("There must be one score for each slice.", found)
@@ -139,7 +139,7 @@ def varied_scores(
 
 def _checked(module: nn.Module, name: str, dim: int) -> Target:
     where = target(module, name)
-    shape = host_masks.parameter(*where).shape
+    shape = torch_masks.parameter(*where).shape
     if dim not in (0, 1) or len(shape) < 2:
         rule = "Slices that are compared must be those along dimension 0 or 1 of a tensor of at least two."
         raise InvalidVarietyError(rule, f"dim {dim!r} of {name!r}, shape {tuple(shape)}")

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from ip_plugin.core.layer import is_prunable
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -41,7 +42,6 @@ from ip_plugin.errors import (
     InvalidRatioError,
     OptimizerMismatchError,
 )
-from ip_plugin.layer import is_prunable
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.validation import is_fraction
 

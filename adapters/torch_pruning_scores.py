@@ -8,8 +8,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidScoresError
-from ip_plugin.layer import layers
 from ip_plugin.methods import Scores
 
 from .torch_pruning_variety import made_by

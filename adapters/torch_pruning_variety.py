@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ip_plugin.layer import output_filters
+from ip_plugin.core.layer import output_filters
 from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
 
 from .plain_view import kernels

@@ -26,7 +26,7 @@ import ip_plugin
 from ip_plugin import interspace, prunable
 from ip_plugin.adapters import torch_prune
 from ip_plugin.contents import places
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 
 
 def pruned(space: str, sparsity: float, scope: str) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.adapters.torch_pruning import pruner
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 
 
 def moved(model: nn.Module) -> nn.Module:

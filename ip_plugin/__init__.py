@@ -7,10 +7,10 @@ and Condurache, CVPR 2022 (arXiv 2203.07808).
 
 from . import errors
 from .checkpoint import load, save
-from .gauge import normalize
-from .masks import adopt_masks, masks, set_masks
-from .model import bake, interspace, prunable
-from .optimizer import join_optimizer, param_groups
+from .core.convert import bake, interspace, prunable
+from .core.gauge import normalize
+from .core.masking import adopt_masks, masks, set_masks
+from .core.optimizer import join_optimizer, param_groups
 from .report import Report, report
 
 __all__ = [

@@ -15,10 +15,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .basis.bases import check_regular
 from .compact_file import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
 from .contents import check_modules, packed, places
+from .core.layer import Model, inner
+from .core.optimizer import watch
 from .errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
-from .layer import Model, inner
 from .loading import Plan
-from .optimizer import watch
 from .records import Basis, Description, Record
 
 FilePath: TypeAlias = str | os.PathLike[str]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import host_masks
+from .core import torch_masks
+from .core.layer import Target, is_prunable, mask_of, target
+from .core.parametrization import Interspace, Mask, held, ours, ours_in, parametrizations
 from .errors import AlreadyParametrizedError, NotStorableError
-from .layer import Target, is_prunable, mask_of, target
 from .positions import Positions, encode
-from .reparametrization import Interspace, Mask, held, ours, ours_in, parametrizations
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def places(model: nn.Module) -> list[Place]:
         if isinstance(module, Mask) or ours_in(module) is not None:
             continue
         prefix += "." if prefix else ""
-        pruned = host_masks.pruned_names(module)
+        pruned = torch_masks.pruned_names(module)
         names = []
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -75,7 +75,7 @@ def places(model: nn.Module) -> list[Place]:
                 names.append(plain if plain in pruned else name)
         if parametrize.is_parametrized(module):
             names += [name for name in parametrizations(module) if ours(module, name) is not None]
-        found += [Place(prefix + name, module, name, host_masks.parameter(*target(module, name))) for name in names]
+        found += [Place(prefix + name, module, name, torch_masks.parameter(*target(module, name))) for name in names]
         for name, buffer in module._buffers.items():
             hosts = name.endswith("_mask") and name.removesuffix("_mask") in pruned
             if buffer is not None and not hosts and name not in module._non_persistent_buffers_set:

@@ -11,13 +11,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from . import host_masks
 from .compact_file import CompactFile, dtype_name
 from .contents import Place, as_integers, check_modules, owners, places
+from .core import torch_masks
+from .core.layer import mask_target
+from .core.parametrization import Interspace, Mask, enter, leave
 from .errors import InvalidFileError, NotStorableError, WrongModelError
-from .layer import mask_target
 from .records import Record
-from .reparametrization import Interspace, Mask, enter, leave
 from .resizing import resized
 
 
@@ -149,7 +149,7 @@ class Plan:
         """Take off a tensor what the file does not put on it."""
         if place.is_buffer:
             return
-        host_masks.take_off(*place.target)
+        torch_masks.take_off(*place.target)
         wanted = Interspace if record.basis is not None else Mask if record.mask else None
         if place.parametrization is not None and type(place.parametrization) is not wanted:
             leave(place.module, place.tensor_name, place.tensor.detach())

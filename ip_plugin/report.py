@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from . import host_masks
 from .contents import packed
-from .layer import Layer, Target, combined, is_prunable, layers, output_filters
-from .reparametrization import Mask, held
+from .core import torch_masks
+from .core.layer import Layer, Target, combined, is_prunable, layers, output_filters
+from .core.parametrization import Mask, held
 from .utils.example_input import run
 from .variety import measure
 
@@ -364,20 +364,20 @@ def _all_masks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Every masked Parameter with its mask: weights, biases, norms and whatever else a user has pruned."""
     for each in held(model):
         where = Target(each.chain, "original")
-        mask = combined(each.parametrization.mask, host_masks.mask(*where))
+        mask = combined(each.parametrization.mask, torch_masks.mask(*where))
         if mask is not None:
-            yield host_masks.parameter(*where), mask
+            yield torch_masks.parameter(*where), mask
     for module in model.modules():
-        for tensor_name in host_masks.pruned_names(module):
-            mask = host_masks.mask(module, tensor_name)
+        for tensor_name in torch_masks.pruned_names(module):
+            mask = torch_masks.mask(module, tensor_name)
             if mask is not None and not isinstance(module, ParametrizationList):
-                yield host_masks.parameter(module, tensor_name), mask
+                yield torch_masks.parameter(module, tensor_name), mask
 
 
 def _buffers(model: nn.Module) -> Iterator[Tensor]:
     """Buffers that a state_dict holds, without masks."""
     for module in model.modules():
-        masks = {f"{tensor_name}_mask" for tensor_name in host_masks.pruned_names(module)}
+        masks = {f"{tensor_name}_mask" for tensor_name in torch_masks.pruned_names(module)}
         if isinstance(module, Mask):
             masks.add("mask")
         for name, buffer in module._buffers.items():

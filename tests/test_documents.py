@@ -59,7 +59,7 @@ def test_dependencies_point_one_way() -> None:
     """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
     names = (
         "errors amounts files seeds timing ranking basis fitting coding dictionary variety composed_weight "
-        "reparametrization host_masks layer optimizer model masks gauge example_input positions contents report "
+        "reparametrization torch_masks layer optimizer model masks gauge example_input positions contents report "
         "records compact_file resizing loading checkpoint inspection"
     )
     order = names.split()

@@ -51,10 +51,10 @@ def learn(
 ) -> Dictionary:
     """A basis in which layers that share it lose little with so many coefficients, and these coefficients.
 
-    By turns: `ip_plugin.basis.sparse_coding.code` of every layer, and filters by least squares, at unit norm (the method
-    of optimal directions: Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. The error is
-    never above that of the start, on the sample of kernels that is looked at where there are many. A good start is
-    orthonormal and fitted (`ip_plugin.basis.fitting.fit`).
+    By turns: `code` of every layer, and filters by least squares, at unit norm (the method of optimal directions:
+    Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. The error is never above
+    that of the start, on the sample of kernels that is looked at where there are many. A good start is
+    orthonormal and fitted (`fit`).
 
     Args:
         layers: of one group.

@@ -21,8 +21,8 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidStudyError, LayerCollapseWarning
-from ip_plugin.layer import layers
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria

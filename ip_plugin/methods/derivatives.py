@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.layer import Layer, inner, layers
 from ..errors import InvalidBatchError, InvalidLossError, NoBatchesError, NothingToPruneError
-from ..layer import Layer, inner, layers
 
 #: Called with (outputs, targets); returns a tensor of one element.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]

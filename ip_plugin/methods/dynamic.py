@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..core.gauge import unit_gauge
+from ..core.layer import Layer, layers
+from ..core.masking import adopt_masks
+from ..core.parametrization import Interspace
 from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
-from ..gauge import unit_gauge
-from ..layer import Layer, layers
-from ..masks import adopt_masks
-from ..reparametrization import Interspace
 from ..utils.seeds import derived_seed
 from ..utils.topk import keep_largest
 from ..utils.validation import is_fraction

@@ -10,9 +10,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..basis.fitting import Keep, Kernels, fit, kernel_rows, largest
+from ..core.convert import Sharing, bake, groups_of, interspace
+from ..core.layer import Layer, Model, by_basis, check_finite, layers
 from ..errors import InvalidScopeError
-from ..layer import Layer, Model, by_basis, check_finite, layers
-from ..model import Sharing, bake, groups_of, interspace
 from .derivatives import Batches, pair
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
 from .refinement import refine

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.layer import Layer, Model
 from ..errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
-from ..layer import Layer, Model
 from .derivatives import Batches, call, pair, pure, unwrapped
 from .inputs import Moments, multiplies, observe, rows
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..basis.bases import check_regular, compose
 from ..basis.dictionary import Dictionary, learn
 from ..basis.fitting import Kernels, kernel_rows
-from ..layer import Layer, Model, by_basis, check_finite
+from ..core.layer import Layer, Model, by_basis, check_finite
 from .derivatives import unwrapped
 from .reconstruction import twins_of
 
@@ -26,9 +26,8 @@ def refine(
     """Bring masked kernels in the interspace nearer to those of the dense network, with as many coefficients.
 
     Bases are fitted that need not be orthonormal, and which coefficients are kept is chosen anew
-    (`ip_plugin.basis.dictionary.learn`); every layer keeps as many as it has. No data is needed. The squared error of
-    the layers that share a basis never rises; where nothing better is found, they stay as they are. So do layers without a
-    basis, and those that share one where nothing is masked.
+    (`learn`); every layer keeps as many as it has. No data is needed. The squared error of the layers that share a
+    basis never rises; where nothing better is found, they stay as they are. So do layers without a basis, and those that share one where nothing is masked.
 
     Filters are scaled such that no step in the coefficients moves a kernel farther than it is long, so these bases have
     no constraint afterwards. Some filters nearly depend

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core.layer import Model
 from ..errors import InvalidScheduleError
-from ..layer import Model
 from ..utils.validation import check_fraction, is_count
 from .scores import Scores, magnitude
 from .selection import Scope, apply_masks, select

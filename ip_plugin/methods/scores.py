@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..core.gauge import unit_gauge
+from ..core.layer import Layer, Target, layers
+from ..core.parametrization import Interspace
 from ..errors import (
     InvalidOutputsError,
     InvalidTemperatureError,
@@ -40,9 +43,6 @@ from ..errors import (
     NonFiniteScoresError,
     NothingToPruneError,
 )
-from ..gauge import unit_gauge
-from ..layer import Layer, Target, layers
-from ..reparametrization import Interspace
 from ..utils.example_input import run
 from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 

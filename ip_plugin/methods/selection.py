@@ -18,6 +18,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..core.layer import Model, Target, described, layers, target
+from ..core.masking import set_masks, warn_of_thin_layers
 from ..errors import (
     AlreadySparserError,
     InvalidAmountError,
@@ -29,8 +31,6 @@ from ..errors import (
     PatternMismatchError,
     UnknownTargetError,
 )
-from ..layer import Model, Target, described, layers, target
-from ..masks import set_masks, warn_of_thin_layers
 from ..utils.topk import keep_largest
 from ..utils.validation import check_count, check_fraction, is_count
 

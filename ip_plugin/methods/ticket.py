@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..core.parametrization import Mask, held
 from ..errors import InvalidScheduleError
-from ..reparametrization import Mask, held
 from ..utils.validation import is_fraction
 from .schedules import Score, pruned_share
 from .scores import magnitude

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from ..core.convert import bake
+from ..core.layer import Layer, layers
 from ..errors import SparseExecutionError
-from ..layer import Layer, layers
-from ..model import bake
 from .layout import Floats
 from .places import Window
 from .plan import Entries

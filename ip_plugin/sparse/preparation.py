@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ..core.convert import bake
 from ..errors import InvalidResponsesError, SparseFallbackWarning
-from ..model import bake
 from ..utils.example_input import run
 from .graph import UntraceableError, takes, trace
 from .network import SparseNetwork, check_input

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ip_plugin import bake, errors, interspace, join_optimizer, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters import batch_norms
-from ip_plugin.reparametrization import held
+from ip_plugin.core.parametrization import held
 
 pytest.importorskip("nni")
 

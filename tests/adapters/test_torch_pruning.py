@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report, set_masks
+from ip_plugin.core.layer import Target, layers, mask_target
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -27,7 +28,6 @@ from ip_plugin.errors import (
     OptimizerMismatchError,
     UnfollowedCutError,
 )
-from ip_plugin.layer import Target, layers, mask_target
 
 tp = pytest.importorskip("torch_pruning")
 torchvision = pytest.importorskip("torchvision")

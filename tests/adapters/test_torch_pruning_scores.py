@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ip_plugin import interspace, set_masks
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidScoresError
-from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, movement
 
 pytest.importorskip("torch_pruning")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ip_plugin import interspace
 from ip_plugin.basis import fitting
 from ip_plugin.basis.fitting import Fit, Kernels, fit, largest
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidAmountError, InvalidBasisError
-from ip_plugin.layer import layers
 
 SHAPES = [(3,), (1, 3), (2, 2), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
 

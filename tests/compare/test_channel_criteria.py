@@ -15,7 +15,7 @@ from ip_plugin.compare import config, criteria
 from ip_plugin.compare.config import Run, Settings
 from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 from ip_plugin.methods import movement
 from ip_plugin.variety import removal_order
 

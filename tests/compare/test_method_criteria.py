@@ -20,7 +20,7 @@ from ip_plugin.compare.config import Run, Settings
 from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
 
 #: Criteria as they are: some leave layers almost empty.

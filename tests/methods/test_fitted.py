@@ -17,6 +17,7 @@ from ip_plugin import adopt_masks, bake, interspace, masks, param_groups, prunab
 from ip_plugin.adapters import method_criteria, torch_prune, torch_pruning
 from ip_plugin.basis import dictionary
 from ip_plugin.basis.fitting import fit
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import (
     AlreadyPrunedError,
     InvalidAmountError,
@@ -27,7 +28,6 @@ from ip_plugin.errors import (
     NoBatchesError,
     NonFiniteWeightError,
 )
-from ip_plugin.layer import layers
 from ip_plugin.methods import (
     apply_masks,
     fitted,

@@ -10,7 +10,7 @@ from kinds import KINDS
 from torch import Tensor, nn
 
 from ip_plugin import interspace
-from ip_plugin.layer import Layer, layers
+from ip_plugin.core.layer import Layer, layers
 from ip_plugin.methods import inputs
 from ip_plugin.methods.inputs import Moments, multiplies, observe, patches, rows
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import interspace, masks, set_masks
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import (
     InvalidBatchError,
     InvalidRidgeError,
@@ -19,7 +20,6 @@ from ip_plugin.errors import (
     NothingToPruneError,
     TwinMismatchError,
 )
-from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, prune, reconstruct, reconstruction, reestimate_batch_norm
 from ip_plugin.methods.reconstruction import least_squares
 

@@ -13,8 +13,8 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.basis import dictionary
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidBasisError, NonFiniteWeightError, NothingToPruneError, TwinMismatchError
-from ip_plugin.layer import layers
 from ip_plugin.methods import magnitude, prune, refine
 
 

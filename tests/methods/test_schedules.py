@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
+from ip_plugin.core.layer import layers
 from ip_plugin.errors import AlreadySparserError, InvalidAmountError, InvalidLossError, InvalidScheduleError
-from ip_plugin.layer import layers
 from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
 
 pytestmark = [

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as host
 from ip_plugin import errors, interspace, masks, methods, prunable, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.basis.bases import Constraint
-from ip_plugin.layer import layers
+from ip_plugin.core.layer import layers
 
 Score = Callable[[nn.Module, Any], methods.Scores]
 

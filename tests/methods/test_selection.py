@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import errors, interspace, masks, methods, prunable, set_masks
-from ip_plugin.layer import Target, layers
+from ip_plugin.core.layer import Target, layers
 
 INF = math.inf
 

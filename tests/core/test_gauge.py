@@ -10,8 +10,8 @@ from kinds import Case, backward, every_case
 from torch import nn
 
 from ip_plugin import interspace, normalize
-from ip_plugin.gauge import unit_gauge
-from ip_plugin.layer import layers
+from ip_plugin.core.gauge import unit_gauge
+from ip_plugin.core.layer import layers
 
 pytestmark = pytest.mark.contract
 

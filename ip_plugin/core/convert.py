@@ -12,11 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from . import host_masks
-from .basis import bases
-from .basis.bases import CONSTRAINTS, BasisSpec, Constraint
-from .basis.fitting import Kernels, fit, kernel_rows, largest
-from .errors import (
+from ..basis import bases
+from ..basis.bases import CONSTRAINTS, BasisSpec, Constraint
+from ..basis.fitting import Kernels, fit, kernel_rows, largest
+from ..errors import (
     AlreadyInterspaceError,
     AlreadyParametrizedError,
     AlreadyPrunedError,
@@ -30,10 +29,11 @@ from .errors import (
     UnsupportedDtypeError,
     WrappedModelError,
 )
+from ..utils.validation import check_fraction
+from . import torch_masks
 from .layer import Layer, Model, Target, check_finite, layers
 from .optimizer import check_trains, join_optimizer, watch
-from .reparametrization import Interspace, enter, held, leave, parametrizations
-from .utils.validation import check_fraction
+from .parametrization import Interspace, enter, held, leave, parametrizations
 
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]
@@ -231,7 +231,7 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
     for layer in chosen:
         if layer.parametrization is not None:
             raise AlreadyPrunedError(layer.name, "by a mask of ip_plugin")
-        if "weight" in host_masks.pruned_names(layer.module):
+        if "weight" in torch_masks.pruned_names(layer.module):
             raise AlreadyPrunedError(layer.name, "by torch.nn.utils.prune")
         if parametrize.is_parametrized(layer.module, "weight"):
             found = parametrizations(layer.module).weight
@@ -308,8 +308,8 @@ def bake(model: Model) -> Model:
             raise AlreadyParametrizedError.beside_ours(each.layer, list(each.chain)[1:], each.tensor_name)
     with torch.no_grad():
         for module in model.modules():
-            for tensor_name in host_masks.pruned_names(module):
-                kept = host_masks.take_off(module, tensor_name)
+            for tensor_name in torch_masks.pruned_names(module):
+                kept = torch_masks.take_off(module, tensor_name)
                 assert kept is not None
                 module.get_parameter(tensor_name).mul_(kept)
         for each in found:

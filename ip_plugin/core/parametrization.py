@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from .basis import bases
-from .basis.bases import CONSTRAINTS, Constraint
+from ..basis import bases
+from ..basis.bases import CONSTRAINTS, Constraint
 from .composed_weight import serve
 
 

@@ -12,7 +12,7 @@ from kinds import Case, every_case
 from torch import Tensor, nn
 
 from ip_plugin import interspace, masks, set_masks
-from ip_plugin.composed_weight import ComposedWeight
+from ip_plugin.core.composed_weight import ComposedWeight
 
 pytestmark = pytest.mark.contract
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ip_plugin import interspace, join_optimizer, load, masks, normalize, save, set_masks
 from ip_plugin.basis.bases import CONSTRAINTS, Constraint, constrained
+from ip_plugin.core.parametrization import Interspace
 from ip_plugin.errors import InvalidBasisError
-from ip_plugin.reparametrization import Interspace
 
 pytestmark = pytest.mark.contract
 

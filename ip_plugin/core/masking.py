@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from . import host_masks
-from .errors import AlreadyParametrizedError, InvalidMaskError, LayerCollapseWarning, UnknownLayerError
+from ..errors import AlreadyParametrizedError, InvalidMaskError, LayerCollapseWarning, UnknownLayerError
+from . import torch_masks
 from .layer import Layer, Model, layers
 
 #: Of the share of its entries that a layer keeps, to the share that all layers keep together.
@@ -102,7 +102,7 @@ def adopt_masks(model: Model) -> Model:
     (False, 8)
     """
     for layer in layers(model):
-        if host_masks.mask(*layer.target) is not None:
+        if torch_masks.mask(*layer.target) is not None:
             mask = layer.mask
             assert mask is not None
             layer.set_mask(mask)

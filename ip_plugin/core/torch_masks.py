@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from .reparametrization import restore_order
+from .parametrization import restore_order
 
 
 def pruned_names(module: nn.Module) -> list[str]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from .basis import bases
-from .errors import InvalidBasisError
+from ..basis import bases
+from ..errors import InvalidBasisError
+from ..variety import Similarity
 from .layer import Layer, Model, layers
-from .reparametrization import Interspace, Mask
-from .variety import Similarity
+from .parametrization import Interspace, Mask
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 #: The power of the gradient with which state of torch's optimizers scales.

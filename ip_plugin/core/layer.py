@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from . import host_masks
-from .errors import NonFiniteWeightError
-from .reparametrization import Interspace, Mask, enter, ours, ours_in, parametrizations
+from ..errors import NonFiniteWeightError
+from . import torch_masks
+from .parametrization import Interspace, Mask, enter, ours, ours_in, parametrizations
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def combined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def mask_of(where: Target) -> Tensor | None:
     """What our mask and the host's keep together of a target; None if there is neither."""
     found = ours_in(where.module)
-    return combined(None if found is None else found.mask, host_masks.mask(*where))
+    return combined(None if found is None else found.mask, torch_masks.mask(*where))
 
 
 def described(where: tuple[nn.Module, str], like: Tensor) -> str:
@@ -85,7 +85,7 @@ class Layer:
     @property
     def coefficients(self) -> nn.Parameter:
         """The trained Parameter without any mask: coefficients, or the weight of a spatial layer."""
-        return host_masks.parameter(*self.target)
+        return torch_masks.parameter(*self.target)
 
     @property
     def composed(self) -> Tensor:
@@ -100,7 +100,7 @@ class Layer:
 
     def set_mask(self, mask: Tensor) -> None:
         """Make `mask` our mask of this layer, instead of every mask there was."""
-        host_masks.take_off(*self.target)
+        torch_masks.take_off(*self.target)
         mask_target(self.target, mask)
 
 
@@ -159,7 +159,7 @@ def is_prunable(module: nn.Module) -> bool:
     if ours(module) is None and parametrize.is_parametrized(module, "weight"):
         return False  # someone else's
     where = target(module)
-    if where.tensor_name in host_masks.pruned_names(where.module):
+    if where.tensor_name in torch_masks.pruned_names(where.module):
         return True
     return isinstance(getattr(*where, None), nn.Parameter) and not isinstance(
         getattr(*where), nn.parameter.UninitializedParameter

@@ -14,10 +14,10 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .basis import bases
-from .errors import OptimizerMismatchError
+from ..basis import bases
+from ..errors import OptimizerMismatchError
 from .layer import Layer, Model, layers
-from .reparametrization import Interspace
+from .parametrization import Interspace
 
 _watched: WeakSet[Any] = WeakSet()  # torch's ParametrizationLists, each with an Interspace
 _checked: WeakSet[Optimizer] = WeakSet()

@@ -1,0 +1,1 @@
+"""The interspace: layers, their parametrizations and masks, and what converts, masks and trains them."""

@@ -25,7 +25,7 @@ from torch import nn
 import ip_plugin
 from ip_plugin import interspace, prunable
 from ip_plugin.adapters import torch_prune
-from ip_plugin.contents import places
+from ip_plugin.checkpoint.contents import places
 from ip_plugin.core.layer import layers
 
 

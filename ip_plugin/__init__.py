@@ -6,7 +6,7 @@ and Condurache, CVPR 2022 (arXiv 2203.07808).
 """
 
 from . import errors
-from .checkpoint import load, save
+from .checkpoint.api import load, save
 from .core.convert import bake, interspace, prunable
 from .core.gauge import normalize
 from .core.masking import adopt_masks, masks, set_masks

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import __version__, bake, compact_file, load
+from . import __version__, bake, load
+from .checkpoint import container
+from .checkpoint.inspection import inspect
 from .compare import criteria as known_criteria
 from .compare.config import Settings, Study
 from .compare.deployment import check_alone
@@ -25,7 +27,6 @@ from .compare.runs import Engine, here
 from .compare.study import compare as run_study
 from .compare.tasks import TASKS
 from .errors import InterspaceError
-from .inspection import inspect
 from .utils.atomic import replacing
 
 T = TypeVar("T")
@@ -185,7 +186,7 @@ def bake_file(
         if output.suffix == ".safetensors":
             # safetensors refuses tensors that share memory, as tied weights do.
             contents = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in baked.items()}
-            compact_file.safetensors().torch.save_file(contents, temporary)
+            container.safetensors().torch.save_file(contents, temporary)
         else:
             torch.save(baked, temporary)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .contents import packed
+from .checkpoint.contents import packed
 from .core import torch_masks
 from .core.layer import Layer, Target, combined, is_prunable, layers, output_filters
 from .core.parametrization import Mask, held

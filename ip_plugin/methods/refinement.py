@@ -27,7 +27,8 @@ def refine(
 
     Bases are fitted that need not be orthonormal, and which coefficients are kept is chosen anew
     (`learn`); every layer keeps as many as it has. No data is needed. The squared error of the layers that share a
-    basis never rises; where nothing better is found, they stay as they are. So do layers without a basis, and those that share one where nothing is masked.
+    basis never rises; where nothing better is found, they stay as they are. So do layers without a
+    basis, and those that share one where nothing is masked.
 
     Filters are scaled such that no step in the coefficients moves a kernel farther than it is long, so these bases have
     no constraint afterwards. Some filters nearly depend

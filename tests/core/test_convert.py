@@ -226,8 +226,8 @@ def test_a_state_dict_gives_the_same_outputs_bit_for_bit_in_another_process(tmp_
     torch.save({"state": model.state_dict(), "x": x, "y": model(x)}, tmp_path / "saved.pt")
     script = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from test_model import Residual
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+from test_convert import Residual
 from ip_plugin import interspace, set_masks
 saved = torch.load({str(tmp_path / "saved.pt")!r}, weights_only=True)
 model = interspace(Residual(), basis="dct", sharing="model").eval()

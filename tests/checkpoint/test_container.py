@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ip_plugin import errors, interspace, load, save, set_masks
 from ip_plugin.adapters import torch_prune
-from ip_plugin.compact_file import _checksum, _digits_at, opened
+from ip_plugin.checkpoint.container import _checksum, _digits_at, opened
+from ip_plugin.checkpoint.inspection import inspect
 from ip_plugin.errors import InvalidFileError
-from ip_plugin.inspection import inspect
 from ip_plugin.utils import atomic as files
 
 

@@ -11,14 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .compact_file import CompactFile, dtype_name
+from ..core import torch_masks
+from ..core.layer import mask_target
+from ..core.parametrization import Interspace, Mask, enter, leave
+from ..errors import InvalidFileError, NotStorableError, WrongModelError
+from .container import CompactFile, dtype_name
 from .contents import Place, as_integers, check_modules, owners, places
-from .core import torch_masks
-from .core.layer import mask_target
-from .core.parametrization import Interspace, Mask, enter, leave
-from .errors import InvalidFileError, NotStorableError, WrongModelError
-from .records import Record
 from .resizing import resized
+from .schema import Record
 
 
 class Plan:

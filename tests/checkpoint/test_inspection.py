@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ip_plugin import bake, cli, interspace, prunable, report, save
 from ip_plugin.adapters import torch_prune
-from ip_plugin.inspection import inspect
+from ip_plugin.checkpoint.inspection import inspect
 
 
 @pytest.fixture

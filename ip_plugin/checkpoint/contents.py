@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .core import torch_masks
-from .core.layer import Target, is_prunable, mask_of, target
-from .core.parametrization import Interspace, Mask, held, ours, ours_in, parametrizations
-from .errors import AlreadyParametrizedError, NotStorableError
-from .positions import Positions, encode
+from ..core import torch_masks
+from ..core.layer import Target, is_prunable, mask_of, target
+from ..core.parametrization import Interspace, Mask, held, ours, ours_in, parametrizations
+from ..errors import AlreadyParametrizedError, NotStorableError
+from .index_encoding import Positions, encode
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .basis.bases import check_regular
-from .errors import InvalidBasisError, InvalidFileError
-from .positions import Positions, decode
-from .records import Description, Record
-from .utils.atomic import replacing
+from ..basis.bases import check_regular
+from ..errors import InvalidBasisError, InvalidFileError
+from ..utils.atomic import replacing
+from .index_encoding import Positions, decode
+from .schema import Description, Record
 
 #: Dtypes that safetensors has a name for.
 NATIVE = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import InvalidFileError
+from ..errors import InvalidFileError
 
 #: Bits of a gap by the name of the coding.
 GAP_BITS = {"gaps4": 4, "gaps8": 8}

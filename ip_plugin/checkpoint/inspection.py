@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compact_file import CompactFile, dtype_of, opened
+from .container import CompactFile, dtype_of, opened
 from .contents import nonzero_entries
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from .basis.bases import CONSTRAINTS, Constraint
-from .errors import InvalidFileError
-from .positions import CODINGS
-from .utils.validation import is_count
+from ..basis.bases import CONSTRAINTS, Constraint
+from ..errors import InvalidFileError
+from ..utils.validation import is_count
+from .index_encoding import CODINGS
 
 #: Version of the format. A file of another version is refused.
 FORMAT = 1

@@ -404,7 +404,7 @@ def test_values_can_be_stored_in_half_the_bytes(dtype: torch.dtype, tmp_path: Pa
 
 
 def inspected(path: Path) -> Any:
-    from ip_plugin.inspection import inspect
+    from ip_plugin.checkpoint.inspection import inspect
 
     return inspect(path).lines
 
@@ -682,7 +682,7 @@ def test_any_network_comes_back(data: st.DataObject, tmp_path_factory: pytest.Te
 
 def test_training_goes_on_bit_for_bit_in_another_process(tmp_path: Path) -> None:
     """Stopped and resumed, or not: the same bits in the end, values behind masks included."""
-    script = Path(__file__).with_name("checkpoint_workers.py")
+    script = Path(__file__).parents[1] / "checkpoint_workers.py"
     for space in WORKERS:
         run_part(space, "first", tmp_path)
     run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240)

@@ -12,14 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .basis.bases import check_regular
-from .compact_file import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
+from ..basis.bases import check_regular
+from ..core.layer import Model, inner
+from ..core.optimizer import watch
+from ..errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
+from .container import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
 from .contents import check_modules, packed, places
-from .core.layer import Model, inner
-from .core.optimizer import watch
-from .errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
-from .loading import Plan
-from .records import Basis, Description, Record
+from .reader import Plan
+from .schema import Basis, Description, Record
 
 FilePath: TypeAlias = str | os.PathLike[str]
 
@@ -140,7 +140,7 @@ def _check(model: nn.Module) -> None:
         if isinstance(place.module, ParametrizationList) and place.mask is not None:
             raise AlreadyParametrizedError(place.name, "another package, and pruned beneath")
         if place.interspace is not None:
-            check_regular(place.interspace.effective_basis, place.name)
+            check_regular(place.interspace.basis, place.name)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ip_plugin.checkpoint.index_encoding import CODINGS, Positions, decode, encode
 from ip_plugin.errors import InvalidFileError
-from ip_plugin.positions import CODINGS, Positions, decode, encode
 
 
 def kept_at(total: int, *index: int) -> torch.Tensor:

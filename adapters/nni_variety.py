@@ -10,13 +10,13 @@ from torch import Tensor
 from ip_plugin.core.gauge import compared
 from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
+from ip_plugin.methods.filter_variety import Similarity, check_similarity, check_strength, varied
 
 P = TypeVar("P", bound=type)
 
 
 def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coefficients") -> P:
-    """The same pruner, which takes redundant channels first, and leaves rare ones; see `ip_plugin.variety`.
+    """The same pruner, which takes redundant channels first; see `ip_plugin.methods.filter_variety`.
 
     Of every layer as many channels go as before, but others. Layers of one ``dependency_group_id`` are compared by all
     their kernels, channel by channel, as one filter.

@@ -1,8 +1,8 @@
 """Filter variety for the structured methods of `torch.nn.utils.prune`, in either space.
 
-Of a layer as many slices go as without it, but redundant ones first; see `ip_plugin.variety`. The host chooses, by
-scores that are dealt out anew among the slices that are not pruned yet; `varied_scores` makes them for whatever takes
-``importance_scores``, such as Lightning's `ModelPruning`.
+Of a layer as many slices go as without it, but redundant ones first; see `ip_plugin.methods.filter_variety`. The host
+chooses, by scores that are dealt out anew among the slices that are not pruned yet; `varied_scores` makes them for
+whatever takes ``importance_scores``, such as Lightning's `ModelPruning`.
 
 >>> import torch
 >>> from torch import nn
@@ -26,7 +26,7 @@ from ip_plugin.core.gauge import compared, unit_gauge
 from ip_plugin.core.layer import Target, mask_of, target
 from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
-from ip_plugin.variety import Similarity, check_similarity, removal_order
+from ip_plugin.methods.filter_variety import Similarity, check_similarity, removal_order
 
 from . import torch_prune
 from .torch_prune import Amount

@@ -10,13 +10,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ip_plugin.core.layer import output_filters
-from ip_plugin.variety import Similarity, check_similarity, check_strength, varied
+from ip_plugin.methods.filter_variety import Similarity, check_similarity, check_strength, varied
 
 from .plain_view import kernels
 
 
 class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types
-    """An importance that takes redundant filters first, and leaves rare ones; see `ip_plugin.variety`.
+    """An importance that takes redundant filters first, and leaves rare ones; see `ip_plugin.methods.filter_variety`.
 
     Of every group as many channels go as before, but others. Channels that are coupled (residual sums) are compared
     by all the kernels that make them, as one filter.

@@ -3,7 +3,7 @@
     python benchmarks/variety_rules.py --data cifar10.npz --seeds 0,1,2 --output rules.csv
 
 Started again, it goes on where it was. Accuracy is that on every second test image. "pair" is the rule of
-`ip_plugin.variety` and "pair 0.5" the same at half strength; "none" is the criterion alone.
+`ip_plugin.methods.filter_variety` and "pair 0.5" the same at half strength; "none" is the criterion alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ip_plugin.adapters.torch_pruning_variety import made_by
 from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS, Split
 from ip_plugin.compare.training import Training, accuracy
-from ip_plugin.variety import similarities, varied
+from ip_plugin.methods.filter_variety import similarities, varied
 
 #: (scores, filters, how many are kept) -> scores by which the redundant ones go first.
 Rule = Callable[[Tensor, Tensor, int], Tensor]

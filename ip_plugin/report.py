@@ -22,8 +22,8 @@ from .checkpoint.contents import packed
 from .core import torch_masks
 from .core.layer import Layer, Target, combined, is_prunable, layers, output_filters
 from .core.parametrization import Mask, held
+from .methods.filter_variety import measure
 from .utils.example_input import run
-from .variety import measure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +50,8 @@ class Row:
         macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
             N * N for each position and each input or output channel, whichever are fewer.
         mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
-            `ip_plugin.variety.Variety`; None in sums, where fewer than two filters are left, and where not asked for.
+            `ip_plugin.methods.filter_variety.Variety`; None in sums, where fewer than two filters are left, and where
+            not asked for.
         runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
             multiplications), or ``"dense"``, which is what it does with all that it does not take; more than one,
             comma-separated, where calls differ. None in other models and in sums. `bytes_sparse` is then the size in

@@ -7,6 +7,7 @@ compared where every filter has unit norm: `unit_gauge` reads them so and change
 from __future__ import annotations
 
 import warnings
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn, optim
@@ -14,9 +15,11 @@ from torch.optim import Optimizer
 
 from ..basis import bases
 from ..errors import InvalidBasisError
-from ..variety import Similarity
 from .layer import Layer, Model, layers
 from .parametrization import Interspace, Mask
+
+#: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
+Similarity: TypeAlias = Literal["coefficients", "weights"]
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 #: The power of the gradient with which state of torch's optimizers scales.

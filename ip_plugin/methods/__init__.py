@@ -6,13 +6,13 @@ What an entry is worth (`scores`), which entries go (`selection`), and when: onc
 
 from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
-from .fitted import prune_fitted
-from .reconstruction import reconstruct, reestimate_batch_norm
-from .refinement import refine
+from .lottery_ticket import LotteryTicket
+from .post_training.fitted import prune_fitted
+from .post_training.reconstruction import reconstruct, reestimate_batch_norm
+from .post_training.refinement import refine
 from .schedules import Gradual, Score, prune
 from .scores import Movement, Scores, grasp, lamp, magnitude, movement, random, ranks, snip, synflow
 from .selection import Masks, NofM, Scope, apply_masks, erk, select
-from .ticket import LotteryTicket
 
 __all__ = [
     "SET",

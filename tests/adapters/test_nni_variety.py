@@ -11,7 +11,7 @@ from torch import nn
 
 from ip_plugin import interspace, masks, set_masks
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import removal_order, varied
+from ip_plugin.methods.filter_variety import removal_order, varied
 
 nni: Any = pytest.importorskip("nni")
 

@@ -14,7 +14,7 @@ from ip_plugin import interspace, masks, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.adapters import torch_prune_variety as prune
 from ip_plugin.errors import InvalidAmountError, InvalidScoresError, InvalidVarietyError
-from ip_plugin.variety import removal_order
+from ip_plugin.methods.filter_variety import removal_order
 
 SPACES = ["plain", "interspace"]
 

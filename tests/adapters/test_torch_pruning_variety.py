@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import removal_order
+from ip_plugin.methods.filter_variety import removal_order
 
 pytest.importorskip("torch_pruning")
 

@@ -17,7 +17,7 @@ from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.core.layer import layers
 from ip_plugin.methods import movement
-from ip_plugin.variety import removal_order
+from ip_plugin.methods.filter_variety import removal_order
 
 pytest.importorskip("torch_pruning")
 

@@ -299,7 +299,7 @@ def test_no_score_depends_on_the_gauge(name: str, sharing: str) -> None:
 
 def test_grasp_of_a_filter_that_vanished_is_zero() -> None:
     plain, x = KINDS["conv2d"].ready(torch.float64)
-    model = interspace(plain)
+    model = interspace(plain, constraint="none")
     model[0].parametrizations.weight[0].basis.data[4] = 0
     score = values(SCORES["grasp"](model, x))[0]
     assert (score[..., 1, 1] == 0).all() and (score[..., 0, 0] != 0).any()

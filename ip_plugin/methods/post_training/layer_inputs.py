@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..core.layer import Layer
-from ..core.parametrization import parametrizations
-from .derivatives import call, pure, sum_dtype
+from ...core.layer import Layer
+from ...core.parametrization import parametrizations
+from ..derivatives import call, pure, sum_dtype
 
 #: Numbers in the patches that are held at once.
 _AT_ONCE = 1 << 24

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ip_plugin import interspace
 from ip_plugin.core.layer import Layer, layers
-from ip_plugin.methods import inputs
-from ip_plugin.methods.inputs import Moments, multiplies, observe, patches, rows
+from ip_plugin.methods.post_training import layer_inputs as inputs
+from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches, rows
 
 F64 = torch.float64
 

@@ -7,16 +7,14 @@ removed; again and again. Among redundant filters the criterion decides; a filte
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidVarietyError
-from .utils.validation import is_fraction
-
-#: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
-Similarity: TypeAlias = Literal["coefficients", "weights"]
+from ..core.gauge import Similarity
+from ..errors import InvalidVarietyError
+from ..utils.validation import is_fraction
 
 
 @torch.no_grad()

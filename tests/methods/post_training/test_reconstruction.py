@@ -20,8 +20,9 @@ from ip_plugin.errors import (
     NothingToPruneError,
     TwinMismatchError,
 )
-from ip_plugin.methods import magnitude, prune, reconstruct, reconstruction, reestimate_batch_norm
-from ip_plugin.methods.reconstruction import least_squares
+from ip_plugin.methods import magnitude, prune, reconstruct, reestimate_batch_norm
+from ip_plugin.methods.post_training import reconstruction
+from ip_plugin.methods.post_training.reconstruction import least_squares
 
 F64 = torch.float64
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..basis.bases import check_regular, compose
-from ..basis.dictionary import Dictionary, learn
-from ..basis.fitting import Kernels, kernel_rows
-from ..core.layer import Layer, Model, by_basis, check_finite
-from .derivatives import unwrapped
+from ...basis.bases import check_regular, compose
+from ...basis.dictionary import Dictionary, learn
+from ...basis.fitting import Kernels, kernel_rows
+from ...core.layer import Layer, Model, by_basis, check_finite
+from ..derivatives import unwrapped
 from .reconstruction import twins_of
 
 

@@ -9,16 +9,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..basis.fitting import Keep, Kernels, fit, kernel_rows, largest
-from ..core.convert import Sharing, bake, groups_of, interspace
-from ..core.layer import Layer, Model, by_basis, check_finite, layers
-from ..errors import InvalidScopeError
-from .derivatives import Batches, pair
+from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
+from ...core.convert import Sharing, bake, groups_of, interspace
+from ...core.layer import Layer, Model, by_basis, check_finite, layers
+from ...errors import InvalidScopeError
+from ..derivatives import Batches, pair
+from ..schedules import Score, prune, whole
+from ..scores import magnitude
+from ..selection import least, pruned
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
 from .refinement import refine
-from .schedules import Score, prune, whole
-from .scores import magnitude
-from .selection import least, pruned
 
 #: Rounds of pruning where there is data.
 _ROUNDS = 4

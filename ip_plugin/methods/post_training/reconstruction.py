@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.layer import Layer, Model
-from ..errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
-from .derivatives import Batches, call, pair, pure, unwrapped
-from .inputs import Moments, multiplies, observe, rows
+from ...core.layer import Layer, Model
+from ...errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
+from ..derivatives import Batches, call, pair, pure, unwrapped
+from .layer_inputs import Moments, multiplies, observe, rows
 
 #: Numbers in the moments that are held at once, if one layer does not need more.
 _AT_ONCE = 1 << 26

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ip_plugin import interspace, report, set_masks
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.variety import measure, removal_order, similarities, varied
+from ip_plugin.methods.filter_variety import measure, removal_order, similarities, varied
 
 
 def slow_order(scores: Tensor, filters: Tensor) -> list[int]:

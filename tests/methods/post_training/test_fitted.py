@@ -30,7 +30,6 @@ from ip_plugin.errors import (
 )
 from ip_plugin.methods import (
     apply_masks,
-    fitted,
     lamp,
     magnitude,
     prune,
@@ -40,6 +39,7 @@ from ip_plugin.methods import (
     refine,
     select,
 )
+from ip_plugin.methods.post_training import fitted
 
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from .core.convert import bake, interspace, prunable
 from .core.gauge import normalize
 from .core.masking import adopt_masks, masks, set_masks
 from .core.optimizer import join_optimizer, param_groups
-from .report import Report, report
+from .reporting import Report, report
 
 __all__ = [
     "Report",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SparseExecutionError
-from ..report import Prepared, Row
+from ..reporting.measure import Prepared
+from ..reporting.table import Row
 from . import tuning
 from .compilation import compiled
 from .graph import Network

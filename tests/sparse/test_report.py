@@ -16,7 +16,7 @@ pytest.importorskip("numba")
 from ip_plugin import interspace, report
 from ip_plugin.errors import SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
-from ip_plugin.report import Row
+from ip_plugin.reporting.measure import Row
 from ip_plugin.sparse import SparseNetwork, prepare
 
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])

@@ -1,0 +1,148 @@
+"""What a report holds, one row for each layer, and how it is shown: as a table, a dict or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable layer (its weight or coefficients, without its bias), or a sum of rows.
+
+    Attributes:
+        layer: module name.
+        space: ``"interspace"`` or ``"spatial"``.
+        shape: of the coefficients or the weight.
+        parameters: numbers in the coefficients or the weight.
+        nonzeros: those that are neither masked nor zero.
+        sparsity: ``1 - nonzeros / parameters``.
+        basis: name of the first layer that uses the same basis; empty for a spatial layer.
+        basis_parameters: numbers in the basis, counted at the first layer that uses it and 0 at the others.
+        bytes_dense: size of all values.
+        bytes_sparse: size in the file that `ip_plugin.save` writes: the values that count, their positions, and the
+            basis where it is counted; dense where that is smaller.
+        macs_dense: multiply-adds of the layer for the example input, as it is given (its batch included).
+        macs_nonzero: those with a non-zero factor.
+        macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
+            N * N for each position and each input or output channel, whichever are fewer.
+        mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
+            `ip_plugin.methods.filter_variety.Variety`; None in sums, where fewer than two filters are left, and where
+            not asked for.
+        runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
+            multiplications), or ``"dense"``, which is what it does with all that it does not take; more than one,
+            comma-separated, where calls differ. None in other models and in sums. `bytes_sparse` is then the size in
+            memory of what the layer is run with.
+    """
+
+    layer: str
+    space: str
+    shape: tuple[int, ...]
+    parameters: int
+    nonzeros: int
+    sparsity: float
+    basis: str
+    basis_parameters: int
+    bytes_dense: int
+    bytes_sparse: int
+    macs_dense: int | None
+    macs_nonzero: int | None
+    macs_basis: int | None
+    mean_similarity: float | None = None
+    largest_similarity: float | None = None
+    effective_rank: float | None = None
+    runs: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found. Prints as a table.
+
+    Attributes:
+        rows: one for each prunable layer, in model order.
+        prunable: their sum.
+        everything: the sum with biases, norms, other parameters and bases: ``parameters`` is what
+            ``model.parameters()`` yields, ``bytes_dense`` those of the state_dict without masks, buffers included;
+            ``bytes_sparse`` are those of a compact file without its header.
+    """
+
+    rows: tuple[Row, ...]
+    prunable: Row
+    everything: Row
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers, ready for JSON."""
+        return {
+            "layers": [_plain(row) for row in self.rows],
+            "prunable": _plain(self.prunable),
+            "everything": _plain(self.everything),
+        }
+
+    def to_csv(self) -> str:
+        """Comma-separated values: a header, the layers, then the two sums."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in (*self.rows, self.prunable, self.everything):
+            writer.writerow({**asdict(row), "shape": "x".join(map(str, row.shape))})
+        return out.getvalue()
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title="What is left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("space")
+        prepared = any(row.runs is not None for row in self.rows)
+        if prepared:
+            table.add_column("runs")
+        for header in (
+            "shape",
+            "parameters",
+            "non-zeros",
+            "sparsity",
+            "basis",
+            "bytes",
+            "as run" if prepared else "in a compact file",
+        ):
+            table.add_column(header, justify="right")
+        with_macs = self.prunable.macs_dense is not None
+        if with_macs:
+            for header in ("MACs", "by non-zeros", "of the basis"):
+                table.add_column(header, justify="right")
+        with_variety = any(row.effective_rank is not None for row in self.rows)
+        if with_variety:
+            for header in ("mean sim.", "largest sim.", "eff. rank"):
+                table.add_column(header, justify="right")
+        for row in (*self.rows, self.prunable, self.everything):
+            if row is self.prunable:
+                table.add_section()
+            cells = [row.layer, row.space, *([row.runs or ""] if prepared else [])]
+            cells += ["x".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.nonzeros:,}"]
+            basis = f"{row.basis_parameters:,}" if row.basis_parameters else "shared" if row.basis else ""
+            cells += [f"{row.sparsity:.2%}", basis]
+            cells += [f"{row.bytes_dense:,}", f"{row.bytes_sparse:,}"]
+            if with_macs:
+                cells += [
+                    f"{macs:,}" for macs in (row.macs_dense, row.macs_nonzero, row.macs_basis) if macs is not None
+                ]
+            if with_variety and row.effective_rank is not None:
+                cells += [f"{row.mean_similarity:.3f}", f"{row.largest_similarity:.3f}", f"{row.effective_rank:.1f}"]
+            table.add_row(*cells)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=180).print(self)
+        return out.getvalue().rstrip("\n")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "shape": list(row.shape)}

@@ -23,7 +23,7 @@ from harness import side_by_side
 from torch import Tensor
 
 from ip_plugin.basis import bases
-from ip_plugin.sparse import tuning
+from ip_plugin.sparse import autotune
 from ip_plugin.sparse.convolution import looped
 from ip_plugin.sparse.graph import Convolution
 from ip_plugin.sparse.places import Window, places
@@ -64,7 +64,7 @@ def sparse(
     where = places(WINDOW, batch, size, size, gap=(1, 1))
     assert where is not None
     node: torch.fx.Node = None  # type: ignore[assignment]  # there is no graph
-    choice = tuning.Chooser(by_rule=False, narrow=narrow)(
+    choice = autotune.Chooser(by_rule=False, narrow=narrow)(
         Convolution("layer", node, WINDOW, 1, entries, bias, channels), where, (size, size), False
     )
     if choice is None:

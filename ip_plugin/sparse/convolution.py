@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 import numba
 import numpy as np
 
-from . import kernels, plan, winograd
+from . import plan
+from .kernels import nonzero, winograd
+from .kernels.vectors import lanes
 from .layout import Floats, aligned
 from .places import Places
 from .plan import Choice, Entries, Plan
-from .vectors import lanes
 
 _NOTHING = np.empty(0, np.float32)
 
@@ -85,9 +86,9 @@ class _ByNonzeros(LoopedConvolution):
     def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
         common = (source, self._first, *self._added(residual), *self.limits, target, *self._to)
         if self.choice.order == "direct":
-            kernels.direct(*self._head, *common)
+            nonzero.direct(*self._head, *common)
         else:
-            kernels.fused(*self._head, *common, scratch, self.plan.responses)
+            nonzero.fused(*self._head, *common, scratch, self.plan.responses)
 
 
 class _AtPoints(LoopedConvolution):

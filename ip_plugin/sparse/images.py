@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels
+from .kernels import nonzero
 from .layout import Floats, Ints, Layout
 from .places import Places, Window
 
@@ -63,7 +63,7 @@ def _parts(shape: torch.Size, source: Layout, phases: tuple[tuple[int, int], ...
 
 def _deal(images: Images, layout: Layout, buffer: Floats, steps: tuple[int, int], parts: Ints) -> None:
     count, channels = images.shape[:2]
-    kernels.deal(
+    nonzero.deal(
         count, channels, parts, images.flat, *images.strides, *steps, buffer, *layout.distances(),
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def pool(window: Window, source: Layout, channels: int, target: Layout, read: Fl
     """Max pooling from one buffer into another."""
     span = max(source.width, (target.width - 1) * window.stride[1] + 1)
     length = span + 2 * window.padding[1] + window.kernel[1] * window.dilation[1] + 64
-    kernels.largest(
+    nonzero.largest(
         source.images, channels, source.height, source.width, *window[:4],
         read, *source.distances(), target.height, target.width, write, *target.distances(),
         np.empty((2 * numba.config.NUMBA_NUM_THREADS, length), np.float32),
@@ -83,7 +83,7 @@ def mean(source: Layout, channels: int, read: Floats) -> Tensor:
     """Averages of all pixels, ``(images, channels, 1, 1)``."""
     made = torch.empty(source.images, channels, 1, 1)
     length = (source.height - 1) * source.pitch + source.width
-    kernels.mean(
+    nonzero.mean(
         source.images, channels, length, source.height * source.width, read, *source.distances()[:3],
         made.numpy().reshape(-1),
     )  # fmt: skip

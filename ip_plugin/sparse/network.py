@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import SparseExecutionError
 from ..reporting.measure import Prepared
 from ..reporting.table import Row
-from . import tuning
-from .compilation import compiled
+from . import autotune
 from .graph import Network
+from .lowering import compiled
 from .program import Dense, Looped, Program, execute
 
 
@@ -49,7 +49,7 @@ class SparseNetwork(Prepared):
     from several threads at once work in memory of their own.
     """
 
-    def __init__(self, network: Network, choose: tuning.Chooser) -> None:
+    def __init__(self, network: Network, choose: autotune.Chooser) -> None:
         super().__init__()
         self.plain = network.module
         self._network, self._choose = network, choose

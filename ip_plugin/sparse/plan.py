@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import winograd
+from .kernels import winograd
 from .layout import Floats, Ints
 
 

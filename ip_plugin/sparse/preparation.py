@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..core.convert import bake
 from ..errors import InvalidResponsesError, SparseFallbackWarning
 from ..utils.example_input import run
+from .autotune import Chooser
 from .graph import UntraceableError, takes, trace
 from .network import SparseNetwork, check_input
-from .tuning import Chooser
 
 
 def prepare(

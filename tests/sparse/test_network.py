@@ -302,7 +302,7 @@ def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str, mo
         timed.append(run.func.choice.order if hasattr(run, "func") else "dense")
         return 1.0 if timed[-1] == fastest else 3.0 if timed[-1] == "dense" else 2.0
 
-    monkeypatch.setattr("ip_plugin.sparse.tuning._time", took)
+    monkeypatch.setattr("ip_plugin.sparse.autotune._time", took)
     model = pruned(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), space, sparsity)
     images = torch.randn(2, 8, 12, 12)
     network = prepare(model, images)
@@ -611,7 +611,7 @@ def test_what_plans_have_no_room_for_is_left_to_torch(monkeypatch: pytest.Monkey
     network = prepare(model, images, deterministic=True)
     assert [run.layer for run in network.runs(images)] == ["1"]
     agrees(network, model, images)
-    monkeypatch.setattr("ip_plugin.sparse.compilation._FARTHEST", 100)
+    monkeypatch.setattr("ip_plugin.sparse.lowering._FARTHEST", 100)
     assert [run.how for run in prepare(model, images, deterministic=True).runs(images)] == ["dense"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import tuning
+from . import autotune
 from .convolution import looped
 from .graph import Convolution, Network, changes_a_value
 from .layout import Layout
@@ -67,7 +67,7 @@ class _Placed:
         return None
 
 
-def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Chooser) -> Program:
+def compiled(network: Network, inputs: tuple[Tensor, ...], choose: autotune.Chooser) -> Program:
     """The program for inputs of these shapes; run once, to see which values are views of which buffer."""
     shapes = network.shapes(inputs)
     gaps: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -115,7 +115,7 @@ def compiled(network: Network, inputs: tuple[Tensor, ...], choose: tuning.Choose
 def _looped(
     node: fx.Node, convolution: Convolution, shapes: dict[fx.Node, torch.Size],
     gaps: dict[tuple[int, ...], tuple[int, int]], placed: _Placed,
-    new: Callable[[Layout, int], Laid], choose: tuning.Chooser,
+    new: Callable[[Layout, int], Laid], choose: autotune.Chooser,
 ) -> Looped | None:  # fmt: skip
     images, channels, height, width = shapes[convolution.source]
     gap = gaps.get(shapes[node][2:], (0, 0))

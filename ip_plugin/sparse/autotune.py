@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import winograd
 from .convolution import looped
 from .graph import Convolution
 from .images import Images, pack
+from .kernels import winograd
 from .layout import WIDEST
 from .places import Places, Window
 from .plan import Choice

@@ -18,8 +18,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..layout import Floats
 from .jit import helper, inline, parallel
-from .layout import Floats
 from .vectors import (
     add,
     at_least,

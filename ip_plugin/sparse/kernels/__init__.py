@@ -1,0 +1,1 @@
+"""Loops that numba compiles: sparse convolutions and pooling by non-zeros, Winograd's filtering, vector operations."""

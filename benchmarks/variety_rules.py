@@ -23,7 +23,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from ip_plugin.adapters.torch_pruning import pruner
-from ip_plugin.adapters.torch_pruning_variety import made_by
+from ip_plugin.adapters.torch_pruning.variety import made_by
 from ip_plugin.compare.config import Settings
 from ip_plugin.compare.tasks import TASKS, Split
 from ip_plugin.compare.training import Training, accuracy

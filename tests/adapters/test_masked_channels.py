@@ -16,8 +16,8 @@ from ip_plugin.errors import ChangedOutputError, ExampleInputError
 
 pytest.importorskip("torch_pruning")
 
-from ip_plugin.adapters.channels import inputs_left, outputs_left
-from ip_plugin.adapters.masked_channels import cut_masked_channels
+from ip_plugin.adapters.shared.channels import inputs_left, outputs_left
+from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
 pytestmark = pytest.mark.contract
 

@@ -17,7 +17,7 @@ from torch.nn.utils import prune as torch_host
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ip_plugin import bake, errors, interspace, join_optimizer, masks, param_groups, prunable, report, set_masks
-from ip_plugin.adapters import batch_norms
+from ip_plugin.adapters.shared import batch_norms
 from ip_plugin.core.parametrization import held
 
 pytest.importorskip("nni")
@@ -27,7 +27,7 @@ import nni.compression.pruning as host
 from nni.compression.base.setting import PruningSetting
 
 from ip_plugin.adapters import ChannelCriterion, Criterion, nni
-from ip_plugin.adapters.nni_criteria import CRITERIA
+from ip_plugin.adapters.nni.criteria import CRITERIA
 
 pytestmark = pytest.mark.contract
 

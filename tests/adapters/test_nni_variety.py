@@ -25,7 +25,7 @@ from ip_plugin.adapters.nni import (  # noqa: E402
     TorchEvaluator,
     finish,
 )
-from ip_plugin.adapters.nni_variety import with_variety  # noqa: E402
+from ip_plugin.adapters.nni.variety import with_variety  # noqa: E402
 
 SPACES = ["plain", "interspace"]
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))

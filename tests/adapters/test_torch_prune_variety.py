@@ -12,7 +12,7 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import interspace, masks, set_masks
 from ip_plugin.adapters import torch_prune
-from ip_plugin.adapters import torch_prune_variety as prune
+from ip_plugin.adapters.torch_prune import variety as prune
 from ip_plugin.errors import InvalidAmountError, InvalidScoresError, InvalidVarietyError
 from ip_plugin.methods.filter_variety import removal_order
 

@@ -717,7 +717,7 @@ def test_names_in_the_optimizer_stay_beside_their_parameters() -> None:
 
 
 def test_large_parameters_can_be_counted() -> None:
-    from ip_plugin.adapters.cut import _positions
+    from ip_plugin.adapters.torch_pruning.removal import _positions
 
     assert int(_positions(torch.empty(2**24 + 2))[-1]) == 2**24 + 1
 

@@ -18,8 +18,8 @@ pytest.importorskip("torch_pruning")
 import torch_pruning as tp
 
 from ip_plugin.adapters.torch_pruning import pruner
-from ip_plugin.adapters.torch_pruning_scores import ScoredImportance
-from ip_plugin.adapters.torch_pruning_variety import VariedImportance
+from ip_plugin.adapters.torch_pruning.scores import ScoredImportance
+from ip_plugin.adapters.torch_pruning.variety import VariedImportance
 
 
 class Net(nn.Module):

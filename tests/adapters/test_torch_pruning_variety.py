@@ -17,9 +17,9 @@ pytest.importorskip("torch_pruning")
 
 import torch_pruning as tp
 
-from ip_plugin.adapters.plain_view import _LENT, kernels
+from ip_plugin.adapters.shared.plain_view import _LENT, kernels
 from ip_plugin.adapters.torch_pruning import plain_layers, pruner
-from ip_plugin.adapters.torch_pruning_variety import VariedImportance
+from ip_plugin.adapters.torch_pruning.variety import VariedImportance
 
 SPACES = ["plain", "interspace"]
 
@@ -206,7 +206,7 @@ def test_gradients_that_an_importance_has_gathered_are_read_in_their_own_gauge()
 
 
 def test_grouped_transposed_filters() -> None:
-    from ip_plugin.adapters.torch_pruning_variety import made_by
+    from ip_plugin.adapters.torch_pruning.variety import made_by
 
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
     graph = tp.DependencyGraph().build_dependency(nn.Sequential(layer, nn.Conv2d(6, 2, 1)), torch.zeros(1, 4, 5, 5))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ip_plugin.core.layer import output_filters
 from ip_plugin.methods.filter_variety import Similarity, check_similarity, check_strength, varied
 
-from .plain_view import kernels
+from ..shared.plain_view import kernels
 
 
 class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types

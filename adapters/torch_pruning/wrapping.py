@@ -45,10 +45,10 @@ from ip_plugin.errors import (
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.validation import is_fraction
 
-from .cut import follow
-from .plain_view import Loan, PlainView, plain_layers
-from .torch_pruning_variety import VariedImportance
-from .transaction import transaction
+from ..shared.plain_view import Loan, PlainView, plain_layers
+from ..shared.transaction import transaction
+from .removal import follow
+from .variety import VariedImportance
 
 Pruner = TypeVar("Pruner")
 

@@ -28,8 +28,8 @@ from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
 from ip_plugin.methods.filter_variety import Similarity, check_similarity, removal_order
 
-from . import torch_prune
-from .torch_prune import Amount
+from . import pruning as torch_prune
+from .pruning import Amount
 
 __all__ = ["ln_structured", "random_structured", "varied_scores"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ip_plugin.adapters.transaction import transaction
+from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
 from ip_plugin.core.layer import Target, add_mask

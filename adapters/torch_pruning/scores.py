@@ -12,7 +12,7 @@ from ip_plugin.core.layer import layers
 from ip_plugin.errors import InvalidScoresError
 from ip_plugin.methods import Scores
 
-from .torch_pruning_variety import made_by
+from .variety import made_by
 
 
 class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types

@@ -23,9 +23,9 @@ from ip_plugin.core.parametrization import Interspace, held, leave
 from ip_plugin.errors import ChangedOutputError
 from ip_plugin.utils.example_input import run
 
-from .channels import inputs_left, outputs_left
-from .torch_pruning import lent, pruner
-from .transaction import transaction
+from ..shared.channels import inputs_left, outputs_left
+from ..shared.transaction import transaction
+from .wrapping import lent, pruner
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 

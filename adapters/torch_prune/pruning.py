@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 from torch.nn.utils.prune import PruningContainer
 
-from ip_plugin import prunable
-from ip_plugin.adapters import Criterion
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.layer import Target, combined, described, mask_of, mask_target, target
@@ -365,18 +363,3 @@ def is_pruned(module: nn.Module) -> bool:
     if host.is_pruned(module):
         return True
     return any(each.parametrization.mask is not None for each in held(module))
-
-
-def _by_magnitude(model: nn.Module, count: int) -> None:
-    global_unstructured(prunable(model), L1Unstructured, amount=count)
-
-
-def _at_random(model: nn.Module, count: int) -> None:
-    global_unstructured(prunable(model), RandomUnstructured, amount=count)
-
-
-CRITERIA = {
-    "l1": Criterion("global magnitude, after training", "after training", _by_magnitude),
-    "l1_init": Criterion("global magnitude, at initialisation", "at initialisation", _by_magnitude),
-    "random": Criterion("random, at initialisation", "at initialisation", _at_random),
-}

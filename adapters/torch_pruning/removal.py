@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ip_plugin.core.parametrization import Interspace
 from ip_plugin.errors import UnfollowedCutError
 
-from .plain_view import Loan, PlainView
+from ..shared.plain_view import Loan, PlainView
 
 
 class Slot(NamedTuple):

@@ -13,9 +13,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, ChannelTrainingCriterion, Training
-from ip_plugin.adapters.torch_pruning import pruner
-from ip_plugin.adapters.torch_pruning_scores import ScoredImportance
-from ip_plugin.adapters.torch_pruning_variety import VariedImportance
+from ip_plugin.adapters.torch_pruning.scores import ScoredImportance
+from ip_plugin.adapters.torch_pruning.variety import VariedImportance
+from ip_plugin.adapters.torch_pruning.wrapping import pruner
 from ip_plugin.methods import movement
 
 #: Batches that movement is computed on: of a hundred images, a thousand in all.

@@ -38,7 +38,7 @@ from nni.compression.base.config import default_config_schema, select_modules_by
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin.adapters.nni_helpers import (
+from ip_plugin.adapters.nni.helpers import (
     ChannelDependency,
     GroupDependency,
     InputChannelDependency,
@@ -48,8 +48,8 @@ from ip_plugin.adapters.nni_helpers import (
     compute_sparsity_mask2compact,
     count_flops_params,
 )
-from ip_plugin.adapters.nni_wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
-from ip_plugin.adapters.plain_view import plain_layers
+from ip_plugin.adapters.nni.wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
+from ip_plugin.adapters.shared.plain_view import plain_layers
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.parametrization import Interspace, held, ours, ours_in, parametrizations

@@ -22,9 +22,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from ip_plugin.adapters.batch_norms import following
-from ip_plugin.adapters.channels import outputs_left
-from ip_plugin.adapters.transaction import transaction
+from ip_plugin.adapters.shared.batch_norms import following
+from ip_plugin.adapters.shared.channels import outputs_left
+from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.core.layer import Model, Target, add_mask, target
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import ours_in, restore_order
@@ -111,8 +111,8 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     training do what they do without NNI.
 
     Where a pruner with a granularity has masked a whole output channel, the channel's bias goes too, and its weight and
-    bias in the BatchNorm that alone follows (see `ip_plugin.adapters.batch_norms`): the model then computes what a
-    network without these channels computes, as long as activations take 0 to 0. Masks of inputs and outputs end with
+    bias in the BatchNorm that alone follows (see `ip_plugin.adapters.shared.batch_norms`): the model then computes what
+    a network without these channels computes, as long as activations take 0 to 0. Masks of inputs and outputs end with
     the pruner. The factors by which `SlimPruner` scales channels are multiplied into the values (the host's
     ``unwrap_model`` drops them).
 
@@ -206,7 +206,7 @@ def speedup(
     Raises:
         AlreadyWrappedError: NNI's wrappers are on the model.
         UnknownLayerError, InvalidMaskError: masks of another model.
-        ExampleInputError, ChangedOutputError: see `ip_plugin.adapters.masked_channels.cut_masked_channels`.
+        ExampleInputError, ChangedOutputError: see `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
             In all cases nothing has changed.
 
     >>> from ip_plugin import interspace
@@ -217,7 +217,7 @@ def speedup(
     >>> speedup(finish(pruner), masks, torch.zeros(1, 3, 9, 9))[2].in_channels
     6
     """
-    from ip_plugin.adapters.masked_channels import cut_masked_channels
+    from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
     wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
     if wrapped:

@@ -16,7 +16,7 @@ from nni.compression.utils import counter as host_counter
 from nni.compression.utils import shape_dependency as host_dependencies
 from torch import nn
 
-from ip_plugin.adapters.plain_view import plain_layers
+from ip_plugin.adapters.shared.plain_view import plain_layers
 
 Result = TypeVar("Result")
 

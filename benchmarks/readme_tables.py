@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ip_plugin.compare import criteria
+from ip_plugin.compare.cell import Result
 from ip_plugin.compare.config import SPACES, Run, Study
 from ip_plugin.compare.pairs import pairs, shown
 from ip_plugin.compare.report import SHORT, summarize
-from ip_plugin.compare.results import read
-from ip_plugin.compare.runs import Result
 from ip_plugin.compare.spread import Spread
+from ip_plugin.compare.store import read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,11 +19,11 @@ from . import __version__, bake, load
 from .checkpoint import container
 from .checkpoint.inspection import inspect
 from .compare import criteria as known_criteria
+from .compare.cell import Engine, here
 from .compare.config import Settings, Study
 from .compare.deployment import check_alone
-from .compare.nni_engine import NniEngine
-from .compare.processes import Processes
-from .compare.runs import Engine, here
+from .compare.engines.nni import NniEngine
+from .compare.engines.processes import Processes
 from .compare.study import compare as run_study
 from .compare.tasks import TASKS
 from .errors import InterspaceError

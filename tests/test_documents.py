@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import runpy
 import sys
@@ -48,29 +47,11 @@ def test_the_readme_names_every_public_verb() -> None:
     assert [name for name in verbs if name not in README] == []
 
 
-def test_contributing_maps_every_file() -> None:
+def test_contributing_names_every_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    sources = [p for folder in ("ip_plugin", "adapters") for p in (ROOT / folder).rglob("*.py")]
-    missing = [p.name for p in sources if p.name not in ("__init__.py", "__main__.py") and f"`{p.name}`" not in text]
-    assert missing == []
-
-
-def test_dependencies_point_one_way() -> None:
-    """A module of the core imports only modules that stand before it in this list (CONTRIBUTING.md has the picture)."""
-    names = (
-        "errors amounts files seeds timing ranking basis fitting coding dictionary variety composed_weight "
-        "reparametrization torch_masks layer optimizer model masks gauge example_input positions contents report "
-        "records compact_file resizing loading checkpoint inspection"
-    )
-    order = names.split()
-    modules = {p.stem for p in (ROOT / "ip_plugin").glob("*.py")} - {"__init__", "__main__", "cli"}
-    assert modules == set(order)
-    for name in order:
-        tree = ast.parse((ROOT / "ip_plugin" / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                imported = [node.module] if node.module else [alias.name for alias in node.names]
-                assert all(order.index(each) < order.index(name) for each in imported), (name, imported)
+    packages = [p.parent for folder in ("ip_plugin", "adapters") for p in (ROOT / folder).rglob("__init__.py")]
+    missing = [p.name for p in packages if p.name != "ip_plugin" and f"`{p.name}/`" not in text]
+    assert len(packages) > 15 and missing == []
 
 
 PIPELINES = {

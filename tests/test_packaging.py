@@ -25,7 +25,7 @@ assert prune.__file__.startswith(sys.prefix), prune.__file__
 assert importlib.resources.files("ip_plugin").joinpath("py.typed").is_file()
 assert importlib.resources.files("ip_plugin.compare").joinpath("report.html.j2").is_file()
 assert importlib.metadata.version("ip-plugin") == ip_plugin.__version__
-assert ip_plugin.adapters.hosts()["torch"].load() is prune
+assert ip_plugin.adapters.hosts()["torch"].load().CRITERIA
 
 def build():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     sources = {
         str(p.relative_to(ROOT)) for p in (ROOT / "ip_plugin").rglob("*") if p.suffix in (".py", ".j2", ".typed")
     }
-    sources |= {f"ip_plugin/{p.relative_to(ROOT)}" for p in (ROOT / "adapters").glob("*.py")}
+    sources |= {f"ip_plugin/{p.relative_to(ROOT)}" for p in (ROOT / "adapters").rglob("*.py")}
     assert {name for name in files if name.startswith("ip_plugin/")} == sources
 
 

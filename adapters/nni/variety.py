@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ip_plugin.core.gauge import compared
+from ip_plugin.core.gauge import Similarity, compared
 from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.methods.filter_variety import Similarity, check_similarity, check_strength, varied
+from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
 
 P = TypeVar("P", bound=type)
 

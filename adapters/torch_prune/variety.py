@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin.core import torch_masks
-from ip_plugin.core.gauge import compared, unit_gauge
+from ip_plugin.core.gauge import Similarity, compared, unit_gauge
 from ip_plugin.core.layer import Target, mask_of, target
 from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
-from ip_plugin.methods.filter_variety import Similarity, check_similarity, removal_order
+from ip_plugin.methods.filter_variety import check_similarity, removal_order
 
 from . import pruning as torch_prune
 from .pruning import Amount

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nni.experiment import ExperimentConfig
 
-from ip_plugin.compare.nni_experiment import portal, running
+from ip_plugin.compare.engines.nni_experiment import portal, running
 from ip_plugin.utils.atomic import write_whole
 
 HERE = Path(__file__).parent.resolve()

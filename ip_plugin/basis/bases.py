@@ -93,7 +93,7 @@ def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
             one after the other (Gram and Schmidt; by QR).
 
     Returns:
-        ``(N, N)``. Rows of zeros, which have no direction, give NaN.
+        ``(N, N)``. A row of zeros gives a row of zeros under ``"unit"``.
 
     >>> constrained(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), "unit")
     tensor([[0.6000, 0.8000],
@@ -105,10 +105,11 @@ def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
     if constraint == "none":
         return basis
     wide = basis.float() if basis.dtype == torch.float16 else basis
-    # Times a power of two, which is exact: the squares of what weight decay leaves of a filter would underflow.
-    # (`torch._weight_norm` is one operation instead of three, but its second derivative is wrong.)
-    scaled = wide * 2.0**40
-    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    # By the largest entry first: the squares of what weight decay leaves of a filter, or of a very large one, are out
+    # of range. (`torch._weight_norm` is one operation instead of all this, but its second derivative is wrong.)
+    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=1, keepdim=True)
+    scaled = wide / torch.where(largest > 0, largest, 1.0)
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(0.5)
     if constraint == "orthonormal":
         q, r = torch.linalg.qr((unit.float() if unit.dtype == torch.bfloat16 else unit).mT)
         unit = (q * torch.where(r.diagonal() < 0, -1, 1)).mT

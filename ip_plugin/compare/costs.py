@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .cell import Result
 from .config import Run, Space, Study
 from .deployment import ROUNDS, Deployment
-from .runs import Result
 from .spread import Spread
 
 

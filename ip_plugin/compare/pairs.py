@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ip_plugin.adapters import VARIED
 
+from .cell import Result
 from .config import Run, Space, Study
-from .runs import Result
 from .spread import Spread
 
 

@@ -13,10 +13,10 @@ from ip_plugin.adapters import cuts_channels
 from . import costs as deployed
 from . import criteria
 from . import pairs as variety
+from .cell import Result
 from .config import Run, Space, Study
-from .results import versions
-from .runs import Result
 from .spread import Spread
+from .store import versions
 from .tasks import TASKS
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ip_plugin.utils.atomic import write_whole
 
 from . import report
+from .cell import Engine, epochs_of, here
 from .config import Run, Study
 from .costs import costs
 from .costs import remarks as cost_remarks
 from .pairs import pairs
 from .pairs import remarks as variety_remarks
-from .results import Results
-from .runs import Engine, epochs_of, here
+from .store import Results
 
 
 def compare(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ip_plugin import interspace
 from ip_plugin.adapters import VARIED, Begin, ChannelTrainingCriterion, cuts_channels
 from ip_plugin.compare import config, criteria
+from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings
-from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.core.layer import layers
 from ip_plugin.methods import movement

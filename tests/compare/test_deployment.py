@@ -21,12 +21,12 @@ pytest.importorskip("numba")
 
 from ip_plugin import interspace, report
 from ip_plugin.compare import config, criteria, deployment
+from ip_plugin.compare.cell import Result, execute, one_by_one
 from ip_plugin.compare.config import Run, Settings, Study
 from ip_plugin.compare.costs import HEADERS, cells, costs, remarks
 from ip_plugin.compare.deployment import Deployment, measure
-from ip_plugin.compare.processes import Processes
-from ip_plugin.compare.results import COLUMNS, Results
-from ip_plugin.compare.runs import Result, execute, one_by_one
+from ip_plugin.compare.engines.processes import Processes
+from ip_plugin.compare.store import COLUMNS, Results
 from ip_plugin.compare.study import compare
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import ForeignFolderError, InvalidStudyError
@@ -205,7 +205,7 @@ def test_latencies_are_not_measured_beside_other_runs() -> None:
 
 def test_nni_is_refused() -> None:
     pytest.importorskip("nni")
-    from ip_plugin.compare.nni_engine import NniEngine
+    from ip_plugin.compare.engines.nni import NniEngine
 
     with pytest.raises(InvalidStudyError, match="nothing else running.\nFound: the engine nni"):
         next(NniEngine()(STUDY.runs(), DEPLOYED, lambda run: None, lambda: None))

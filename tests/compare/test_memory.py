@@ -11,9 +11,10 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.adapters import Begin
-from ip_plugin.compare import runs, training
+from ip_plugin.compare import cell as runs
+from ip_plugin.compare import training
+from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings, Space
-from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Memory, Training
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 
 from ip_plugin.compare import pairs as variety
+from ip_plugin.compare.cell import Result, one_by_one
 from ip_plugin.compare.config import Run, Settings, Study
 from ip_plugin.compare.pairs import overall, p_value, pairs, remarks
-from ip_plugin.compare.runs import Result, one_by_one
 from ip_plugin.compare.study import compare
 
 pytest.importorskip("torch_pruning")

@@ -27,9 +27,9 @@ from ip_plugin import cli, interspace, masks, report
 from ip_plugin.adapters import ChannelCriterion, Criterion, torch_prune
 from ip_plugin.compare import config, criteria
 from ip_plugin.compare import report as shown
+from ip_plugin.compare.cell import Result, epochs_of, execute, one_by_one
 from ip_plugin.compare.config import Run, Settings, Study
-from ip_plugin.compare.results import COLUMNS, Results
-from ip_plugin.compare.runs import Result, epochs_of, execute, one_by_one
+from ip_plugin.compare.store import COLUMNS, Results
 from ip_plugin.compare.study import compare
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import ForeignFolderError, InvalidStudyError
@@ -78,7 +78,7 @@ def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: floa
 
 def test_both_spaces_start_from_the_same_weights_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # With the standard basis, frozen, an unpruned interspace network is the plain one, in every digit.
-    import ip_plugin.compare.runs as runs
+    import ip_plugin.compare.cell as runs
 
     monkeypatch.setattr(runs, "interspace", lambda *a, **k: interspace(*a, **{**k, "train_basis": False}))
     settings = replace(QUICK, basis="standard")

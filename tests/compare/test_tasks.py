@@ -15,8 +15,8 @@ import torch
 from torch import Generator, nn
 
 from ip_plugin import report
+from ip_plugin.compare.cell import execute
 from ip_plugin.compare.config import Run, Settings
-from ip_plugin.compare.runs import execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import InvalidStudyError
 

@@ -53,12 +53,13 @@ def moved(constraint: Constraint, dtype: torch.dtype = torch.float32) -> tuple[n
 @every_kind
 @every_constraint
 def test_outputs_and_gradients_start_bit_for_bit_from_the_standard_basis(kind: str, constraint: Constraint) -> None:
-    plain, x = Case(kind, "standard", "layer").plain()
-    model = interspace(copy.deepcopy(plain), constraint=constraint)
-    assert torch.equal(backward(model, x), backward(plain, x))
-    for index in (0, 2):
-        original = model[index].parametrizations.weight.original
-        assert torch.equal(original, plain[index].weight) and torch.equal(original.grad, plain[index].weight.grad)
+    for dtype in (torch.float32, torch.float64):
+        plain, x = Case(kind, "standard", "layer").plain(dtype)
+        model = interspace(copy.deepcopy(plain), constraint=constraint)
+        assert torch.equal(backward(model, x), backward(plain, x))
+        for index in (0, 2):
+            original = model[index].parametrizations.weight.original
+            assert torch.equal(original, plain[index].weight) and torch.equal(original.grad, plain[index].weight.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -128,13 +129,34 @@ def test_the_scale_of_a_filter_and_decay_without_end_change_nothing(constraint: 
     with torch.no_grad():
         basis.copy_(start * torch.logspace(-3, 3, 9)[:, None])
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-        basis.copy_(start * 1e-28)  # the squares of such numbers are zero in float32
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        for scale in (1e-36, 1e-28, 1e7, 1e30):  # the squares of such numbers are out of the range of float32
+            basis.copy_(start * scale)
+            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
         basis.copy_(start)
         for _ in range(100_000):  # of a learning rate of 0.01 and a weight decay of 0.05
             basis.mul_(1 - 5e-4)
     torch.testing.assert_close(backward(model, x), expected, atol=1e-5, rtol=1e-5)
     assert basis.abs().max() > 0 and basis.grad is not None and basis.grad.isfinite().all()
+
+
+def test_a_filter_of_zeros_gives_no_nan() -> None:
+    model, x = moved("unit")
+    with torch.no_grad():
+        spaces(model)[0].basis[3] = 0
+    assert backward(model, x).isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_filter_whose_coefficients_are_all_pruned_decays_without_harm() -> None:
+    """It gets no gradient, so that weight decay alone acts on it, for as long as the training lasts."""
+    model, x = moved("unit")
+    kept = (torch.arange(9) != 4).reshape(3, 3)
+    set_masks(model, {name: kept.expand(model[int(name)].weight.shape) for name in "02"})
+    expected = model(x)
+    with torch.no_grad():
+        spaces(model)[0].basis[4] *= 1e-40
+    torch.testing.assert_close(backward(model, x), expected)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -179,6 +201,28 @@ def test_momentum_joins_in_the_filters_that_are_used(constraint: Constraint) -> 
         assert not torch.allclose(model[0].weight, plain[0].weight, atol=1e-3)
     else:
         torch.testing.assert_close(model(x), plain(x), atol=1e-6, rtol=1e-5)
+
+
+@every_real_constraint
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_step_with_momentum_is_that_of_the_plain_model_bit_for_bit(constraint: Constraint, at_once: bool) -> None:
+    plain, x = net()
+    model = copy.deepcopy(plain)
+    weights = dict(zip(model.parameters(), plain.parameters(), strict=True))
+    optimizers = [OPTIMIZERS["SGD"](each.parameters()) for each in (plain, model)]
+    for each, optimizer in zip((plain, model), optimizers, strict=True):
+        backward(each, x)
+        optimizer.step()
+    optimizer = optimizers[1]
+    interspace(model, basis=2 * torch.eye(9), constraint=constraint, optimizer=optimizer if at_once else None)
+    if not at_once:
+        join_optimizer(model, optimizer)
+    before = spaces(model)[0].basis.detach().clone()
+    for each, optimizer in zip((plain, model), optimizers, strict=True):
+        backward(each, x)
+        optimizer.step()
+    assert all(torch.equal(coefficients, weight) for coefficients, weight in weights.items())
+    assert not torch.equal(spaces(model)[0].basis, before)
 
 
 @every_constraint
@@ -241,9 +285,10 @@ def test_casts_and_autocast(constraint: Constraint) -> None:
         F.cross_entropy(found, torch.arange(4) % 3).backward()
     torch.testing.assert_close(found.float(), model(x), atol=0.05, rtol=0.05)
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    double, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(torch.bfloat16)
-    torch.testing.assert_close(double(x.double()), model(x).double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(half(x.bfloat16()).float(), model(x), atol=0.05, rtol=0.05)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 0.01), (torch.bfloat16, 0.05)):
+        cast = copy.deepcopy(model).to(dtype)
+        assert [space.constraint for space in spaces(cast)] == [constraint] * 2
+        torch.testing.assert_close(cast(x.to(dtype)).float(), model(x), atol=tolerance, rtol=tolerance)
 
 
 @every_constraint

@@ -14,9 +14,10 @@ from kinds import KINDS
 from torch import Tensor, nn
 
 from ip_plugin import adopt_masks, bake, interspace, masks, param_groups, prunable, report, set_masks
-from ip_plugin.adapters import method_criteria, torch_prune, torch_pruning
+from ip_plugin.adapters import torch_prune, torch_pruning
 from ip_plugin.basis import dictionary
 from ip_plugin.basis.fitting import fit
+from ip_plugin.compare import builtin_criteria
 from ip_plugin.core.layer import layers
 from ip_plugin.errors import (
     AlreadyPrunedError,
@@ -199,7 +200,7 @@ def test_a_masked_convolution_of_a_plain_model_is_refused() -> None:
 
 
 def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() -> None:
-    criterion: Any = method_criteria.CRITERIA["fitted"]
+    criterion: Any = builtin_criteria.CRITERIA["fitted"]
     model, twin = network(), network()
     criterion.prune(model, 3000)
     apply_masks(twin, select(magnitude(twin), count=3000, floor=1))

@@ -21,9 +21,9 @@ import ip_plugin
 from ip_plugin.errors import ForeignFolderError
 from ip_plugin.utils.atomic import write_whole
 
+from .cell import Result
 from .config import SPACES, Run, Settings
 from .deployment import Deployment
-from .runs import Result
 
 COLUMNS = (
     "criterion", "sparsity", "space", "seed", "accuracy", "accuracy_before_pruning", "parameters", "parameters_left",

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip_plugin import interspace, masks, prunable
-from ip_plugin.adapters import Begin, TrainingCriterion, method_criteria, torch_prune
-from ip_plugin.adapters.method_criteria import CRITERIA
-from ip_plugin.compare import config
+from ip_plugin.adapters import Begin, TrainingCriterion
+from ip_plugin.adapters.torch_prune import criteria as torch_criteria
+from ip_plugin.compare import builtin_criteria, config
+from ip_plugin.compare.builtin_criteria import CRITERIA
+from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings
-from ip_plugin.compare.runs import epochs_of, execute
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
 from ip_plugin.core.layer import layers
@@ -116,7 +117,7 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
         kept.extend(layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None)
 
     host, _, criterion = name.partition(":")
-    module: Any = {"torch": torch_prune, "ip": method_criteria}[host]
+    module: Any = {"torch": torch_criteria, "ip": builtin_criteria}[host]
     found = module.CRITERIA[criterion]
     monkeypatch.setitem(module.CRITERIA, criterion, replace(found, prune=partial(watched, found.prune)))
     execute(Run(name, 0.9, "spatial", 0), SETTINGS)
@@ -223,7 +224,7 @@ def test_movement_is_followed_at_every_step_of_the_fine_tuning(monkeypatch: pyte
             assert any(bool(total.any()) for total in self.state_dict().values())
             updates.append(1)
 
-    monkeypatch.setattr(method_criteria, "Movement", Followed)
+    monkeypatch.setattr(builtin_criteria, "Movement", Followed)
     run("movement", network("interspace"), 50000, replace(SETTINGS, finetune_epochs=2))
     assert len(updates) == 18
 

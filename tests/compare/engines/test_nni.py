@@ -31,15 +31,16 @@ import nni
 import psutil
 
 from ip_plugin.cli import app
-from ip_plugin.compare import nni_engine, nni_experiment, nni_trial
+from ip_plugin.compare.cell import Result, epochs_of, execute
 from ip_plugin.compare.config import Run, Settings, Study
-from ip_plugin.compare.nni_engine import NniEngine
-from ip_plugin.compare.results import Results, versions
-from ip_plugin.compare.runs import Result, epochs_of, execute
+from ip_plugin.compare.engines import nni as nni_engine
+from ip_plugin.compare.engines import nni_experiment, nni_trial
+from ip_plugin.compare.engines.nni import NniEngine
+from ip_plugin.compare.store import Results, versions
 from ip_plugin.compare.study import compare
 from ip_plugin.errors import ExperimentError, InvalidStudyError, PortInUseError, TrialFailedError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUICK = Settings(epochs=2, finetune_epochs=1)
 RUN = Run("torch:l1", 0.9, "interspace", 0)
 IMPOSSIBLE = 0.999999  # leaves not even one parameter
@@ -445,5 +446,5 @@ def test_the_command_refuses_engines_that_it_does_not_know(arguments: list[str],
 
 
 def test_the_engine_imports_nni_only_when_it_is_used() -> None:
-    script = "import sys, ip_plugin.cli, ip_plugin.compare.nni_trial; print('nni' in sys.modules)"
+    script = "import sys, ip_plugin.cli, ip_plugin.compare.engines.nni_trial; print('nni' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"

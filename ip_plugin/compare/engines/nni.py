@@ -21,12 +21,12 @@ import torch
 
 from ip_plugin.errors import ExperimentError, InvalidStudyError, TrialFailedError
 
+from ..cell import Outcomes, Result
+from ..config import Run, Settings
+from ..deployment import check_alone
+from ..store import versions
 from . import nni_trial
-from .config import Run, Settings
-from .deployment import check_alone
 from .nni_experiment import portal, running
-from .results import versions
-from .runs import Outcomes, Result
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # a trial's end may be known before its result
@@ -44,7 +44,7 @@ class NniEngine:
     Attributes:
         config: file with the configuration of an NNI experiment (YAML), for its training service and limits; None is
             the local one. Search space, tuner, trial code and number of trials are the study's. A ``trialCommand``
-            (where Python has another path) must run the module `ip_plugin.compare.nni_trial`.
+            (where Python has another path) must run the module `ip_plugin.compare.engines.nni_trial`.
         port: of NNI's web portal; None is the first free one from 8080.
         concurrency: how many trials run at once; None is what `config` says, or 1.
         announce: told the address of the portal.

@@ -1,6 +1,6 @@
-"""One cell of a study's grid as a trial of an NNI experiment: ``python -m ip_plugin.compare.nni_trial``.
+"""One cell of a study's grid as a trial of an NNI experiment: ``python -m ip_plugin.compare.engines.nni_trial``.
 
-NNI starts it, in a folder with the ``settings.json`` that `ip_plugin.compare.nni_engine` has written there. Everything
+NNI starts it, in a folder with the ``settings.json`` that `ip_plugin.compare.engines.nni` has written there. Everything
 that it reports names its cell: NNI 3.0 shows trials that start at the same time under each other's parameters.
 """
 
@@ -15,9 +15,9 @@ import torch
 
 from ip_plugin.errors import InvalidStudyError
 
-from .config import Run, Settings
-from .results import versions
-from .runs import execute
+from ..cell import execute
+from ..config import Run, Settings
+from ..store import versions
 
 SETTINGS = "settings.json"
 

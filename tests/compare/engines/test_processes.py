@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ip_plugin.compare.cell import execute
 from ip_plugin.compare.config import Run, Settings
-from ip_plugin.compare.processes import Processes
-from ip_plugin.compare.runs import execute
+from ip_plugin.compare.engines.processes import Processes
 from ip_plugin.errors import TrialFailedError
 
 SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=300)

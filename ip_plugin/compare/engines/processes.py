@@ -15,10 +15,10 @@ import torch
 
 from ip_plugin.errors import TrialFailedError
 
-from .config import Run, Settings
-from .deployment import check_alone
-from .runs import EpochDone, Outcomes, Result, execute
-from .training import Memory
+from ..cell import EpochDone, Outcomes, Result, execute
+from ..config import Run, Settings
+from ..deployment import check_alone
+from ..training import Memory
 
 _CONTEXT = get_context("spawn")
 

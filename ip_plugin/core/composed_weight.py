@@ -124,28 +124,28 @@ def serve(module: nn.Module, tensor_name: str) -> None:
         tensor_name: what is parametrized.
     """
     cls: Any = type(module)
-    composed: property = vars(cls)[tensor_name]
+    base, composed = cls.__bases__[0], vars(cls)[tensor_name]
+    compute = composed.fget
 
     def get(self: nn.Module) -> Tensor:
         """The tensor; in a forward pass nothing but the tensor."""
-        value: Tensor = composed.fget(self)  # type: ignore[misc]
+        value: Tensor = compute(self)
         if torch.compiler.is_compiling() or type(value) is not Tensor or _in_forward(sys._getframe(1)):
             return value
         chain: Any = self.parametrizations
         return _as_composed(value, chain[tensor_name], value.detach())
 
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        """``conv.weight = nn.Parameter(...)`` assigns its values; torch refuses to replace what is computed."""
+        if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
+            value = value.detach()
+        base.__setattr__(self, name, value)
+
     setattr(cls, tensor_name, property(get, composed.fset))
-    cls.__setattr__ = _assign
+    cls.__setattr__ = assign
 
 
 def _in_forward(caller: FrameType) -> bool:
     """Whether a layer computes: it is its `forward` that reads the weight, or a part of it."""
     name = caller.f_code.co_name
     return name.startswith(("forward", "_forward", "_conv_forward")) or torch._C._get_tracing_state() is not None
-
-
-def _assign(self: nn.Module, name: str, value: Any) -> None:
-    """``conv.weight = nn.Parameter(...)`` is an assignment of its values; torch refuses to replace what is computed."""
-    if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
-        value = value.detach()
-    super(type(self), self).__setattr__(name, value)

@@ -2,7 +2,7 @@
 
 The script: iterative magnitude pruning of digits, one threshold over convolutions and the linear layer, Adam at a
 constant rate, fine-tuning after each halving. Without a constraint on the filters, at 93.75 % sparsity, accuracy falls
-from 88 to 47 % with these seeds, and the linear layer keeps 0.4 times what it keeps in the spatial domain.
+from 89 to 45 % with this seed, and the linear layer keeps 0.4 times what it keeps in the spatial domain.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def script(seed: int, flag: bool) -> tuple[list[float], list[float]]:
 
 @pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
 def test_iterative_magnitude_pruning_under_adam_is_as_good_in_the_interspace() -> None:
-    seeds = (0, 1)
+    seeds = (0,)
     plain, switched = ([script(seed, flag) for seed in seeds] for flag in (False, True))
     for step, tolerated in enumerate((4, 8)):
         lost = [p[0][step] - s[0][step] for p, s in zip(plain, switched, strict=True)]

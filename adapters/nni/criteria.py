@@ -22,11 +22,10 @@ from ip_plugin.adapters.nni.pruners import (
     L2NormPruner,
     LevelPruner,
     TaylorPruner,
-    finish,
     plain_class,
-    speedup,
 )
 from ip_plugin.adapters.nni.variety import with_variety
+from ip_plugin.adapters.nni.wrappers import finish, speedup
 from ip_plugin.adapters.torch_prune import pruning as torch_prune
 from ip_plugin.adapters.torch_pruning import wrapping as torch_pruning
 from ip_plugin.adapters.torch_pruning.variety import MAKERS

@@ -32,54 +32,16 @@ from typing import Any, TypeAlias
 import nni.compression.pruning as host
 import torch
 from nni.compression import LightningEvaluator as HostLightningEvaluator
-from nni.compression import TorchEvaluator
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin.adapters.nni.helpers import (
-    ChannelDependency,
-    GroupDependency,
-    InputChannelDependency,
-    ReshapeDependency,
-    auto_set_denpendency_group_ids,
-    compute_sparsity_compact2origin,
-    compute_sparsity_mask2compact,
-    count_flops_params,
-)
-from ip_plugin.adapters.nni.wrappers import WRAPPER, finish, plain_name, put_back, remember, speedup
-from ip_plugin.adapters.shared.plain_view import plain_layers
+from ip_plugin.adapters.nni.wrappers import WRAPPER, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.parametrization import Interspace, held, ours, ours_in, parametrizations
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
-
-__all__ = [
-    "AGPPruner",
-    "ChannelDependency",
-    "FPGMPruner",
-    "GroupDependency",
-    "InputChannelDependency",
-    "L1NormPruner",
-    "L2NormPruner",
-    "LevelPruner",
-    "LightningEvaluator",
-    "LinearPruner",
-    "MovementPruner",
-    "ReshapeDependency",
-    "SlimPruner",
-    "TaylorPruner",
-    "TorchEvaluator",
-    "auto_set_denpendency_group_ids",
-    "compute_sparsity_compact2origin",
-    "compute_sparsity_mask2compact",
-    "config_list",
-    "count_flops_params",
-    "finish",
-    "plain_layers",
-    "speedup",
-]
 
 Entries: TypeAlias = Sequence[dict[str, Any]]
 Masks: TypeAlias = dict[str, dict[str, Tensor]]

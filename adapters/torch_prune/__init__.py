@@ -1,12 +1,13 @@
 """`torch.nn.utils.prune` in either space: a drop-in for that module, see `pruning`."""
 
+from torch.nn.utils.prune import PruningContainer
+
 from .pruning import (
     BasePruningMethod,
     CustomFromMask,
     Identity,
     L1Unstructured,
     LnStructured,
-    PruningContainer,
     RandomStructured,
     RandomUnstructured,
     custom_from_mask,

@@ -30,7 +30,6 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
-from torch.nn.utils.prune import PruningContainer
 
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
@@ -46,26 +45,6 @@ from ip_plugin.errors import (
     NotPrunedError,
 )
 from ip_plugin.utils.validation import is_count, is_fraction
-
-__all__ = [
-    "BasePruningMethod",
-    "CustomFromMask",
-    "Identity",
-    "L1Unstructured",
-    "LnStructured",
-    "PruningContainer",
-    "RandomStructured",
-    "RandomUnstructured",
-    "custom_from_mask",
-    "global_unstructured",
-    "identity",
-    "is_pruned",
-    "l1_unstructured",
-    "ln_structured",
-    "random_structured",
-    "random_unstructured",
-    "remove",
-]
 
 M = TypeVar("M", bound=nn.Module)
 Amount: TypeAlias = int | float

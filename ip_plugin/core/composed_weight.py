@@ -50,7 +50,7 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
         with torch._C.DisableTorchFunctionSubclass():
             before = [each._whole.clone() for each in mine] if _may_write(func, kwargs) else []
             result = func(*args, **kwargs)
-            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            if func == Tensor.data.__set__ and type(args[0]) is cls:  # type: ignore[attr-defined]
                 _write(mine[0]._chain, torch.ones_like(mine[0]._whole, dtype=torch.bool), _plain(args[1]))
                 return result
             for each, values in zip(mine, before, strict=False):
@@ -60,6 +60,16 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
             if type(result) in (tuple, list):
                 return type(result)(_linked(leaf, mine) for leaf in result)
             return _linked(result, mine)
+
+    @property
+    def _is_param(self) -> bool:
+        """What torch asks and sets: ``nn.Parameter(conv.weight)`` is an ordinary Parameter."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:  # noqa: ARG002
+        del self._chain, self._whole
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return repr(_plain(self))

@@ -122,6 +122,22 @@ def test_a_parameter_can_be_assigned(wrapped: bool) -> None:
     assert not layer.bias.any() and isinstance(layer.bias, nn.Parameter)
 
 
+@pytest.mark.parametrize("read", [lambda w: w, lambda w: w.data, lambda w: w.detach()])
+def test_what_another_layer_is_given_is_its_own(read: Callable[[Tensor], Tensor]) -> None:
+    layer, others = interspace(nn.Conv2d(3, 8, 3), basis="dct"), [nn.Conv2d(3, 8, 3) for _ in range(3)]
+    value, before = layer.weight.detach().clone(), layer.parametrizations.weight.original.detach().clone()
+    others[0].weight = nn.Parameter(read(layer.weight))
+    others[1].weight.data = read(layer.weight).detach()
+    with torch.no_grad():
+        others[2].weight.copy_(read(layer.weight))
+    for other in others:
+        assert type(other.weight) is nn.Parameter and torch.equal(other.weight, value)
+        assert type(copy.deepcopy(other).weight) is nn.Parameter
+        with torch.no_grad():
+            other.weight.mul_(2)
+    assert torch.equal(layer.parametrizations.weight.original, before)
+
+
 def test_a_copy_is_written_alone() -> None:
     layer = interspace(nn.Conv2d(3, 8, 3), basis="dct")
     other = copy.deepcopy(layer)

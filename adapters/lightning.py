@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ip_plugin import bake
-from ip_plugin.adapters.torch_prune import pruning as torch_prune
+from ip_plugin.adapters import torch_prune
 from ip_plugin.core import torch_masks
 from ip_plugin.core.layer import target
 from ip_plugin.core.parametrization import Interspace, held, ours

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ip_plugin import prunable
-from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion
+from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion, torch_prune, torch_pruning
 from ip_plugin.adapters.nni.pruners import (
     FPGMPruner,
     L1NormPruner,
@@ -26,8 +26,6 @@ from ip_plugin.adapters.nni.pruners import (
 )
 from ip_plugin.adapters.nni.variety import with_variety
 from ip_plugin.adapters.nni.wrappers import finish, speedup
-from ip_plugin.adapters.torch_prune import pruning as torch_prune
-from ip_plugin.adapters.torch_pruning import wrapping as torch_pruning
 from ip_plugin.adapters.torch_pruning.variety import MAKERS
 from ip_plugin.core.layer import Layer, layers
 

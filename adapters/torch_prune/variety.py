@@ -28,7 +28,7 @@ from ip_plugin.core.parametrization import ours_in
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
 from ip_plugin.methods.filter_variety import check_similarity, removal_order
 
-from . import pruning as torch_prune
+from . import pruning
 from .pruning import Amount
 
 __all__ = ["ln_structured", "random_structured", "varied_scores"]
@@ -79,7 +79,7 @@ def ln_structured(
         raise InvalidScoresError(name, values.shape, importance_scores.shape)
     norms = host._compute_norm(scores.contiguous(), n, dim)
     varied = varied_scores(module, name, norms, dim, strength=strength, similarity=similarity)
-    return torch_prune.ln_structured(module, name, amount, math.inf, dim, varied)
+    return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
 
 
 def random_structured(
@@ -97,7 +97,7 @@ def random_structured(
     """
     noise = torch.rand(torch_masks.parameter(*_checked(module, name, dim)).shape[dim])
     varied = varied_scores(module, name, noise, dim, strength=strength, similarity=similarity)
-    return torch_prune.ln_structured(module, name, amount, math.inf, dim, varied)
+    return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
 
 
 def varied_scores(

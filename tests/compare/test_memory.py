@@ -11,8 +11,7 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.adapters import Begin
-from ip_plugin.compare import cell as runs
-from ip_plugin.compare import training
+from ip_plugin.compare import cell, training
 from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings, Space
 from ip_plugin.compare.tasks import TASKS
@@ -160,7 +159,7 @@ def test_only_the_last_ones_are_kept(done: list[int]) -> None:
 def test_the_engine_shares_within_a_study_and_forgets_after_it(done: list[int]) -> None:
     cells = [Run("torch:l1", sparsity, "spatial", 0) for sparsity in (0.5, 0.9)]
     for _ in range(2):
-        results = [result for _, result in runs.here(cells, SETTINGS, lambda run: None, lambda: None)]
+        results = [result for _, result in cell.here(cells, SETTINGS, lambda run: None, lambda: None)]
         assert len(results) == 2 and not any(isinstance(result, Exception) for result in results)
     assert len(done) == 2 * 3
 

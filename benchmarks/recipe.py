@@ -25,7 +25,7 @@ from ip_plugin.compare.tasks import Split
 TODAY = "none-orthonormal-model"
 CELLS = (
     TODAY, "unit-orthonormal-model", "unit-standard-layer", "unit-standard-model", "orthonormal-standard-layer",
-    "orthonormal-standard-model", "unit-dct-model", "unit-dct-layer",
+    "orthonormal-standard-model", "orthonormal-orthonormal-model", "unit-dct-model", "unit-dct-layer",
 )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""What a user can get wrong: one ``ValueError`` subclass for each, which builds its own message.
+"""What a user can get wrong: one ``ValueError`` for each kind of mistake; the words stand where it is raised.
 
 Every message says three things: the rule (what was looked for), what was found, what to do.
 
 >>> import torch, ip_plugin
 >>> try:
 ...     ip_plugin.interspace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), layers=["1"])
-... except ip_plugin.errors.UnknownLayerError as error:
+... except ip_plugin.errors.SelectionError as error:
 ...     print(error)
 Every name in `layers` must be the name of a module of the model.
 Found: no module '1'
@@ -21,17 +21,14 @@ from typing import Any
 import torch
 
 
-def _listed(names: Iterable[str], most: int = 6) -> str:
-    """Quoted, comma-separated, and cut after `most` names."""
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Names quoted, comma-separated, and cut after `most` of them, for a message."""
     quoted = [repr(name) for name in names]
     rest = len(quoted) - most
     return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _rebuild(cls: type[InterspaceError], message: str) -> InterspaceError:
-    error = cls.__new__(cls)
-    ValueError.__init__(error, message)
-    return error
+_listed = listed
 
 
 class InterspaceError(ValueError):
@@ -45,10 +42,79 @@ class InterspaceError(ValueError):
 
     def __init__(self, rule: str, found: str, remedy: str) -> None:
         super().__init__(f"{rule}\nFound: {found}\nWhat to do: {remedy}")
+        self.rule, self.found, self.remedy = rule, found, remedy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Subclasses take other arguments than the message; worker processes pickle errors.
-        return _rebuild, (type(self), str(self))
+        return _rebuild, (type(self), self.rule, self.found, self.remedy)
+
+
+def _rebuild(cls: type[InterspaceError], rule: str, found: str, remedy: str) -> InterspaceError:
+    error = cls.__new__(cls)
+    InterspaceError.__init__(error, rule, found, remedy)
+    return error
+
+
+class SelectionError(InterspaceError):
+    """Layers, tensors or modules that were named or selected, and that are not there, not suitable or given twice."""
+
+
+class ConversionError(InterspaceError):
+    """A model that cannot be converted or changed as it is: parametrized, pruned, tied, wrapped, compiled or not finite."""
+
+
+class BasisError(InterspaceError):
+    """A basis that cannot represent every kernel, or layers that cannot share one."""
+
+
+class MaskError(InterspaceError):
+    """A mask that does not fit its tensor, or that is missing."""
+
+
+class AmountError(InterspaceError):
+    """An amount, a sparsity or a minimum that is no number, or outside of what there is to prune."""
+
+
+class ScoreError(InterspaceError):
+    """Importance scores of a wrong shape, or that are not finite."""
+
+
+class ArgumentError(InterspaceError):
+    """An option whose value is not understood."""
+
+
+class OptimizerError(InterspaceError):
+    """An optimizer that does not train the model."""
+
+
+class BatchError(InterspaceError):
+    """Inputs, targets, outputs or a loss that the model or a criterion cannot use."""
+
+
+class CheckpointError(InterspaceError):
+    """A checkpoint that cannot be written, is corrupt, or belongs to another model."""
+
+
+class HostError(InterspaceError):
+    """Something that a pruning library (the host) was given, or did, and that cannot be carried over to coefficients."""
+
+
+class SparseExecutionError(InterspaceError):
+    """Something that a sparse network cannot run."""
+
+
+class StudyError(InterspaceError):
+    """A study that cannot be run as asked, or a results folder that is not its own."""
+
+
+class LayerCollapseWarning(UserWarning):
+    """A layer keeps almost nothing, or nothing, of what passes through it, while others keep much more."""
+
+
+class SparseFallbackWarning(UserWarning):
+    """A network is run sparse layer by layer, because its graph cannot be traced."""
+
+
+# Classes below are being replaced by those above.
 
 
 class NoLayerMatchedError(InterspaceError):
@@ -605,10 +671,6 @@ class UnknownTargetError(InterspaceError):
         )
 
 
-class LayerCollapseWarning(UserWarning):
-    """A layer keeps almost nothing, or nothing, of what passes through it, while others keep much more."""
-
-
 class InvalidScheduleError(InterspaceError):
     """A schedule that makes no sense."""
 
@@ -662,26 +724,9 @@ class StoredDtypeError(InterspaceError):
         )
 
 
-class SparseExecutionError(InterspaceError):
-    """Something that a sparse network cannot run."""
-
-    def __init__(self, rule: str, found: str) -> None:
-        super().__init__(rule, found, "move model and inputs to the CPU, and to float32: model.cpu().float()")
-
-
 class InvalidResponsesError(InterspaceError):
     """`responses` of `prepare` is not understood."""
 
     def __init__(self, found: str) -> None:
         rule = "`responses` must be torch.float32 or torch.bfloat16."
         super().__init__(rule, found, "leave it out for results that are exact to float32")
-
-
-class SparseFallbackWarning(UserWarning):
-    """A network is run sparse layer by layer: what is between the layers cannot be seen."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            "The network is run sparse layer by layer, which is slower: torch.fx cannot follow its forward. "
-            f"Found: {reason}. What to do: keep Python that depends on values out of the forward, or live with it"
-        )

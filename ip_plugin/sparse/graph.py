@@ -152,7 +152,11 @@ class _Values(fx.Interpreter):
             return super().run_node(n)
         shape = self.env[convolution.source].shape
         if len(shape) != 4 or 0 in shape:
-            raise SparseExecutionError("A sparse network must be given batches of images.", f"shape {tuple(shape)}")
+            raise SparseExecutionError(
+                "A sparse network must be given batches of images.",
+                f"shape {tuple(shape)}",
+                "pass tensors of shape (images, channels, height, width)",
+            )
         images, _, height, width = shape
         return torch.zeros(images, convolution.entries.channels, *convolution.window.outputs(height, width))
 

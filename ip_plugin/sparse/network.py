@@ -169,4 +169,8 @@ def check_input(value: Any) -> None:
     """Raise SparseExecutionError unless it is a float32 tensor on the CPU."""
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.device.type != "cpu":
         found = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-        raise SparseExecutionError("A sparse network must be given float32 tensors on the CPU.", found)
+        raise SparseExecutionError(
+            "A sparse network must be given float32 tensors on the CPU.",
+            found,
+            "move model and inputs to the CPU, and to float32: model.cpu().float()",
+        )

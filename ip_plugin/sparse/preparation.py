@@ -65,7 +65,12 @@ def prepare(
     try:
         network = trace(model, inputs)
     except UntraceableError as error:
-        warnings.warn(SparseFallbackWarning(str(error)), stacklevel=2)
+        warnings.warn(
+            "The network is run sparse layer by layer, which is slower: torch.fx cannot trace its forward. "
+            f"Found: {error}. What to do: keep Python that depends on values out of the forward, or accept the speed",
+            SparseFallbackWarning,
+            stacklevel=2,
+        )
         return _layer_by_layer(model, inputs, choose)
     prepared = SparseNetwork(network, choose).eval()
     prepared(*inputs)

@@ -56,11 +56,16 @@ class Row:
 def spatial(model: nn.Module, score: Score, sparsity: float, batches: Batches | None) -> None:
     """Ordinary pruning, with the same reconstruction as `prune_fitted` if there is data."""
     if batches is None:
-        prune(model, score, sparsity=sparsity, floor=1)
+        prune(model, score, sparsity=sparsity, min_per_layer=1)
         return
     dense = copy.deepcopy(model)
     prune(
-        model, score, sparsity=sparsity, floor=1, rounds=ROUNDS, after_round=lambda: reconstruct(model, dense, batches)
+        model,
+        score,
+        sparsity=sparsity,
+        min_per_layer=1,
+        rounds=ROUNDS,
+        after_round=lambda: reconstruct(model, dense, batches),
     )
     reestimate_batch_norm(model, batches)
 
@@ -73,7 +78,13 @@ def fitted(
     kept = size - round(sparsity * size) - 81
     rounds = ROUNDS if batches else 1
     prune_fitted(
-        model, sparsity=1 - kept / size, floor=1, score=score, batches=batches, rounds=rounds, orthonormal=orthonormal
+        model,
+        sparsity=1 - kept / size,
+        min_per_layer=1,
+        score=score,
+        batches=batches,
+        rounds=rounds,
+        orthonormal=orthonormal,
     )
 
 

@@ -60,7 +60,7 @@ def network(
     if space == "IP":
         ip_plugin.interspace(model, basis="orthonormal", sharing="model")
     if space != "dense":
-        apply_masks(model, select(magnitude(model), sparsity=sparsity, scope=scope, floor=1))
+        apply_masks(model, select(magnitude(model), sparsity=sparsity, scope=scope, min_per_layer=1))
     return model.eval(), lambda batch: torch.randn(batch, 3, size, size)
 
 

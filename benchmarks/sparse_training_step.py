@@ -33,7 +33,7 @@ class Stepper:
     def __init__(self, space: str, images: Tensor, labels: Tensor, every: int) -> None:
         self.model, self.images, self.labels = network(space), images, labels
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-        self.rigl = RigL(self.model, self.optimizer, sparsity=0.9, end=10**9, every=every)
+        self.rigl = RigL(self.model, self.optimizer, sparsity=0.9, end_step=10**9, update_every=every)
 
     def loss(self) -> Tensor:
         """Of the batch."""

@@ -255,13 +255,22 @@ def cell(task: str, data: str | None, space: str, optimizer: str, seed: int, tes
         note("SNIP", sparsity, begun)
         begun = script()
         rigl = RigL(
-            begun.model, begun.optimizer, sparsity=sparsity, end=3 * steps // 4, every=max(1, steps // 24), seed=seed
+            begun.model,
+            begun.optimizer,
+            sparsity=sparsity,
+            end_step=3 * steps // 4,
+            update_every=max(1, steps // 24),
+            seed=seed,
         )
         begun.train(setting.epochs, after=rigl.step)
         note("RigL", sparsity, begun)
         begun = script()
         gradual = Gradual(
-            begun.model, sparsity=sparsity, begin=steps // 5, end=3 * steps // 4, every=max(1, steps // 40)
+            begun.model,
+            sparsity=sparsity,
+            begin_step=steps // 5,
+            end_step=3 * steps // 4,
+            update_every=max(1, steps // 40),
         )
         begun.train(setting.epochs, after=lambda _, gradual=gradual: gradual.step())
         note("GMP", sparsity, begun)

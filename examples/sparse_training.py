@@ -98,15 +98,21 @@ def main():
     }
 
     if args.method in at_initialisation:
-        prune(model, scores[args.method], sparsity=sparsity, rounds=100 if args.method == "synflow" else 1, floor=1)
+        prune(
+            model,
+            scores[args.method],
+            sparsity=sparsity,
+            rounds=100 if args.method == "synflow" else 1,
+            min_per_layer=1,
+        )
         train(args.epochs, args.lr)
     elif args.method in ("finetune", "lamp"):
         train(args.epochs, args.lr)
-        prune(model, lamp if args.method == "lamp" else magnitude, sparsity=sparsity, floor=1)
+        prune(model, lamp if args.method == "lamp" else magnitude, sparsity=sparsity, min_per_layer=1)
         train(max(1, args.epochs // 2), args.lr / 4)
     elif args.method == "ticket":
         train(1, args.lr / 10)
-        ticket = LotteryTicket(model, optimizer, floor=1)
+        ticket = LotteryTicket(model, optimizer, min_per_layer=1)
         rounds = 4
         for _ in range(rounds):
             train(args.epochs, args.lr)
@@ -115,9 +121,11 @@ def main():
     else:
         end = 3 * steps // 4
         schedule = {
-            "gradual": lambda: Gradual(model, sparsity=sparsity, begin=steps // 5, end=end, every=4, floor=1),
-            "set": lambda: SET(model, optimizer, sparsity=sparsity, end=end, every=8, seed=args.seed),
-            "rigl": lambda: RigL(model, optimizer, sparsity=sparsity, end=end, every=8, seed=args.seed),
+            "gradual": lambda: Gradual(
+                model, sparsity=sparsity, begin_step=steps // 5, end_step=end, update_every=4, min_per_layer=1
+            ),
+            "set": lambda: SET(model, optimizer, sparsity=sparsity, end_step=end, update_every=8, seed=args.seed),
+            "rigl": lambda: RigL(model, optimizer, sparsity=sparsity, end_step=end, update_every=8, seed=args.seed),
         }[args.method]()
         train(args.epochs, args.lr, schedule)
 

@@ -59,7 +59,7 @@ class SelectionError(InterspaceError):
 
 
 class ConversionError(InterspaceError):
-    """A model that cannot be converted or changed as it is: parametrized, pruned, tied, wrapped, compiled or not finite."""
+    """A model that cannot be converted as it is: parametrized, pruned, tied, wrapped, compiled, not finite."""
 
 
 class BasisError(InterspaceError):
@@ -95,7 +95,7 @@ class CheckpointError(InterspaceError):
 
 
 class HostError(InterspaceError):
-    """Something that a pruning library (the host) was given, or did, and that cannot be carried over to coefficients."""
+    """What a pruning library (the host) was given, or did, and what cannot be carried over to coefficients."""
 
 
 class SparseExecutionError(InterspaceError):
@@ -621,9 +621,9 @@ class InvalidFloorError(InterspaceError):
 
     def __init__(self, found: str) -> None:
         super().__init__(
-            "`floor` must be a count of entries that every layer can keep within what is kept in all.",
+            "`min_per_layer` must be a count of entries that every layer can keep within what is kept in all.",
             found,
-            "lower the floor or the sparsity",
+            "lower min_per_layer or the sparsity",
         )
 
 
@@ -645,7 +645,7 @@ class InvalidPatternError(InterspaceError):
         super().__init__(
             "An N:M pattern keeps 1 <= n <= m of every m entries in all layers alike: no other amount or scope.",
             found,
-            'pass pattern=NofM(2, 4, along="input") without sparsity, count, scope and floor',
+            'pass pattern=NofM(2, 4, along="input") without sparsity, count, scope and min_per_layer',
         )
 
 
@@ -725,8 +725,8 @@ class StoredDtypeError(InterspaceError):
 
 
 class InvalidResponsesError(InterspaceError):
-    """`responses` of `prepare` is not understood."""
+    """`response_dtype` of `prepare` is not understood."""
 
     def __init__(self, found: str) -> None:
-        rule = "`responses` must be torch.float32 or torch.bfloat16."
+        rule = "`response_dtype` must be torch.float32 or torch.bfloat16."
         super().__init__(rule, found, "leave it out for results that are exact to float32")

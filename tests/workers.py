@@ -102,16 +102,18 @@ def sparsely_trained(rank: int) -> dict[str, list[dict[str, torch.Tensor]]]:
             schedule = Gradual(
                 wrapped,
                 sparsity=0.8,
-                end=6,
-                floor=1,
+                end_step=6,
+                min_per_layer=1,
                 score=lambda m: snip(
                     m, [(torch.randn(x.shape, generator=generator), torch.tensor([0, 1]))], F.cross_entropy
                 ),
             )
         elif kind == "gradual":
-            schedule = Gradual(wrapped, sparsity=0.7, end=6, floor=1)
+            schedule = Gradual(wrapped, sparsity=0.7, end_step=6, min_per_layer=1)
         else:
-            schedule = {"set": SET, "rigl": RigL}[kind](wrapped, optimizer, sparsity=0.6, end=20, every=1, fraction=0.5)
+            schedule = {"set": SET, "rigl": RigL}[kind](
+                wrapped, optimizer, sparsity=0.6, end_step=20, update_every=1, drop_fraction=0.5
+            )
         seen[kind] = []
         for _ in range(6):
             batch = torch.randn(x.shape, generator=generator)

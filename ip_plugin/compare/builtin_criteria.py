@@ -50,7 +50,7 @@ def _size(model: nn.Module) -> int:
 
 
 def _at_once(score: Score, model: nn.Module, count: int) -> None:
-    apply_masks(model, select(score(model), count=count, floor=1))
+    apply_masks(model, select(score(model), count=count, min_per_layer=1))
 
 
 def _random(model: nn.Module, count: int) -> None:
@@ -61,7 +61,7 @@ def _random(model: nn.Module, count: int) -> None:
 def _fitted(model: nn.Module, count: int) -> None:
     """Where nothing is in the interspace there is no basis to fit: magnitude pruning."""
     if any(layer.interspace is not None for layer in layers(model)):
-        prune_fitted(model, sparsity=count / _size(model), floor=1)
+        prune_fitted(model, sparsity=count / _size(model), min_per_layer=1)
     else:
         _at_once(magnitude, model, count)
 
@@ -69,13 +69,13 @@ def _fitted(model: nn.Module, count: int) -> None:
 def _with_data(score: Callable[..., Any], rounds: int, model: nn.Module, count: int, training: Training) -> None:
     """Score on batches at initialisation, prune, train."""
     bound = partial(score, batches=training.batches(_BATCHES), loss=training.loss)
-    prune(model, bound, sparsity=count / _size(model), rounds=rounds, floor=1)
+    prune(model, bound, sparsity=count / _size(model), rounds=rounds, min_per_layer=1)
     training.train()
 
 
 def _synflow(model: nn.Module, count: int, training: Training) -> None:
     images, _ = training.batches(1)[0]
-    prune(model, partial(synflow, example_input=images[:1]), sparsity=count / _size(model), rounds=100, floor=1)
+    prune(model, partial(synflow, example_input=images[:1]), sparsity=count / _size(model), rounds=100, min_per_layer=1)
     training.train()
 
 
@@ -84,7 +84,15 @@ def _gradually(model: nn.Module, count: int, steps: int, first: float, **options
     begin = round(first * steps)
     end = max(begin + 1, 3 * steps // 4)
     every = max(1, (end - begin) // _UPDATES)
-    return Gradual(model, sparsity=count / _size(model), begin=begin, end=end, every=every, floor=1, **options)
+    return Gradual(
+        model,
+        sparsity=count / _size(model),
+        begin_step=begin,
+        end_step=end,
+        update_every=every,
+        min_per_layer=1,
+        **options,
+    )
 
 
 def _each_step(schedule: Gradual | SET) -> Callable[[object], object]:
@@ -100,7 +108,7 @@ def _movement(model: nn.Module, count: int, training: Training) -> None:
     training.train()
     if training.finetuning_steps < 2:
         scores = movement(model, training.batches(_BATCHES), training.loss)
-        apply_masks(model, select(scores, count=count, scope="layer", floor=1))
+        apply_masks(model, select(scores, count=count, scope="layer", min_per_layer=1))
         training.finetune()
         return
     follower = Movement(model)
@@ -114,7 +122,7 @@ def _movement(model: nn.Module, count: int, training: Training) -> None:
 
 
 def _ticket(model: nn.Module, count: int, training: Training) -> None:
-    ticket = LotteryTicket(model, floor=1)
+    ticket = LotteryTicket(model, min_per_layer=1)
     early = max(1, round(_EARLY * training.steps))
     steps = 0
 
@@ -137,8 +145,8 @@ def _moving(method: type[SET] | type[RigL], model: nn.Module, count: int, traini
     def begin(optimizer: Optimizer) -> Callable[[Callable[[], Tensor]], object]:
         steps = training.steps
         schedule = method(
-            model, optimizer, sparsity=count / _size(model), end=max(1, 3 * steps // 4),
-            every=max(1, steps // _UPDATES), seed=training.seed,
+            model, optimizer, sparsity=count / _size(model), end_step=max(1, 3 * steps // 4),
+            update_every=max(1, steps // _UPDATES), seed=training.seed,
         )  # fmt: skip
         return schedule.step if isinstance(schedule, RigL) else _each_step(schedule)
 

@@ -129,7 +129,7 @@ def warn_of_thin_layers(masks: Sequence[tuple[str, Tensor]], stacklevel: int = 3
         listed = ", ".join(thin[:6]) + (f" and {len(thin) - 6} more" if len(thin) > 6 else "")
         warnings.warn(
             f"layers keep less than a tenth of the share of entries that all keep together: {listed}. Rank by LAMP "
-            "(`ip_plugin.methods.prune(model, lamp, sparsity=...)`), keep a minimum in each layer (its `floor=`), or "
+            "(`ip_plugin.methods.prune(model, lamp, sparsity=...)`), keep a minimum in each (its `min_per_layer=`), or "
             "use one threshold for each layer",
             LayerCollapseWarning,
             stacklevel=stacklevel,

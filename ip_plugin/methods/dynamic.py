@@ -40,18 +40,18 @@ class _DynamicSparse:
         optimizer: Optimizer,
         *,
         sparsity: float | None = None,
-        end: int,
-        every: int = 100,
-        fraction: float = 0.3,
+        end_step: int,
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
         scope: Scope = "erk",
         seed: int = 0,
     ) -> None:
-        whole(every, "every", 1)
-        whole(end, "end", 1)
-        if not is_fraction(fraction):
-            raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
+        whole(update_every, "update_every", 1)
+        whole(end_step, "end_step", 1)
+        if not is_fraction(drop_fraction):
+            raise InvalidScheduleError("drop_fraction", "a number in [0, 1]", drop_fraction)
         self.model, self.optimizer = model, optimizer
-        self.every, self.end, self.fraction = every, end, fraction
+        self.update_every, self.end_step, self.drop_fraction = update_every, end_step, drop_fraction
         self.steps = 0
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "dynamic sparse training"))
         self._inner = adopt_masks(unwrapped(model)[0])
@@ -71,13 +71,13 @@ class _DynamicSparse:
 
     @property
     def fraction_now(self) -> float:
-        """The share of what is kept that an update moves: it falls to zero by a cosine until `end`."""
-        return self.fraction / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / self.end)))
+        """The share of what is kept that an update moves: it falls to zero by a cosine until `end_step`."""
+        return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / self.end_step)))
 
     def _count_step(self) -> bool:
         """Count a step; whether an update is due."""
         self.steps += 1
-        return self.steps < self.end and due(self.steps, 0, self.end, self.every)
+        return self.steps < self.end_step and due(self.steps, 0, self.end_step, self.update_every)
 
     def _sparse(self) -> list[Layer]:
         """The layers of which something is pruned."""
@@ -136,9 +136,9 @@ class SET(_DynamicSparse):
         model: pruned at random to begin with; or sparse already. May be wrapped in DistributedDataParallel.
         optimizer: one that trains the model.
         sparsity: of the prunable tensors; None keeps the masks that there are.
-        end: the step from which nothing moves any more.
-        every: how many steps lie between two updates.
-        fraction: share of what a layer keeps that the first update moves; falls to zero by a cosine.
+        end_step: the step from which nothing moves any more.
+        update_every: how many steps lie between two updates.
+        drop_fraction: share of what a layer keeps that the first update moves; falls to zero by a cosine.
         scope: how the sparsity is distributed over layers, see `select`.
         seed: of the first masks and of what comes.
 
@@ -147,7 +147,7 @@ class SET(_DynamicSparse):
 
     >>> model = nn.Linear(20, 20)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> schedule = SET(model, optimizer, sparsity=0.9, end=1000, every=10)
+    >>> schedule = SET(model, optimizer, sparsity=0.9, end_step=1000, update_every=10)
     >>> for _ in range(10):
     ...     _ = schedule.step()
     >>> int(model.parametrizations.weight[0].mask.sum())
@@ -174,11 +174,11 @@ class RigL(_DynamicSparse):
     It is called at updates only, with the masks lifted: one forward and backward pass more. Buffers (BatchNorm
     statistics), gradients and the random state are then as they were.
 
-    Args: as `SET`; `end` is commonly three quarters of the training.
+    Args: as `SET`; `end_step` is commonly three quarters of the training.
 
     >>> model = nn.Linear(20, 20)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> schedule = RigL(model, optimizer, sparsity=0.9, end=1000, every=10)
+    >>> schedule = RigL(model, optimizer, sparsity=0.9, end_step=1000, update_every=10)
     >>> x = torch.randn(8, 20)
     >>> for _ in range(10):
     ...     _ = schedule.step(lambda: model(x).square().sum())

@@ -35,7 +35,7 @@ class LotteryTicket:
         model: remembered as it is now.
         optimizer: one that trains the model, remembered too; None if there is none.
         score: what to keep.
-        scope, floor: see `select`.
+        scope, min_per_layer: see `select`.
 
     >>> model = nn.Linear(10, 10, bias=False)
     >>> early = model.weight.detach().clone()
@@ -54,10 +54,10 @@ class LotteryTicket:
         *,
         score: Score = magnitude,
         scope: Scope = "global",
-        floor: int = 0,
+        min_per_layer: int = 0,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.score, self.scope, self.floor = score, scope, floor
+        self.score, self.scope, self.min_per_layer = score, scope, min_per_layer
         self.remember()
 
     def remember(self) -> None:
@@ -77,7 +77,7 @@ class LotteryTicket:
         size = sum(score.numel() for score in scores.values())
         gone = round(pruned_share(scores) * size)
         count = gone + round(fraction * (size - gone))
-        apply_masks(self.model, select(scores, count=count, scope=self.scope, floor=self.floor))
+        apply_masks(self.model, select(scores, count=count, scope=self.scope, min_per_layer=self.min_per_layer))
         self.rewind()
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ def prune(
     sparsity: float,
     rounds: int = 1,
     scope: Scope = "global",
-    floor: int = 0,
+    min_per_layer: int = 0,
     after_round: Callable[[], object] = lambda: None,
 ) -> Model:
     """Prune at once, or in rounds that score anew what is left: round k of n goes to density ``d**(k / n)``.
@@ -35,7 +35,7 @@ def prune(
         score: what to keep.
         sparsity: of the prunable tensors at the end; rounds that would leave more than there is are passed over.
         rounds: 100 for SynFlow (Tanaka et al. 2020, arXiv 2006.05467), a few for iterative SNIP.
-        scope, floor: see `select`.
+        scope, min_per_layer: see `select`.
         after_round: called after each round that has pruned, the last one included; `reconstruct` for example.
 
     Returns:
@@ -60,7 +60,7 @@ def prune(
         scores = score(model)
         partly = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
         if done == rounds or partly > pruned_share(scores):
-            apply_masks(model, select(scores, sparsity=partly, scope=scope, floor=floor))
+            apply_masks(model, select(scores, sparsity=partly, scope=scope, min_per_layer=min_per_layer))
             del scores
             after_round()
     return model
@@ -74,18 +74,18 @@ class Gradual:
     Args:
         model: changed in place: its masks.
         sparsity: at the end.
-        end: the step at which it is reached.
-        begin: the step at which the first pruning happens.
-        every: how many steps lie between two prunings.
-        initial: sparsity at `begin`.
+        end_step: the step at which it is reached.
+        begin_step: the step at which the first pruning happens.
+        update_every: how many steps lie between two prunings.
+        initial: sparsity at `begin_step`.
         score: what to keep, asked anew each time.
-        scope, floor: see `select`.
+        scope, min_per_layer: see `select`.
 
     Raises:
         InvalidAmountError, InvalidScheduleError
 
     >>> model = nn.Linear(10, 10)
-    >>> schedule = Gradual(model, sparsity=0.8, end=3)
+    >>> schedule = Gradual(model, sparsity=0.8, end_step=3)
     >>> for _ in range(4):
     ...     # loss.backward(); optimizer.step()
     ...     print(schedule.step(), round(schedule.sparsity_now, 3))
@@ -100,41 +100,43 @@ class Gradual:
         model: nn.Module,
         *,
         sparsity: float,
-        end: int,
-        begin: int = 0,
-        every: int = 1,
+        end_step: int,
+        begin_step: int = 0,
+        update_every: int = 1,
         initial: float = 0.0,
         score: Score = magnitude,
         scope: Scope = "global",
-        floor: int = 0,
+        min_per_layer: int = 0,
     ) -> None:
         check_fraction(sparsity)
         check_fraction(initial, "initial")
-        whole(begin, "begin", 0)
-        whole(every, "every", 1)
-        whole(end, "end", begin + 1)
+        whole(begin_step, "begin_step", 0)
+        whole(update_every, "update_every", 1)
+        whole(end_step, "end_step", begin_step + 1)
         if initial > sparsity:
             raise InvalidScheduleError("initial", f"at most the final sparsity {sparsity}", initial)
-        self.model, self.score, self.scope, self.floor = model, score, scope, floor
+        self.model, self.score, self.scope, self.min_per_layer = model, score, scope, min_per_layer
         self.sparsity, self.initial = sparsity, initial
-        self.begin, self.end, self.every = begin, end, every
+        self.begin_step, self.end_step, self.update_every = begin_step, end_step, update_every
         self.steps = 0
 
     @property
     def sparsity_now(self) -> float:
         """What the law says for the steps that were made."""
-        left = 1 - min(1.0, max(0.0, (self.steps - self.begin) / (self.end - self.begin)))
+        left = 1 - min(1.0, max(0.0, (self.steps - self.begin_step) / (self.end_step - self.begin_step)))
         return self.sparsity + (self.initial - self.sparsity) * left**3
 
     def step(self) -> bool:
         """Count a step of training, and prune if it is time; returns whether masks have changed."""
         self.steps += 1
-        if not due(self.steps, self.begin, self.end, self.every):
+        if not due(self.steps, self.begin_step, self.end_step, self.update_every):
             return False
         scores = self.score(self.model)
         if self.sparsity_now <= pruned_share(scores):
             return False
-        apply_masks(self.model, select(scores, sparsity=self.sparsity_now, scope=self.scope, floor=self.floor))
+        apply_masks(
+            self.model, select(scores, sparsity=self.sparsity_now, scope=self.scope, min_per_layer=self.min_per_layer)
+        )
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,9 +148,9 @@ class Gradual:
         self.steps = int(state_dict["steps"])
 
 
-def due(step: int, begin: int, end: int, every: int) -> bool:
-    """Whether a schedule acts at a step: every so many from `begin` on, and at `end`."""
-    return begin <= step <= end and ((step - begin) % every == 0 or step == end)
+def due(step: int, begin_step: int, end_step: int, update_every: int) -> bool:
+    """Whether a schedule acts at a step: every so many from `begin_step` on, and at `end_step`."""
+    return begin_step <= step <= end_step and ((step - begin_step) % update_every == 0 or step == end_step)
 
 
 def pruned_share(scores: Scores) -> float:

@@ -81,7 +81,7 @@ def select(
     sparsity: float | None = None,
     count: int | None = None,
     scope: Scope = "global",
-    floor: int = 0,
+    min_per_layer: int = 0,
     pattern: NofM | None = None,
 ) -> Masks:
     """Masks that keep what scores highest and prune exactly as much as asked for.
@@ -92,9 +92,9 @@ def select(
         count: number of entries that the masks prune, instead of a sparsity.
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
             `erk`. Counts of layers sum to the count exactly (largest remainder).
-        floor: how many entries every layer keeps at least (fewer only where fewer are left). With the default 0 the
-            choice is that of the scores alone.
-        pattern: N of every M entries, in each layer alike; instead of sparsity, count, scope and floor.
+        min_per_layer: how many entries every layer keeps at least (fewer only where fewer are left). With the default 0
+            the scores alone decide.
+        pattern: N of every M entries, in each layer alike; instead of sparsity, count, scope and min_per_layer.
 
     Returns:
         {target: bool mask of its shape}, True = kept. Equal scores at the threshold are spread evenly over all entries
@@ -121,8 +121,8 @@ def select(
     if pattern is not None:
         if not isinstance(pattern, NofM):
             raise InvalidPatternError(f"{pattern!r}")
-        others = {"sparsity": sparsity, "count": count, "scope": scope, "floor": floor}
-        if others != {"sparsity": None, "count": None, "scope": "global", "floor": 0}:
+        others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
+        if others != {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}:
             raise InvalidPatternError(f"{pattern} and {others}")
         misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
         if misfits:
@@ -136,7 +136,7 @@ def select(
     left = [int((value > -math.inf).sum()) for value in values]
     if keep > sum(left):
         raise AlreadySparserError(keep, sum(left))
-    bounds = least(floor, left, keep)
+    bounds = least(min_per_layer, left, keep)
     if scope == "global":
         device = values[0].device
         held = [
@@ -260,13 +260,13 @@ def pruned(sparsity: object, count: object, size: int) -> int:
     return check_count(count, size) if sparsity is None else round(check_fraction(sparsity) * size)
 
 
-def least(floor: object, left: Sequence[int], keep: int) -> list[int]:
+def least(min_per_layer: object, left: Sequence[int], keep: int) -> list[int]:
     """How many entries each layer keeps at least, of those that it has left; raises as `select`."""
-    if not is_count(floor):
-        raise InvalidFloorError(f"{floor!r}")
-    bounds = [min(int(floor), n) for n in left]
+    if not is_count(min_per_layer):
+        raise InvalidFloorError(f"{min_per_layer!r}")
+    bounds = [min(int(min_per_layer), n) for n in left]
     if sum(bounds) > keep:
-        raise InvalidFloorError(f"{floor} for each of {len(left)} layers, {keep} entries kept in all")
+        raise InvalidFloorError(f"{min_per_layer} for each of {len(left)} layers, {keep} entries kept in all")
     return bounds
 
 

@@ -21,7 +21,7 @@ def prepare(
     example_input: Tensor | tuple[Tensor, ...],
     *,
     deterministic: bool = False,
-    responses: torch.dtype = torch.float32,
+    response_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A network for inference on a CPU that computes what the model does, by non-zeros where that is faster.
 
@@ -35,15 +35,15 @@ def prepare(
         model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.
         example_input: what it is run on, a tensor or a tuple of arguments. Other shapes are prepared for as they come.
         deterministic: choose by a rule instead of by timing: slower, but equal to the bit in every process.
-        responses: how responses to a basis are kept while a layer is run: float32, or bfloat16, which takes half of
-            the cache; they are rounded to 8 bits then, sums and all else are of float32.
+        response_dtype: dtype in which basis-filter responses are stored while a layer runs: float32, or bfloat16, which
+            halves their cache footprint; they are rounded to 8 bits then, sums and all else are of float32.
 
     Returns:
         A module that takes what the model takes, without gradients.
 
     Raises:
         ExampleInputError: the model does not run on it.
-        InvalidResponsesError: `responses` is another type.
+        InvalidResponsesError: `response_dtype` is another type.
         SparseExecutionError: model or input are not float32 on the CPU.
 
     >>> import torch
@@ -55,13 +55,13 @@ def prepare(
     >>> bool((network(images) - model(images)).abs().max() < 1e-5)
     True
     """
-    if responses not in (torch.float32, torch.bfloat16):
-        raise InvalidResponsesError(f"responses={responses}")
+    if response_dtype not in (torch.float32, torch.bfloat16):
+        raise InvalidResponsesError(f"response_dtype={response_dtype}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     for each in (*inputs, *(each for each in model.parameters() if each.is_floating_point())):
         check_input(each.detach() if isinstance(each, nn.Parameter) else each)
     run(model, inputs)
-    choose = Chooser(by_rule=deterministic, narrow=responses == torch.bfloat16)
+    choose = Chooser(by_rule=deterministic, narrow=response_dtype == torch.bfloat16)
     try:
         network = trace(model, inputs)
     except UntraceableError as error:

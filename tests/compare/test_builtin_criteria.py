@@ -148,7 +148,7 @@ def test_scores_at_initialisation_choose_before_training(name: str, space: str) 
         "synflow": partial(synflow, example_input=batches[0][0][:1]),
     }[name]
     rounds = {"snip_rounds": 20, "synflow": 100}.get(name, 1)
-    prune(twin, score, sparsity=50000 / TOTAL, rounds=rounds, floor=1)
+    prune(twin, score, sparsity=50000 / TOTAL, rounds=rounds, min_per_layer=1)
     assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
 
 
@@ -157,7 +157,7 @@ def test_scores_without_data(name: str, score: Any) -> None:
     model, twin = network("interspace"), network("interspace")
     criterion: Any = CRITERIA[name]
     criterion.prune(model, 50000)
-    apply_masks(twin, select(score(twin), count=50000, floor=1))
+    apply_masks(twin, select(score(twin), count=50000, min_per_layer=1))
     assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
 
 
@@ -237,7 +237,7 @@ def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
     again = Watched(twin)
     again.train()
     scores = movement(twin, again.batches(10), F.cross_entropy)
-    apply_masks(twin, select(scores, count=50000, scope="layer", floor=1))
+    apply_masks(twin, select(scores, count=50000, scope="layer", min_per_layer=1))
     assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
 
 

@@ -75,9 +75,9 @@ def test_a_mask_change_needs_no_recompilation(kind: str) -> None:
     model, x = Case("conv2d", "orthonormal", "model").interspace()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = {
-        "set": lambda: SET(model, optimizer, sparsity=0.5, end=100, every=1),
-        "rigl": lambda: RigL(model, optimizer, sparsity=0.5, end=100, every=1),
-        "gradual": lambda: Gradual(model, sparsity=0.6, end=50, initial=0.3),
+        "set": lambda: SET(model, optimizer, sparsity=0.5, end_step=100, update_every=1),
+        "rigl": lambda: RigL(model, optimizer, sparsity=0.5, end_step=100, update_every=1),
+        "gradual": lambda: Gradual(model, sparsity=0.6, end_step=50, initial=0.3),
     }[kind]()
     everything = {"0": torch.Size([4, 3, 3, 3]), "2": torch.Size([5, 4, 3, 3]), "4": model[4].weight.shape}
     if kind == "gradual":

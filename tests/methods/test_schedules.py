@@ -88,7 +88,7 @@ def test_pruning_reaches_the_exact_count(space: str, rounds: int) -> None:
         "synflow": partial(synflow, example_input=X[:1]),
     }
     for score in scores.values():
-        model = prune(model_in(space), score, sparsity=0.9, rounds=rounds, floor=1)
+        model = prune(model_in(space), score, sparsity=0.9, rounds=rounds, min_per_layer=1)
         assert left(model) == TOTAL - round(0.9 * TOTAL)
 
 
@@ -103,7 +103,7 @@ def test_rounds_score_anew_what_is_left() -> None:
 
     prune(model, score, sparsity=0.75, rounds=2)
     assert seen == [TOTAL, TOTAL - round(0.5 * TOTAL)]
-    prune(model, score, sparsity=0.9, rounds=3, floor=1)  # the first round would leave more than there is
+    prune(model, score, sparsity=0.9, rounds=3, min_per_layer=1)  # the first round would leave more than there is
     assert seen[2:4] == [TOTAL - round(0.75 * TOTAL)] * 2
     assert left(model) == TOTAL - round(0.9 * TOTAL)
     with pytest.raises(AlreadySparserError):
@@ -117,7 +117,7 @@ def test_rounds_score_anew_what_is_left() -> None:
 def test_gradual_pruning_follows_the_cubic_law_exactly(space: str) -> None:
     model = model_in(space)
     optimizer = sgd(model)
-    schedule = Gradual(model, sparsity=0.9, begin=2, end=10, every=3, initial=0.1, floor=1)
+    schedule = Gradual(model, sparsity=0.9, begin_step=2, end_step=10, update_every=3, initial=0.1, min_per_layer=1)
     counts, changed = [], []
     for index in range(12):
         train(model, optimizer, range(index, index + 1))
@@ -135,7 +135,7 @@ def test_gradual_pruning_follows_the_cubic_law_exactly(space: str) -> None:
 def test_gradual_pruning_leaves_what_is_sparser_already() -> None:
     model = set_masks(network(), {"3": torch.rand(8, 8, 3, 3) < 0.1})
     before = {name: mask.clone() for name, mask in masks(model).items()}
-    schedule = Gradual(model, sparsity=0.9, end=10)
+    schedule = Gradual(model, sparsity=0.9, end_step=10)
     assert not schedule.step()
     assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
 
@@ -187,7 +187,7 @@ def test_a_ticket_prunes_by_the_trained_values_and_not_by_those_it_rewinds_to() 
 def test_dynamic_training_keeps_counts_and_zeros(cls: Any, space: str) -> None:
     model = model_in(space)
     optimizer = sgd(model)
-    schedule = cls(model, optimizer, sparsity=0.8, end=40, every=4, fraction=0.5)
+    schedule = cls(model, optimizer, sparsity=0.8, end_step=40, update_every=4, drop_fraction=0.5)
     sizes = {layer.name: int(layer.mask.sum()) for layer in layers(model)}
     assert sum(sizes.values()) == TOTAL - round(0.8 * TOTAL)
     shapes = [tuple(layer.coefficients.shape) for layer in layers(model)]
@@ -217,7 +217,7 @@ def test_rigl_grows_the_largest_dense_gradients_in_unit_gauge(space: str) -> Non
     model = model_in(space).eval().double()
     x = X.double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    schedule = RigL(model, optimizer, sparsity=0.5, end=10**6, every=1, fraction=0.4, scope="layer")
+    schedule = RigL(model, optimizer, sparsity=0.5, end_step=10**6, update_every=1, drop_fraction=0.4, scope="layer")
     before = masks(model)
     conv = model[3]
     parametrization = conv.parametrizations.weight[0]
@@ -246,7 +246,7 @@ def test_rigl_grows_the_largest_dense_gradients_in_unit_gauge(space: str) -> Non
 def test_an_update_leaves_gradients_statistics_and_random_state() -> None:
     model = model_in("interspace")
     optimizer = sgd(model)
-    schedule = RigL(model, optimizer, sparsity=0.5, end=100, every=1)
+    schedule = RigL(model, optimizer, sparsity=0.5, end_step=100, update_every=1)
     loss_of(model).backward()
     for layer in layers(model):
         layer.coefficients.grad.masked_fill_(~layer.mask, 0)
@@ -266,7 +266,7 @@ def test_an_update_leaves_gradients_statistics_and_random_state() -> None:
 def test_what_comes_starts_at_zero_whatever_lay_behind_the_mask(cls: Any) -> None:
     model = model_in("moved")
     optimizer = sgd(model)
-    schedule = cls(model, optimizer, sparsity=0.5, end=100, every=1, fraction=0.5)
+    schedule = cls(model, optimizer, sparsity=0.5, end_step=100, update_every=1, drop_fraction=0.5)
     train(model, optimizer, range(1))
     before = masks(model)
     with torch.no_grad():
@@ -283,7 +283,7 @@ def test_what_comes_starts_at_zero_whatever_lay_behind_the_mask(cls: Any) -> Non
 
 def test_large_layers_of_half_precision() -> None:
     model = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
-    schedule = RigL(model, sgd(model), sparsity=0.9, end=100, every=1)
+    schedule = RigL(model, sgd(model), sparsity=0.9, end_step=100, update_every=1)
     before = masks(model)[""]
     assert schedule.step(lambda: model(torch.randn(4, 512, dtype=torch.bfloat16)).float().square().mean())
     assert int(masks(model)[""].sum()) == int(before.sum()) and not torch.equal(masks(model)[""], before)
@@ -292,14 +292,14 @@ def test_large_layers_of_half_precision() -> None:
 def test_nothing_moves_from_the_end_on() -> None:
     model = model_in("interspace")
     optimizer = sgd(model)
-    schedule = SET(model, optimizer, sparsity=0.5, end=3, every=1)
+    schedule = SET(model, optimizer, sparsity=0.5, end_step=3, update_every=1)
     assert [schedule.step() for _ in range(5)] == [True, True, False, False, False]
 
 
 def test_masks_have_nothing_to_do_with_initial_weights_of_the_same_seed() -> None:
     torch.manual_seed(0)
     model = nn.Linear(100, 100, bias=False)
-    SET(model, sgd(model), sparsity=0.9, end=100, seed=0)
+    SET(model, sgd(model), sparsity=0.9, end_step=100, seed=0)
     kept = model.weight.detach()[masks(model)[""]]
     assert 0.45 < float((kept > 0).float().mean()) < 0.55  # of 1000
 
@@ -307,7 +307,7 @@ def test_masks_have_nothing_to_do_with_initial_weights_of_the_same_seed() -> Non
 @pytest.mark.parametrize("bad", [torch.tensor(math.nan), torch.ones(2), 1.0])
 def test_a_loss_that_is_none_moves_nothing(bad: Any) -> None:
     model = model_in("interspace")
-    schedule = RigL(model, sgd(model), sparsity=0.5, end=100, every=1)
+    schedule = RigL(model, sgd(model), sparsity=0.5, end_step=100, update_every=1)
     before, steps = masks(model), schedule.steps
     with pytest.raises(InvalidLossError):
         schedule.step(lambda: bad)
@@ -319,7 +319,7 @@ def test_masks_that_are_there_are_taken() -> None:
     model = model_in("interspace")
     host.random_unstructured(*prunable(model)[1], amount=0.5)
     expected = masks(model)["3"].clone()
-    schedule = SET(model, sgd(model), end=100, every=1)
+    schedule = SET(model, sgd(model), end_step=100, update_every=1)
     assert torch.equal(masks(model)["3"], expected)
     assert not prunable(model)[1].module.original[~expected].any()
     assert schedule.step()
@@ -329,7 +329,7 @@ def test_masks_that_are_there_are_taken() -> None:
 
 def test_the_share_that_moves_falls_by_a_cosine() -> None:
     model = nn.Linear(100, 10)
-    schedule = SET(model, sgd(model), sparsity=0.5, end=8, every=1, fraction=0.4)
+    schedule = SET(model, sgd(model), sparsity=0.5, end_step=8, update_every=1, drop_fraction=0.4)
     shares = []
     for _ in range(8):
         before = masks(model)[""]
@@ -349,8 +349,8 @@ def test_the_share_that_moves_falls_by_a_cosine() -> None:
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: str, space: str) -> None:
     def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         if kind == "gradual":
-            return Gradual(model, sparsity=0.9, end=20, every=2, floor=1)
-        return {"set": SET, "rigl": RigL}[kind](model, optimizer, sparsity=0.8, end=30, every=3)
+            return Gradual(model, sparsity=0.9, end_step=20, update_every=2, min_per_layer=1)
+        return {"set": SET, "rigl": RigL}[kind](model, optimizer, sparsity=0.8, end_step=30, update_every=3)
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         model = model_in(space)
@@ -406,16 +406,20 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
         (lambda m: prune(m, sparsity=1.5), InvalidAmountError, "1.5"),
         (lambda m: prune(m, sparsity=math.nan), InvalidAmountError, "nan"),
         (lambda m: prune(m, sparsity=0.5, rounds=0), InvalidScheduleError, "rounds"),
-        (lambda m: Gradual(m, sparsity=2, end=3), InvalidAmountError, "2"),
-        (lambda m: Gradual(m, sparsity=0.5, end=3, begin=3), InvalidScheduleError, "`end`.*4"),
-        (lambda m: Gradual(m, sparsity=0.5, end=3, every=0), InvalidScheduleError, "every"),
-        (lambda m: Gradual(m, sparsity=0.5, end=3, initial=0.6), InvalidScheduleError, "initial"),
+        (lambda m: Gradual(m, sparsity=2, end_step=3), InvalidAmountError, "2"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, begin_step=3), InvalidScheduleError, "`end_step`.*4"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, update_every=0), InvalidScheduleError, "every"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=0.6), InvalidScheduleError, "initial"),
         (lambda m: LotteryTicket(m).next_round(1.2), InvalidScheduleError, "fraction"),
-        (lambda m: SET(m, sgd(m), end=3), InvalidAmountError, "no layer of the model has a mask"),
-        (lambda m: Gradual(m, sparsity=0.5, end=3, initial=-1), InvalidAmountError, "`initial` must be a fraction"),
-        (lambda m: SET(m, sgd(m), sparsity=0.5, end=0), InvalidScheduleError, "end"),
-        (lambda m: RigL(m, sgd(m), sparsity=0.5, end=5, fraction=True), InvalidScheduleError, "fraction"),
-        (lambda m: RigL(m, sgd(m), sparsity=-1, end=5), InvalidAmountError, "-1"),
+        (lambda m: SET(m, sgd(m), end_step=3), InvalidAmountError, "no layer of the model has a mask"),
+        (
+            lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=-1),
+            InvalidAmountError,
+            "`initial` must be a fraction",
+        ),
+        (lambda m: SET(m, sgd(m), sparsity=0.5, end_step=0), InvalidScheduleError, "end"),
+        (lambda m: RigL(m, sgd(m), sparsity=0.5, end_step=5, drop_fraction=True), InvalidScheduleError, "fraction"),
+        (lambda m: RigL(m, sgd(m), sparsity=-1, end_step=5), InvalidAmountError, "-1"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make: Callable[[Any], Any], error: Any, message: str) -> None:

@@ -51,8 +51,8 @@ LITERALS: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     # 7 kept: 35/11, 21/11, 21/11: the floors 3, 1, 1 miss two
     "erk nearly dense": ({"count": 1, "scope": "erk"}, [[1, 0, 1, 1], [1, 1], [1, 1]]),
     # the largest two would be 6 and 5
-    "floor": ({"count": 5, "floor": 1}, [[1, 0, 0, 0], [1, 0], [0, 1]]),
-    "floor of two": ({"count": 2, "floor": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
+    "min_per_layer": ({"count": 5, "min_per_layer": 1}, [[1, 0, 0, 0], [1, 0], [0, 1]]),
+    "floor of two": ({"count": 2, "min_per_layer": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
 }
 
 
@@ -69,16 +69,21 @@ def test_masks_worked_out_by_hand(case: str) -> None:
 
 def test_a_floor_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
     scores = scores_of([[1.0, 3.0, 2.0]], [[10.0, 12.0, 11.0, 13.0]])
-    with pytest.warns(errors.LayerCollapseWarning, match=r"together: t0 of shape \(1, 3\)\. .*LAMP.*floor=") as w:
+    with pytest.warns(
+        errors.LayerCollapseWarning, match=r"together: t0 of shape \(1, 3\)\. .*LAMP.*min_per_layer="
+    ) as w:
         assert kept(methods.select(scores, count=4)) == [[0, 0, 0], [0, 1, 1, 1]]
     assert w[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kept(methods.select(scores, count=4, floor=1)) == [[0, 1, 0], [0, 1, 0, 1]]
-        assert kept(methods.select(scores, count=3, floor=2)) == [[0, 1, 1], [0, 1, 0, 1]]
+        assert kept(methods.select(scores, count=4, min_per_layer=1)) == [[0, 1, 0], [0, 1, 0, 1]]
+        assert kept(methods.select(scores, count=3, min_per_layer=2)) == [[0, 1, 1], [0, 1, 0, 1]]
         methods.select(scores, sparsity=1.0)  # asked for
         gone = scores_of([[-INF, -INF, -INF]], [[10.0, 12.0, 11.0, 13.0]])
-        assert kept(methods.select(gone, count=4, floor=1)) == [[0, 0, 0], [0, 1, 1, 1]]  # nothing was left before
+        assert kept(methods.select(gone, count=4, min_per_layer=1)) == [
+            [0, 0, 0],
+            [0, 1, 1, 1],
+        ]  # nothing was left before
 
 
 def test_layers_with_less_than_a_tenth_of_the_common_share_are_warned_of() -> None:
@@ -97,13 +102,13 @@ def test_floors_hold_in_every_scope(scope: Any) -> None:
     scores = scores_of(torch.rand(1, 2), torch.rand(30, 30))
     with pytest.warns(errors.LayerCollapseWarning):
         assert counts(methods.select(scores, count=901, scope=scope)) == [0, 1]
-    assert counts(methods.select(scores, count=892, scope=scope, floor=2)) == [2, 8]
+    assert counts(methods.select(scores, count=892, scope=scope, min_per_layer=2)) == [2, 8]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 def test_pruned_entries_stay_pruned_and_count(scope: Any) -> None:
     scores = scores_of([[1.0, 2.0, -INF, -INF]], [[-INF, -INF, -INF, 0.5]], [[0.1, 0.2], [0.3, 0.4]])
-    found = methods.select(scores, count=6, scope=scope, floor=1)
+    found = methods.select(scores, count=6, scope=scope, min_per_layer=1)
     assert sum(counts(found)) == 6
     for mask, score in zip(found.values(), scores.values(), strict=True):
         assert not mask[score == -INF].any()
@@ -141,7 +146,7 @@ tensors = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(tensors, st.floats(0, 1), st.sampled_from(["global", "layer", "erk"]), st.integers(0, 2))
-def test_counts_are_exact_and_the_best_are_kept(listed: Any, amount: float, scope: Any, floor: int) -> None:
+def test_counts_are_exact_and_the_best_are_kept(listed: Any, amount: float, scope: Any, min_per_layer: int) -> None:
     drawn = []
     for rows, columns, seed, gone in listed:
         generator = torch.Generator().manual_seed(seed)
@@ -151,11 +156,11 @@ def test_counts_are_exact_and_the_best_are_kept(listed: Any, amount: float, scop
     scores = scores_of(*drawn)
     size = sum(score.numel() for score in drawn)
     left = [int((score > -INF).sum()) for score in drawn]
-    least = [min(floor, n) for n in left]
+    least = [min(min_per_layer, n) for n in left]
     keep = sum(least) + round(amount * (sum(left) - sum(least)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.LayerCollapseWarning)
-        found = methods.select(scores, count=size - keep, scope=scope, floor=floor)
+        found = methods.select(scores, count=size - keep, scope=scope, min_per_layer=min_per_layer)
     assert sum(counts(found)) == keep
     per_layer = list(zip(found.values(), drawn, least, strict=True))
     for mask, score, lowest in per_layer:
@@ -173,7 +178,7 @@ def test_counts_are_exact_and_the_best_are_kept(listed: Any, amount: float, scop
 def test_integer_and_half_precision_scores_are_ranked() -> None:
     assert kept(methods.select(scores_of(torch.tensor([[3, 1, 2]])), count=1)) == [[1, 0, 1]]
     half = scores_of(torch.tensor([[3.0, 1.0, 2.0]]).half(), torch.tensor([[2.5]]).double())
-    assert kept(methods.select(half, count=2, floor=1)) == [[1, 0, 0], [1]]
+    assert kept(methods.select(half, count=2, min_per_layer=1)) == [[1, 0, 0], [1]]
 
 
 # ERK
@@ -311,9 +316,9 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "a fraction as a count": (lambda: methods.select(THREE, count=0.5), errors.InvalidAmountError, "0.5"),
     "more than there is": (lambda: methods.select(THREE, count=9), errors.InvalidAmountError, "at most 8.*\n.*9"),
     "scope": (lambda: methods.select(THREE, count=1, scope="local"), errors.InvalidScopeError, "'local'"),
-    "floor": (lambda: methods.select(THREE, count=1, floor=-1), errors.InvalidFloorError, "-1"),
+    "min_per_layer": (lambda: methods.select(THREE, count=1, min_per_layer=-1), errors.InvalidFloorError, "-1"),
     "floor too high": (
-        lambda: methods.select(THREE, count=6, floor=1),
+        lambda: methods.select(THREE, count=6, min_per_layer=1),
         errors.InvalidFloorError,
         "1 for each of 3 layers, 2 entries kept in all",
     ),
@@ -370,7 +375,7 @@ def test_masks_are_applied_again_and_again_in_either_space(space: str) -> None:
     size = sum(layer.coefficients.numel() for layer in layers(model))
     before = None
     for sparsity in (0.3, 0.6, 0.9):
-        chosen = methods.select(methods.magnitude(model), sparsity=sparsity, floor=1)
+        chosen = methods.select(methods.magnitude(model), sparsity=sparsity, min_per_layer=1)
         assert methods.apply_masks(model, chosen) is model
         found = masks(model)
         assert sum(int((~mask).sum()) for mask in found.values()) == round(sparsity * size)

@@ -494,19 +494,20 @@ def test_what_cannot_be_run_is_refused() -> None:
     with pytest.raises(SparseExecutionError, match="list"):
         prepare(model, images)([1.0])
     with pytest.raises(InvalidResponsesError, match="float16"):
-        prepare(model, images, responses=torch.float16)
+        prepare(model, images, response_dtype=torch.float16)
 
 
 def test_narrow_responses_are_rounded_and_nothing_else() -> None:
     model, images = pruned(Block(), "interspace", 0.85), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(images)
-    narrow = prepare(model, images, deterministic=True, responses=torch.bfloat16)(images)
+    narrow = prepare(model, images, deterministic=True, response_dtype=torch.bfloat16)(images)
     largest = float(expected.abs().max())
     assert 1e-4 < float((narrow - expected).abs().max()) / largest < 2e-2
     model = pruned(Block(), "spatial", 0.7)  # has no responses to a basis
     wide, narrow = (
-        prepare(model, images, deterministic=True, responses=dtype)(images) for dtype in (torch.float32, torch.bfloat16)
+        prepare(model, images, deterministic=True, response_dtype=dtype)(images)
+        for dtype in (torch.float32, torch.bfloat16)
     )
     assert torch.equal(wide, narrow)
 

@@ -30,7 +30,7 @@ def prune_fitted(
     sparsity: float,
     sharing: Sharing | None = None,
     scope: Literal["global", "layer"] = "global",
-    floor: int = 0,
+    min_per_layer: int = 0,
     score: Score = magnitude,
     batches: Batches | None = None,
     rounds: int | None = None,
@@ -42,8 +42,8 @@ def prune_fitted(
     """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.basis.fitting`.
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
-    scope (without a floor, and by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned in
-    the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+    scope (without `min_per_layer`, by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned
+    in the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
 
     Bases are orthonormal while it is chosen how much each layer keeps. Then they are fitted once more without that, and
     so is which coefficients are kept (`refine`).
@@ -60,7 +60,7 @@ def prune_fitted(
             interspace, and ``"model"`` for a plain one.
         scope: ``"global"``: one threshold, so that the last entry which each layer loses adds equally to the error;
             ``"layer"``: every layer has the same sparsity.
-        floor: how many entries every layer keeps at least.
+        min_per_layer: how many entries every layer keeps at least.
         score: what is kept, in the fitted bases; `ip_plugin.methods.lamp` leaves more of late layers.
         batches: pairs (inputs, targets), as `reconstruct` takes them. The model is copied, so it must be one that
             ``copy.deepcopy`` takes (`ip_plugin.adopt_masks` helps where `torch.nn.utils.prune` has left masks).
@@ -88,7 +88,7 @@ def prune_fitted(
         raise InvalidScopeError(scope)
     found_layers = list(layers(model))
     sizes = [layer.coefficients.numel() for layer in found_layers]
-    least(floor, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
+    least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
     if rounds is not None:
         whole(rounds, "rounds", 1)
     groups = _groups(model, sharing)
@@ -110,7 +110,7 @@ def prune_fitted(
             reconstruct(model, dense, batches)
 
     rounds = rounds or (1 if dense is None else _ROUNDS)
-    prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, floor=floor, after_round=rebuild)
+    prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, min_per_layer=min_per_layer, after_round=rebuild)
     if not orthonormal:
         with _watched(progress, "refining bases") as round_done:
             refine(model, dense, seed=seed, round_done=round_done)

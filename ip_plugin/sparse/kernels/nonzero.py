@@ -276,7 +276,7 @@ def fused(
         row_begin, entry_begin: where the rows, and the entries, of a chunk begin.
         channels, counts: of rows: the output channel, and how many entries.
         index, values: of entries: which response of the chunk.
-        scratch, responses: a row for each thread: sums of output channels after the first `responses` tiles.
+        scratch, responses: a row for each thread: sums of output channels after the first `response_dtype` tiles.
     """
     for item in numba.prange(tiles * parts):
         width = 16 * len(lanes)

@@ -140,7 +140,7 @@ def test_bases_are_fitted_in_the_scope_in_which_is_pruned(monkeypatch: pytest.Mo
 
 
 def test_the_floor_and_equal_calls() -> None:
-    models = [prune_fitted(network(), sparsity=0.99, floor=2) for _ in range(2)]
+    models = [prune_fitted(network(), sparsity=0.99, min_per_layer=2) for _ in range(2)]
     assert all(int(mask.sum()) >= 2 for mask in masks(models[0]).values())
     assert all(torch.equal(tensor, models[1].state_dict()[key]) for key, tensor in models[0].state_dict().items())
 
@@ -178,7 +178,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scope": ({"sparsity": 0.5, "scope": "erk"}, InvalidScopeError, "erk"),
     "sparsity": ({"sparsity": 1.5}, InvalidAmountError, "1.5"),
-    "floor": ({"sparsity": 0.99, "floor": 1000}, InvalidFloorError, "1000"),
+    "min_per_layer": ({"sparsity": 0.99, "min_per_layer": 1000}, InvalidFloorError, "1000"),
 }
 
 
@@ -203,7 +203,7 @@ def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() ->
     criterion: Any = builtin_criteria.CRITERIA["fitted"]
     model, twin = network(), network()
     criterion.prune(model, 3000)
-    apply_masks(twin, select(magnitude(twin), count=3000, floor=1))
+    apply_masks(twin, select(magnitude(twin), count=3000, min_per_layer=1))
     assert all(torch.equal(mask, masks(twin)[name]) for name, mask in masks(model).items())
     inter = interspace(network(), basis="orthonormal", sharing="model")
     original = weights(inter)

@@ -1,4 +1,4 @@
-"""Write the README's tables of accuracies from what was measured.
+"""Write the documents' tables of accuracies from what was measured: those of README.md and docs/results.md.
 
     python benchmarks/readme_tables.py
 
@@ -114,5 +114,5 @@ def _made(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        path.write_text(filled(path.read_text()))

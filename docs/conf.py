@@ -6,6 +6,7 @@ With ``DOCS_INTERSPHINX=1`` names of Python and torch become links to their docu
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from docutils import nodes
@@ -25,7 +26,6 @@ extensions = [
 ]  # fmt: skip
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -94,8 +94,18 @@ def refer(app: Sphinx, what: str, name: str, documented: Any, options: Any, line
         lines[:] = [f"``{documented.__module__}.{documented.__name__}``: see the documentation of that library."]
 
 
+def part_attributes(app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """Give each of several attributes that a docstring explains together a line: the last one has the explanation."""
+    for place in reversed(range(len(lines))):
+        if several := re.fullmatch(r":ivar ([\w, ]+), (\w+):(.*)", lines[place]):
+            last, text = several[2], several[3]
+            others = [f":ivar {other}: see ``{last}``" for other in several[1].split(", ")]
+            lines[place : place + 1] = [*others, f":ivar {last}:{text}"]
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("command-options", CommandOptions)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", refer, priority=100)
+    app.connect("autodoc-process-docstring", part_attributes, priority=900)

@@ -48,6 +48,12 @@ def test_code_runs_and_prints_something(page: Path, capsys: pytest.CaptureFixtur
     assert silent == [] or page.name == "checkpoint_format.md"
 
 
+def test_no_line_begins_with_a_percent_sign() -> None:
+    """It would be a comment, and missing from the page."""
+    lines = [line for path in CHECK["documents"]() for line in path.read_text().splitlines()]
+    assert [line for line in lines if line.lstrip().startswith("%")] == []
+
+
 def test_every_block_names_its_language() -> None:
     """Else it would be neither highlighted nor run."""
     opened = [

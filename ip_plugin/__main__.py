@@ -1,11 +1,11 @@
-"""The entry of the command `ip-plugin`: says what is missing, if something is, and hands over to `ip_plugin.cli`."""
+"""Entry point of the command `ip-plugin`: names missing packages, or runs `ip_plugin.cli`."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 
-NEEDED = ("filelock", "jinja2", "matplotlib", "sklearn", "typer")
+NEEDED = ("filelock", "jinja2", "matplotlib", "pandas", "scipy", "sklearn", "typer")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ import nni as nni_host
 import nni.compression.pruning as host
 from nni.compression.base.setting import PruningSetting
 
-from ip_plugin.adapters import ChannelCriterion, Criterion, nni
+from ip_plugin.adapters import nni
 from ip_plugin.adapters.nni.criteria import CRITERIA
 
 pytestmark = pytest.mark.contract
@@ -968,18 +969,17 @@ def test_a_norm_of_something_else_than_the_channels_stays() -> None:
 # --- Criteria and Lightning -----------------------------------------------------------------------------------------
 
 
-EXACT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, Criterion)]
+EXACT = [name for name, criterion in CRITERIA.items() if not criterion.removes_channels]
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in EXACT])
-def test_channels_are_cut_as_on_the_plain_twin(name: str) -> None:
+def test_channels_are_removed_as_on_the_plain_twin(name: str) -> None:
     plain = network()
     plain(X)
     model = interspace(copy.deepcopy(plain), sharing="model")
-    criterion = CRITERIA[name]
-    assert isinstance(criterion, ChannelCriterion)
+    context: Any = SimpleNamespace(batches=lambda count: [(X, Y)])
     for each in (plain, model):
-        criterion.cut(each, 0.5, X, Y)
+        CRITERIA[name].prune(each, 0.5, context)
         assert [module.out_channels for module in each if isinstance(module, nn.Conv2d)] == [4, 4, 4]
         assert all(parameter.grad is None for parameter in each.parameters())
     torch.testing.assert_close(bake(model).eval()(X), plain.eval()(X))
@@ -991,7 +991,7 @@ def test_channels_are_cut_as_on_the_plain_twin(name: str) -> None:
 def test_criteria_prune_exactly_as_many_as_asked(name: str, space: str) -> None:
     criterion = CRITERIA[name]
     total = report(network()).prunable.parameters
-    assert criterion.when == "after training"
+    assert criterion.stage == "after training"
     for count in (0, 1, 2, 7, 100, total // 2, total - 1, total):
         model = {"spatial": lambda m: m, "interspace": interspace, "interspace moved": moved}[space](network())  # type: ignore[operator]
         parameters = {id(p) for p in model.parameters()}

@@ -149,7 +149,7 @@ def _warn_of_changed_kernels(model: nn.Module, state: Mapping[str, Any]) -> None
                 changed.append(name)
     if changed:
         warnings.warn(
-            f"{len(changed)} pruned layers (the first is {changed[0]!r}) have other kernels than those that were loaded: "
+            f"{len(changed)} pruned layers (the first is {changed[0]!r}) have other kernels than were loaded: "
             "masks of coefficients in the present basis do not allow them. Load what torch.save wrote, as it was "
             "written (a new dict made of its items has lost the state of the interspace)",
             stacklevel=3,

@@ -166,7 +166,12 @@ def test_lightning(convert_at: str) -> None:
         trainer.fit(module)
         return module.model
 
-    arguments: dict[str, Any] = {"amount": 0.5, "use_lottery_ticket_hypothesis": False, "make_pruning_permanent": False}
+    arguments: dict[str, Any] = {
+        "amount": 0.5,
+        "use_global_unstructured": False,
+        "use_lottery_ticket_hypothesis": False,
+        "make_pruning_permanent": False,
+    }
     with ip_plugin.switched_on(quiet=True, convert_at=convert_at):
         switched = fit(Module(), ModelPruning("l1_unstructured", **arguments))
     assert [row.space for row in report(switched).rows] == ["interspace", "interspace", "spatial"]

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import ip_plugin
 from ip_plugin.cli import app as command_line
+from ip_plugin.launcher.command import app as run_command
 
 project, author, copyright = "ip_plugin", "the authors of ip_plugin", "the authors of ip_plugin"  # noqa: A001
 version = release = ip_plugin.__version__
@@ -67,11 +68,12 @@ class CommandOptions(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Parse the definitions where the directive stands."""
         lines = StringList()
-        commands: Any = get_command(command_line)
-        for option in commands.commands[self.arguments[0]].params:
+        group: Any = get_command(command_line)
+        commands = {**group.commands, "run": get_command(run_command)}
+        for option in commands[self.arguments[0]].params:
             name = ", ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
             text = (getattr(option, "help", None) or "").replace("`", "``")
-            default = "" if option.default in (None, False, ...) else f" Default: ``{option.default}``."
+            default = "" if option.default in (None, False, "", ...) else f" Default: ``{option.default}``."
             lines.extend(StringList([f"``{name}``", f"    {text}{default}"], "options"))
         container = nodes.container()
         self.state.nested_parse(lines, self.content_offset, container)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-NEEDED = ("filelock", "jinja2", "matplotlib", "pandas", "scipy", "sklearn", "typer")
+NEEDED = ("filelock", "jinja2", "matplotlib", "pandas", "scipy", "sklearn")
 
 
 def main() -> None:
     """Run the command."""
+    if sys.argv[1:2] == ["run"]:  # by itself: it starts other people's scripts, and must start fast
+        from ip_plugin.launcher.command import main as run_script
+
+        run_script(sys.argv[2:])
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(f"ip-plugin: {', '.join(missing)} not installed; run: pip install 'ip-plugin[compare]'")

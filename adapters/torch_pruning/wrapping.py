@@ -30,6 +30,8 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
+from torch_pruning.pruner import BasePruner
+from torch_pruning.utils import count_ops_and_params as host_count
 
 from ip_plugin.core.layer import is_prunable
 from ip_plugin.errors import (
@@ -108,7 +110,7 @@ def pruner(
     asked: Any = cls
     if isinstance(asked, functools.partial) and not asked.args:
         asked, host_arguments = asked.func, {**asked.keywords, **host_arguments}
-    if not (isinstance(asked, type) and issubclass(asked, tp.pruner.BasePruner)):
+    if not (isinstance(asked, type) and issubclass(asked, BasePruner)):
         raise InvalidPrunerError(cls)
     _check_model(model, optimizer)
     arguments = _arguments(asked, model, host_arguments)
@@ -148,7 +150,7 @@ def count_ops_and_params(model: nn.Module, example_inputs: Any, **host_arguments
     (162.0, 18)
     """
     with plain_layers(model):
-        found = tp.utils.count_ops_and_params(model, example_inputs, **host_arguments)
+        found = host_count(model, example_inputs, **host_arguments)
     for by_layer in found[2:]:
         for module in model.modules():
             by_layer.setdefault(module, 0)
@@ -354,13 +356,13 @@ def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, 
             for module in key if isinstance(key, tuple) else (key,):
                 if id(module) not in known:
                     raise ForeignModuleError(name, module)
-    for name, parameter in _parameters(cls).items():
+    for name, parameter in parameters(cls).items():
         if isinstance(parameter.default, dict):
             arguments.setdefault(name, {})
     return arguments
 
 
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
     """Named arguments of a class, those included that it hands on to its base as keyword arguments."""
     found: dict[str, inspect.Parameter] = {}
     for each in cls.__mro__:

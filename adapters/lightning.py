@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelPruning as Host
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ip_plugin import bake
+from ip_plugin.core.convert import bake
 from ip_plugin.adapters import torch_prune
 from ip_plugin.core import torch_masks
 from ip_plugin.core.layer import target

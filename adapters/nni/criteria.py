@@ -14,7 +14,7 @@ from nni.compression.base.setting import PruningSetting
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ip_plugin import prunable
+from ip_plugin.core.convert import prunable
 from ip_plugin.adapters import Criterion, TrainingContext, torch_prune, torch_pruning, with_and_without_variety
 from ip_plugin.adapters.nni.pruners import (
     FPGMPruner,

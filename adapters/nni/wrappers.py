@@ -23,8 +23,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ip_plugin.adapters.shared.batch_norms import following
-from ip_plugin.adapters.shared.channels import outputs_left
 from ip_plugin.adapters.shared.transaction import transaction
+from ip_plugin.core.channels import output_filters
 from ip_plugin.core.layer import Model, Target, add_mask, target
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import ours_in, restore_order
@@ -248,7 +248,8 @@ def _is_of_channels(module: nn.Module, mask: Tensor | None) -> bool:
     """Whether a mask keeps or drops every output channel of a layer whole."""
     if mask is None or not isinstance(module, (_ConvNd, nn.Linear)):
         return False
-    return not bool((outputs_left(module, mask != 0) & outputs_left(module, mask == 0)).any())
+    kept = output_filters(module, mask != 0)
+    return torch.equal(kept.any(1), kept.all(1))
 
 
 def _found(wrapper: Any) -> Iterator[_Found]:
@@ -311,7 +312,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
         module = model.get_submodule(name)
         parametrization = ours_in(target(module).module) if isinstance(module, (_ConvNd, nn.Linear)) else None
         if parametrization is not None and parametrization.mask is not None:
-            channels = outputs_left(module, parametrization.mask)
+            channels = output_filters(module, parametrization.mask).any(1)
             if not bool(channels.all()):
                 left[name] = channels
     for name, channels in left.items():

@@ -18,12 +18,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ip_plugin.core.channels import by_group, input_filters, output_filters
 from ip_plugin.core.layer import Model
 from ip_plugin.core.parametrization import Interspace, held, leave
 from ip_plugin.errors import ChangedOutputError
 from ip_plugin.utils.example_input import run
 
-from ..shared.channels import inputs_left, outputs_left
 from ..shared.transaction import transaction
 from .wrapping import lent, pruner
 
@@ -147,11 +147,11 @@ def _empty(group: Any, graph: Any) -> Tensor:
             unmade[roots[_nonzero(module.bias, module.out_channels)[where]]] = False
         elif isinstance(module, _ROOTS):
             if graph.is_out_channel_pruning_fn(item.dep.handler):
-                made = outputs_left(module, module.weight != 0)
+                made = output_filters(module, module.weight != 0).any(1).cpu()
                 unmade[roots[(made | _nonzero(module.bias, len(made)))[where]]] = False
             else:
                 consumers += 1
-                unused[roots[inputs_left(module, module.weight != 0)[where]]] = False
+                unused[roots[input_filters(module, module.weight != 0).any(1).cpu()[where]]] = False
     return unmade | (unused if consumers else torch.zeros_like(unused))
 
 
@@ -199,8 +199,8 @@ def _arranged(group: Any, graph: Any) -> dict[tuple[nn.Module, str], Tensor]:
         # In each group, first what goes, then what stays, to where these are in the first group.
         order = gone.reshape(module.groups, -1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
         order = torch.empty_like(order).scatter_(1, order[:1].expand_as(order), order)
-        positions = torch.arange(module.weight.numel()).reshape(module.groups, -1, *module.weight.shape[1:])
-        columns = order.reshape(module.groups, 1, -1, *[1] * (module.weight.dim() - 2)).expand_as(positions)
+        positions = by_group(module, torch.arange(module.weight.numel()).reshape(module.weight.shape))
+        columns = order[:, None, :, None].expand_as(positions)
         found[module, "weight"] = positions.gather(2, columns).reshape(module.weight.shape)
     return found
 

@@ -37,19 +37,11 @@ def multiplies(layer: Layer) -> bool:
     return plain and type(layer.module).forward in _FORWARDS
 
 
-def rows(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight, or coefficients of its shape, as ``(groups, out / groups, in / groups, N)``; a view."""
-    if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *kernel)
-        parts = weight.reshape(module.groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-        return parts.transpose(1, 2)
-    groups = module.groups if isinstance(module, _ConvNd) else 1
-    return weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-
-
 def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     """What each output is made of: ``(groups, samples, in / groups, N)``.
 
-    The outputs, as ``(groups, samples, out / groups)``, are ``einsum("gsin,goin->gso", patches, rows(weight))``.
+    The outputs, as ``(groups, samples, out / groups)``, are their products with `by_group` of the weight:
+    ``einsum("gsin,goin->gso", patches, by_group(module, weight))``.
 
     Args:
         module: a linear layer or convolution.

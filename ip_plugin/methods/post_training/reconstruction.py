@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...core.channels import by_group
 from ...core.layer import Layer, Model
 from ...errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
 from ..derivatives import Batches, call, pair, pure, unwrapped
-from .layer_inputs import Moments, multiplies, observe, rows
+from .layer_inputs import Moments, multiplies, observe
 
 #: Numbers in the moments that are held at once, if one layer does not need more.
 _AT_ONCE = 1 << 26
@@ -147,7 +148,7 @@ def _chunks(found: Sequence[Layer]) -> Iterator[list[Layer]]:
     some: list[Layer] = []
     room = _AT_ONCE
     for each in found:
-        groups, _, inputs, n = rows(each.module, each.coefficients).shape
+        groups, _, inputs, n = by_group(each.module, each.coefficients).shape
         size = groups * (inputs * n) ** 2
         if some and size > room:
             yield some
@@ -182,14 +183,14 @@ def _fitted(
     space = mine.interspace
     mask = mine.mask
     assert mask is not None
-    start = rows(module, coefficients).to(second.dtype)
+    start = by_group(module, coefficients).to(second.dtype)
     basis = torch.eye(start.shape[3]) if space is None else space.effective_basis.detach()
-    goal = rows(module, its.composed).to(second.dtype)
-    found = least_squares(second, goal, start, rows(module, mask), basis.to(start), ridge)
+    goal = by_group(module, its.composed).to(second.dtype)
+    found = least_squares(second, goal, start, by_group(module, mask), basis.to(start), ridge)
     value = coefficients.clone(memory_format=torch.contiguous_format)
-    rows(module, value).copy_(torch.where(rows(module, mask), found, start))
+    by_group(module, value).copy_(torch.where(by_group(module, mask), found, start))
     yield coefficients, value
-    kept = rows(module, value.masked_fill(~mask, 0)).to(second.dtype) @ basis.to(start)
+    kept = by_group(module, value.masked_fill(~mask, 0)).to(second.dtype) @ basis.to(start)
     difference = ((goal - kept).flatten(2) @ moments.mean[:, :, None]).flatten()
     for tensor, dense, sign in means:
         yield tensor, dense + sign * difference

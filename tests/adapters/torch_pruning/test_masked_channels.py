@@ -16,7 +16,6 @@ from ip_plugin.errors import ChangedOutputError, ExampleInputError
 
 pytest.importorskip("torch_pruning")
 
-from ip_plugin.adapters.shared.channels import inputs_left, outputs_left
 from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
 pytestmark = pytest.mark.contract
@@ -178,37 +177,6 @@ def test_the_optimizer_goes_on() -> None:
     cut_masked_channels(model, torch.randn(1, 3, 8, 8), optimizer=optimizer)
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
     assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(6, 9, 3), nn.Conv2d(6, 9, 3, groups=3), nn.ConvTranspose2d(6, 9, 3),
-        nn.ConvTranspose2d(6, 9, 3, groups=3), nn.Linear(6, 9), nn.Conv1d(6, 9, 2, groups=3),
-    ],
-)  # fmt: skip
-def test_channels_left_against_the_layers_own_outputs(layer: nn.Module) -> None:
-    """The oracle: a channel is left if it moves an output, or if an output moves with it."""
-    shape = {nn.Linear: (1, 6), nn.Conv1d: (1, 6, 5)}.get(type(layer), (1, 6, 5, 5))
-    dim = 1
-    torch.manual_seed(0)
-    kept = torch.rand(layer.weight.shape) > 0.5
-    for row in range(0, kept.shape[0], 2):
-        kept[row] = False
-    kept[:, 1] = False
-    with torch.no_grad():
-        layer.weight.mul_(kept)
-        base = layer(torch.zeros(shape))
-        moved_outputs = torch.zeros(9, dtype=torch.bool)
-        moving_inputs = torch.zeros(6, dtype=torch.bool)
-        for channel in range(6):
-            x = torch.zeros(shape)
-            x.select(dim, channel).copy_(torch.randn_like(x.select(dim, channel)))
-            changed = (layer(x) != base).movedim(dim, 0).flatten(1).any(1)
-            moved_outputs |= changed
-            moving_inputs[channel] = changed.any()
-    assert torch.equal(outputs_left(layer, kept), moved_outputs)
-    assert torch.equal(inputs_left(layer, kept), moving_inputs)
 
 
 def test_a_depthwise_bias_keeps_a_channel_that_nothing_comes_into() -> None:

@@ -10,18 +10,19 @@ from kinds import KINDS
 from torch import Tensor, nn
 
 from ip_plugin import interspace
+from ip_plugin.core.channels import by_group
 from ip_plugin.core.layer import Layer, layers
 from ip_plugin.methods.post_training import layer_inputs as inputs
-from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches, rows
+from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches
 
 F64 = torch.float64
 
 
 def output(module: Any, x: Tensor) -> Tensor:
-    """By `patches` and `rows`, with the bias, in the module's own shape."""
+    """By `patches` and `by_group`, with the bias, in the module's own shape."""
     y = module(x)
     size = y.shape[2:] if x.dim() > 2 and not isinstance(module, nn.Linear) else ()
-    found = torch.einsum("gsin,goin->sgo", patches(module, x, size), rows(module, module.weight)).flatten(1)
+    found = torch.einsum("gsin,goin->sgo", patches(module, x, size), by_group(module, module.weight)).flatten(1)
     if module.bias is not None:
         found = found + module.bias
     return found.reshape(len(y), *size, -1).movedim(-1, 1) if size else found.reshape(y.shape)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.layer import Layer, inner, layers
-from ..errors import InvalidBatchError, InvalidLossError, NoBatchesError, NothingToPruneError
+from ..errors import BatchError, SelectionError
 
 #: Called with (outputs, targets); returns a tensor of one element.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -26,11 +26,19 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[Layer]]:
-    """The model inside of torch's wrappers, and its prunable layers."""
+    """The model inside of torch's wrappers, and its prunable layers.
+
+    Raises:
+        SelectionError: it has none.
+    """
     model = inner(model)
     found = list(layers(model))
     if not found:
-        raise NothingToPruneError
+        raise SelectionError(
+            "The model must have a convolution or linear layer that can be pruned.",
+            f"none in a {type(model).__name__}",
+            "pass a model that `ip_plugin.prunable(model)` finds something in",
+        )
     return model, found
 
 
@@ -52,9 +60,8 @@ def derive(
     sums: list[Tensor] = []
     with pure(inner):
         leaves, tensors = _leaves(inner, found)
-        for number, batch in enumerate(batches):
-            inputs, targets = pair(batch)
-            value = _checked_loss(loss(call(inner, tensors, inputs), targets))
+        for number, (inputs, targets) in enumerate(pairs(batches)):
+            value = check_loss(loss(call(inner, tensors, inputs), targets))
             derived = derivative(value, leaves)
             del value
             derived = [d.detach().to(sum_dtype(d)) for d in derived]
@@ -63,8 +70,6 @@ def derive(
             else:
                 for total, d in zip(sums, derived, strict=True):
                     total.add_(d)
-    if not sums:
-        raise NoBatchesError
     for wrapper in model.modules():
         if isinstance(wrapper, DistributedDataParallel):
             sums = [total.clone(memory_format=torch.contiguous_format) for total in sums]
@@ -73,12 +78,29 @@ def derive(
     return found, sums
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
-    """The inputs and the targets of a batch."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise InvalidBatchError(f"a {type(batch).__name__}{length}")
-    return batch[0], batch[1]
+def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """The inputs and the targets of every batch.
+
+    Raises:
+        BatchError: there is no batch, or one is not a pair.
+    """
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise BatchError(
+                "Every batch must be a pair (inputs, targets).",
+                f"a {type(batch).__name__}{length}",
+                "pass for example [(images, labels)]; several inputs go into a tuple, named ones into a dict",
+            )
+        empty = False
+        yield batch[0], batch[1]
+    if empty:
+        raise BatchError(
+            "At least one batch must be given, a pair (inputs, targets).",
+            "an empty iterable (a generator that was used up before?)",
+            "pass a list of batches, or a DataLoader",
+        )
 
 
 def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
@@ -88,16 +110,27 @@ def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
     return functional_call(model, tensors, inputs if isinstance(inputs, tuple) else (inputs,))
 
 
-def _checked_loss(value: object) -> Tensor:
+def check_loss(value: object) -> Tensor:
+    """The value of a loss function, which must be differentiable to one finite gradient.
+
+    Raises:
+        BatchError: it is not.
+    """
     if not isinstance(value, Tensor):
-        raise InvalidLossError(f"a {type(value).__name__}")
-    if value.numel() != 1:
-        raise InvalidLossError(f"a tensor of shape {tuple(value.shape)}")
-    if not bool(value.isfinite()):
-        raise InvalidLossError(f"a loss of {value.item()}")
-    if not value.requires_grad:
-        raise InvalidLossError("a loss that does not depend on any prunable tensor")
-    return value
+        problem = f"a {type(value).__name__}"
+    elif value.numel() != 1:
+        problem = f"a tensor of shape {tuple(value.shape)}"
+    elif not bool(value.isfinite()):
+        problem = f"a loss of {value.item()}"
+    elif not value.requires_grad:
+        problem = "a loss that does not depend on any prunable tensor"
+    else:
+        return value
+    raise BatchError(
+        "The loss must be a finite tensor of one element, computed from the model's outputs.",
+        problem,
+        "pass for example torch.nn.functional.cross_entropy, and outputs that are not detached",
+    )
 
 
 def _leaves(model: nn.Module, found: list[Layer]) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -17,11 +17,11 @@ from ..core.gauge import unit_gauge
 from ..core.layer import Layer, layers
 from ..core.masking import adopt_masks
 from ..core.parametrization import Interspace
-from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
+from ..errors import AmountError
 from ..utils.seeds import derived_seed
 from ..utils.topk import keep_largest
-from ..utils.validation import is_fraction
-from .derivatives import unwrapped
+from ..utils.validation import check_fraction
+from .derivatives import check_loss, unwrapped
 from .schedules import due, whole
 from .scores import random
 from .selection import Scope, apply_masks, select
@@ -48,8 +48,7 @@ class _DynamicSparse:
     ) -> None:
         whole(update_every, "update_every", 1)
         whole(end_step, "end_step", 1)
-        if not is_fraction(drop_fraction):
-            raise InvalidScheduleError("drop_fraction", "a number in [0, 1]", drop_fraction)
+        check_fraction(drop_fraction, "drop_fraction")
         self.model, self.optimizer = model, optimizer
         self.update_every, self.end_step, self.drop_fraction = update_every, end_step, drop_fraction
         self.steps = 0
@@ -60,7 +59,7 @@ class _DynamicSparse:
                 self._inner, select(random(self._inner, generator=self.generator), sparsity=sparsity, scope=scope)
             )
         elif all(layer.mask is None for layer in layers(self._inner)):
-            raise InvalidAmountError(
+            raise AmountError(
                 "A model must be sparse to begin with, or `sparsity` must say how sparse it is to be.",
                 "sparsity=None, and no layer of the model has a mask",
                 "pass sparsity=0.9 for example, or prune the model before",
@@ -143,7 +142,8 @@ class SET(_DynamicSparse):
         seed: of the first masks and of what comes.
 
     Raises:
-        InvalidAmountError, InvalidScheduleError
+        AmountError: of `sparsity` or `drop_fraction`; or no sparsity for a model without masks.
+        ArgumentError: of the other arguments.
 
     >>> model = nn.Linear(20, 20)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -193,7 +193,7 @@ class RigL(_DynamicSparse):
             loss: computes the loss of the present batch, without ``backward``.
 
         Raises:
-            InvalidLossError: not one finite number; nothing has moved.
+            BatchError: the loss is not one finite number; nothing has moved.
         """
         if not self._count_step():
             return False
@@ -210,10 +210,7 @@ class RigL(_DynamicSparse):
         """For every sparse layer the size of the gradient of every coefficient in unit gauge, pruned ones included."""
         found = self._sparse()
         with _untouched(self._inner), _lifted(found), torch.enable_grad():
-            value = loss()
-            if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
-                raise InvalidLossError(f"{value!r}")
-            value.backward()
+            check_loss(loss()).backward()
             gradients = [
                 torch.zeros_like(x) if x.grad is None else x.grad for x in (each.coefficients for each in found)
             ]

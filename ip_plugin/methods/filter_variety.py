@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.gauge import Similarity
-from ..errors import InvalidVarietyError
-from ..utils.validation import is_fraction
+from ..errors import ArgumentError, ScoreError
+from ..utils.validation import check_fraction
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def removal_order(scores: Tensor, filters: Tensor, strength: float = 1.0) -> Ten
         int64 ``(filters,)``, a permutation: the number of the filter that goes first, and so on.
 
     Raises:
-        InvalidVarietyError: shapes that do not fit, NaN, a strength outside of [0, 1].
+        ScoreError: shapes that do not fit, or NaN.
+        AmountError: a strength outside of [0, 1].
 
     Memory grows with the square of the number of filters, time too: 2,048 filters take less than a second.
 
@@ -145,21 +146,26 @@ def measure(filters: Tensor) -> Variety | None:
 
 def _check(scores: Tensor, filters: Tensor, strength: float) -> None:
     if scores.ndim != 1 or len(filters) != len(scores) or not len(scores) or filters.ndim < 2:
-        found = f"scores {tuple(scores.shape)}, filters {tuple(filters.shape)}"
-        raise InvalidVarietyError("There must be one score for each filter.", found)
+        raise ScoreError(
+            "There must be one score for each filter.",
+            f"scores {tuple(scores.shape)}, filters {tuple(filters.shape)}",
+            "pass scores (filters,) and kernels (filters, ...)",
+        )
     if bool(scores.isnan().any()) or not bool(filters.isfinite().all()):
-        raise InvalidVarietyError("Scores and filters must be numbers.", "NaN among the scores, or filters not finite")
-    check_strength(strength)
-
-
-def check_strength(strength: float) -> None:
-    """Raise InvalidVarietyError unless it is a number in [0, 1]."""
-    if not is_fraction(strength):
-        raise InvalidVarietyError("A strength must be a number in [0, 1].", f"{strength!r}")
+        raise ScoreError(
+            "Scores and filters must be numbers.",
+            "NaN among the scores, or filters that are not finite",
+            "take a model that has not diverged",
+        )
+    check_fraction(strength, "strength")
 
 
 def check_similarity(similarity: str) -> None:
-    """Raise InvalidVarietyError unless it is one that there is."""
+    """Raise ArgumentError unless `similarity` is known."""
     known = get_args(Similarity)
     if similarity not in known:
-        raise InvalidVarietyError(f"Filters must be compared by {' or '.join(known)}.", f"{similarity!r}")
+        raise ArgumentError(
+            f"Filters must be compared by {' or '.join(known)}.",
+            f"{similarity!r}",
+            f"pass {known[0]!r} or {known[1]!r}",
+        )

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.parametrization import Mask, held
-from ..errors import InvalidScheduleError
-from ..utils.validation import is_fraction
+from ..utils.validation import check_fraction
 from .schedules import Score, pruned_share
-from .scores import magnitude
+from .scores import check_state, magnitude
 from .selection import Scope, apply_masks, select
 
 
@@ -69,10 +68,9 @@ class LotteryTicket:
         """Prune a fraction of what is left by the present scores, then rewind.
 
         Raises:
-            InvalidScheduleError: the fraction is not in [0, 1].
+            AmountError: the fraction is not in [0, 1].
         """
-        if not is_fraction(fraction):
-            raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
+        check_fraction(fraction, "fraction")
         scores = self.score(self.model)
         size = sum(score.numel() for score in scores.values())
         gone = round(pruned_share(scores) * size)
@@ -96,15 +94,11 @@ class LotteryTicket:
         """Rewind to a remembered state of another run.
 
         Raises:
-            InvalidScheduleError: it is one of another model; nothing has changed.
+            CheckpointError: it is one of another model; nothing has changed.
         """
         values: Mapping[str, Tensor] = state_dict["values"]
-        expected = {name: tensor.shape for name, tensor in self._values.items()}
-        found = {name: tensor.shape for name, tensor in values.items()}
-        if expected != found:
-            differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise InvalidScheduleError("state_dict", "the remembered tensors of this model", f"other {differ[:4]}")
-        self._values = {name: values[name].detach().clone() for name in expected}
+        check_state(values, self._values)
+        self._values = {name: values[name].detach().clone() for name in self._values}
         self._optimizer = copy.deepcopy(state_dict["optimizer"])
 
 

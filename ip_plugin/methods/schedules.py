@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..core.layer import Model
-from ..errors import InvalidScheduleError
+from ..errors import AmountError, ArgumentError
 from ..utils.validation import check_fraction, is_count
 from .scores import Scores, magnitude
 from .selection import Scope, apply_masks, select
@@ -42,8 +42,8 @@ def prune(
         The model.
 
     Raises:
-        InvalidScheduleError: fewer than one round.
-        InvalidAmountError, AlreadySparserError: see `select`; the model keeps the rounds that were done.
+        ArgumentError: fewer than one round.
+        AmountError: see `select`; the model keeps the rounds that were done.
 
     >>> from functools import partial
     >>> import torch
@@ -82,7 +82,8 @@ class Gradual:
         scope, min_per_layer: see `select`.
 
     Raises:
-        InvalidAmountError, InvalidScheduleError
+        AmountError: of the sparsities.
+        ArgumentError: of the steps.
 
     >>> model = nn.Linear(10, 10)
     >>> schedule = Gradual(model, sparsity=0.8, end_step=3)
@@ -114,7 +115,9 @@ class Gradual:
         whole(update_every, "update_every", 1)
         whole(end_step, "end_step", begin_step + 1)
         if initial > sparsity:
-            raise InvalidScheduleError("initial", f"at most the final sparsity {sparsity}", initial)
+            raise AmountError(
+                f"`initial` must be at most the final sparsity {sparsity}.", f"{initial!r}", "lower `initial`"
+            )
         self.model, self.score, self.scope, self.min_per_layer = model, score, scope, min_per_layer
         self.sparsity, self.initial = sparsity, initial
         self.begin_step, self.end_step, self.update_every = begin_step, end_step, update_every
@@ -160,6 +163,6 @@ def pruned_share(scores: Scores) -> float:
 
 
 def whole(value: object, name: str, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`."""
+    """Raise ArgumentError if the argument `name` is not a whole number of at least `least`."""
     if not is_count(value, least):
-        raise InvalidScheduleError(name, f"a whole number of at least {least}", value)
+        raise ArgumentError(f"`{name}` must be a whole number of at least {least}.", f"{value!r}", f"change `{name}`")

@@ -36,13 +36,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..core.gauge import unit_gauge
 from ..core.layer import Layer, Target, layers
 from ..core.parametrization import Interspace
-from ..errors import (
-    InvalidOutputsError,
-    InvalidTemperatureError,
-    MovementMismatchError,
-    NonFiniteScoresError,
-    NothingToPruneError,
-)
+from ..errors import ArgumentError, BatchError, CheckpointError, ScoreError, SelectionError, listed
 from ..utils.example_input import run
 from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 
@@ -58,7 +52,7 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
             must not be the one that has initialised the weights: the noise would rank them.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
+        SelectionError: the model has no prunable layer.
 
     >>> [score.shape for score in random(nn.Linear(3, 2), generator=torch.Generator()).values()]
     [torch.Size([2, 3])]
@@ -76,8 +70,8 @@ def magnitude(model: nn.Module) -> Scores:
         model: not changed.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NonFiniteScoresError: NaN or infinity in the model.
+        SelectionError: the model has no prunable layer.
+        ScoreError: NaN or infinity in the model.
     """
     _, found = unwrapped(model)
     return _scores(found, [unit_gauge(each.coefficients.detach(), each.parametrization).abs() for each in found])
@@ -94,8 +88,8 @@ def lamp(model: nn.Module) -> Scores:
         model: not changed.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NonFiniteScoresError: NaN or infinity in the model.
+        SelectionError: the model has no prunable layer.
+        ScoreError: NaN or infinity in the model.
 
     >>> model = nn.Linear(3, 1)
     >>> model.weight.data = torch.tensor([[1.0, -3.0, 2.0]])
@@ -131,10 +125,10 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
         loss: called with (outputs, targets).
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NoBatchesError, InvalidBatchError: there are no batches, or one is no pair.
-        InvalidLossError: the loss is not one finite number, or does not depend on the prunable tensors.
-        NonFiniteScoresError: NaN or infinity among the gradients.
+        SelectionError: the model has no prunable layer.
+        BatchError: there are no batches, or one is no pair; the loss is not one finite number, or does not depend on
+            the prunable tensors.
+        ScoreError: NaN or infinity among the gradients.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.data = torch.tensor([[3.0, -1.0]])
@@ -171,14 +165,22 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
         temperature: what outputs are divided by.
 
     Raises:
-        As `snip`, and InvalidTemperatureError, InvalidOutputsError.
+        As `snip`, and
+        BatchError: the model's output is not one tensor.
+        ArgumentError: the temperature is not a finite number above zero.
     """
     if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
-        raise InvalidTemperatureError(temperature)
+        raise ArgumentError(
+            "`temperature` must be a finite number above zero.", f"{temperature!r}", "leave it out, the default is 200"
+        )
 
     def cooled(outputs: Any, targets: Any) -> Tensor:
         if not isinstance(outputs, Tensor):
-            raise InvalidOutputsError("GraSP", "outputs that can be divided: one tensor", f"a {type(outputs).__name__}")
+            raise BatchError(
+                "The model's output must be one tensor, the logits, which GraSP divides by the temperature.",
+                f"a {type(outputs).__name__}",
+                "wrap the model so that it returns the logits, or use another score",
+            )
         return loss(outputs / temperature, targets)
 
     kept = list(batches)
@@ -224,10 +226,10 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
             that are not floating point (token ids) are used as they are.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        ExampleInputError: the model does not run on the example input.
-        InvalidOutputsError: no output is a floating point tensor that depends on the prunable tensors.
-        NonFiniteScoresError: NaN or infinity in the model, or a flow out of the range of float64.
+        SelectionError: the model has no prunable layer.
+        BatchError: the model does not run on the example input, or no output is a floating point tensor that depends on
+            the prunable tensors.
+        ScoreError: NaN or infinity in the model, or a flow out of the range of float64.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     >>> model[0].weight.data = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
@@ -254,8 +256,11 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
         flow = sum(each.double().sum() for each in _floating(outputs))
         if not isinstance(flow, Tensor) or not flow.requires_grad:
-            rule = "a floating point output that depends on the prunable tensors"
-            raise InvalidOutputsError("SynFlow", rule, f"a {type(outputs).__name__}")
+            raise BatchError(
+                "SynFlow needs a floating point output that depends on the prunable tensors.",
+                f"a {type(outputs).__name__}",
+                "wrap the model so that it returns the logits, or use another score",
+            )
         gradients = torch.autograd.grad(flow, leaves, materialize_grads=True)
     return _scores(found, [(t.detach() * g).abs_() for t, g in zip(leaves, gradients, strict=True)])
 
@@ -335,7 +340,7 @@ class Movement:
         """The sums so far, copies; entries that are pruned by now have the score -inf.
 
         Raises:
-            NonFiniteScoresError: a gradient was NaN or infinite.
+            ScoreError: a gradient was NaN or infinite.
         """
         _, found = unwrapped(self._model)
         return _scores(found, [self._sums[each.name].clone(memory_format=torch.contiguous_format) for each in found])
@@ -348,17 +353,24 @@ class Movement:
         """Go on from a saved state.
 
         Raises:
-            MovementMismatchError: the state of another model; nothing has changed.
+            CheckpointError: the state of another model; nothing has changed.
         """
-        if state_dict.keys() != self._sums.keys():
-            differ = sorted(state_dict.keys() ^ self._sums.keys())
-            raise MovementMismatchError(f"layers that only one of both has: {', '.join(map(repr, differ))}")
-        for name, total in self._sums.items():
-            if state_dict[name].shape != total.shape:
-                shapes = f"shape {tuple(state_dict[name].shape)} instead of {tuple(total.shape)}"
-                raise MovementMismatchError(f"layer {name!r}: {shapes}")
+        check_state(state_dict, self._sums)
         for name, total in self._sums.items():
             total.copy_(state_dict[name])
+
+
+def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless tensors of a saved state have the names and shapes of the present ones."""
+    shapes, others = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (saved, present))
+    if shapes != others:
+        differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+        name = differing[0]
+        raise CheckpointError(
+            "A saved state must have the tensors of this model, in the same shapes.",
+            f"differences in {listed(differing)}; {name!r} has shape {shapes.get(name)} instead of {others.get(name)}",
+            "load the state that was saved for this model",
+        )
 
 
 def ranks(scores: Mapping[Target, Tensor]) -> Scores:
@@ -371,7 +383,9 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
     [tensor([[0., 1., 0.]], dtype=torch.float64)]
     """
     if not scores:
-        raise NothingToPruneError
+        raise SelectionError(
+            "There must be scores to rank.", "an empty mapping", "pass what a score of `ip_plugin.methods` has returned"
+        )
     first = next(iter(scores.values()))
     flat = torch.cat([score.detach().flatten().to(first.device) for score in scores.values()])
     places = torch.unique(flat, return_inverse=True)[1].double().split([score.numel() for score in scores.values()])
@@ -392,7 +406,11 @@ def _scores(found: list[Layer], values: list[Tensor]) -> Scores:
     for layer, value in zip(found, values, strict=True):
         # The sum tells by one pass; it may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
-            raise NonFiniteScoresError(f"layer {layer.name!r}", bad)
+            raise ScoreError(
+                "Scores must be finite.",
+                f"layer {layer.name!r}: {bad} NaN or infinite scores",
+                "score a model that has not diverged, on data and with a loss whose gradients are finite",
+            )
     return {
         layer.target: (value if layer.mask is None else value.masked_fill(~layer.mask, -math.inf)).contiguous()
         for layer, value in zip(found, values, strict=True)

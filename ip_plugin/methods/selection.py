@@ -20,17 +20,7 @@ from torch import Tensor
 
 from ..core.layer import Model, Target, described, layers, target
 from ..core.masking import set_masks, warn_of_thin_layers
-from ..errors import (
-    AlreadySparserError,
-    InvalidAmountError,
-    InvalidFloorError,
-    InvalidPatternError,
-    InvalidScopeError,
-    NonFiniteScoresError,
-    NothingToPruneError,
-    PatternMismatchError,
-    UnknownTargetError,
-)
+from ..errors import AmountError, ArgumentError, ScoreError, SelectionError, listed
 from ..utils.topk import keep_largest
 from ..utils.validation import check_count, check_fraction, is_count
 
@@ -57,7 +47,11 @@ class NofM:
 
     def __post_init__(self) -> None:
         if not is_count(self.n, 1) or not is_count(self.m, self.n) or self.along not in ("kernel", "input"):
-            raise InvalidPatternError(f"{self!r}")
+            raise ArgumentError(
+                'An N:M pattern must keep 1 <= n <= m of every m entries, along "kernel" or "input".',
+                f"{self!r}",
+                "pass for example NofM(2, 4)",
+            )
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape can be divided into groups of `m`."""
@@ -101,11 +95,11 @@ def select(
         that have them, so over the layers too, and always alike.
 
     Raises:
-        NothingToPruneError: no scores.
-        NonFiniteScoresError: scores that are NaN or +inf.
-        InvalidAmountError: no amount, two, or one outside of what there is.
-        AlreadySparserError: more is pruned already than is asked for.
-        InvalidScopeError, InvalidFloorError, InvalidPatternError, PatternMismatchError
+        SelectionError: no scores, or layers that the pattern does not fit.
+        ScoreError: scores that are NaN or +inf.
+        AmountError: no amount, two, or one outside of what there is; more is pruned already than is asked for; or
+            `min_per_layer` is no count, or cannot be held.
+        ArgumentError: of `scope` or `pattern`.
 
     Warns:
         LayerCollapseWarning: layers keep less than a tenth of the share of entries that all layers keep together.
@@ -119,23 +113,38 @@ def select(
     """
     _check(scores)
     if pattern is not None:
-        if not isinstance(pattern, NofM):
-            raise InvalidPatternError(f"{pattern!r}")
         others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
-        if others != {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}:
-            raise InvalidPatternError(f"{pattern} and {others}")
+        alone = others == {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}
+        if not isinstance(pattern, NofM) or not alone:
+            raise ArgumentError(
+                "`pattern` must be a NofM, given without sparsity, count, scope and min_per_layer.",
+                f"{pattern!r} and {others}",
+                'pass pattern=NofM(2, 4, along="input") alone',
+            )
         misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
         if misfits:
-            raise PatternMismatchError(str(pattern), misfits)
+            raise SelectionError(
+                f"The dimension along which {pattern} is to hold must be divisible by m.",
+                f"not so in {listed(misfits)}",
+                "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
+            )
         return {where: pattern.mask(score) for where, score in scores.items()}
     if scope not in ("global", "layer", "erk"):
-        raise InvalidScopeError(scope)
+        raise ArgumentError(
+            '`scope` must be "global", "layer" or "erk".',
+            f"{scope!r}",
+            '"global" puts all layers under one threshold, "layer" gives each the same sparsity',
+        )
     values = [_flat(score) for score in scores.values()]
     sizes = [len(value) for value in values]
     keep = sum(sizes) - pruned(sparsity, count, sum(sizes))
     left = [int((value > -math.inf).sum()) for value in values]
     if keep > sum(left):
-        raise AlreadySparserError(keep, sum(left))
+        raise AmountError(
+            "Entries that are pruned already (score -inf) stay pruned, so no more than the rest can be kept.",
+            f"{keep} entries to keep, {sum(left)} that are not pruned",
+            "ask for a higher sparsity, or score the model without masks",
+        )
     bounds = least(min_per_layer, left, keep)
     if scope == "global":
         device = values[0].device
@@ -168,7 +177,8 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
         The model.
 
     Raises:
-        UnknownTargetError, InvalidMaskError: the model is as it was.
+        SelectionError: a target of another model; the model is as it was.
+        MaskError: a mask of another shape; the model is as it was.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> model = apply_masks(model, {Target(model, "weight"): torch.tensor([[True, False]])})
@@ -178,7 +188,11 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
     for where, mask in masks.items():
         name = names.get(target(*where))
         if name is None:
-            raise UnknownTargetError(where[1], type(where[0]).__name__)
+            raise SelectionError(
+                "Everything in `masks` must be a target of the model, one of `ip_plugin.prunable(model)`.",
+                f"{where[1]!r} of a {type(where[0]).__name__} that is no target of this model",
+                "compute the scores for this model, after it was copied, converted or baked",
+            )
         by_name[name] = mask
     return set_masks(model, by_name)
 
@@ -196,17 +210,18 @@ def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
         One density for each shape; those of all entries together average to `density`.
 
     Raises:
-        NothingToPruneError, InvalidAmountError
+        SelectionError: no shapes.
+        AmountError: the density is not in [0, 1].
 
     >>> erk([(2, 2), (4, 16), (4, 8)], 0.36)
     [1.0, 0.3125, 0.375]
     """
-    listed = [tuple(shape) for shape in shapes]
-    if not listed:
-        raise NothingToPruneError
-    sizes = [math.prod(shape) for shape in listed]
+    shapes = [tuple(shape) for shape in shapes]
+    if not shapes:
+        raise SelectionError("There must be shapes.", "an empty iterable", "pass the shapes of the prunable tensors")
+    sizes = [math.prod(shape) for shape in shapes]
     total = Fraction(check_fraction(density, "density")) * sum(sizes)
-    shares = _shares([sum(shape) for shape in listed], [0] * len(sizes), sizes, total)
+    shares = _shares([sum(shape) for shape in shapes], [0] * len(sizes), sizes, total)
     return [float(share / size) if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
 
 
@@ -252,7 +267,7 @@ def _flat(score: Tensor) -> Tensor:
 def pruned(sparsity: object, count: object, size: int) -> int:
     """How many entries of `size` are to be pruned; raises as `select`."""
     if (sparsity is None) == (count is None):
-        raise InvalidAmountError(
+        raise AmountError(
             "Either `sparsity` or `count` must say how much to prune.",
             f"sparsity={sparsity!r}, count={count!r}",
             f"pass sparsity=, a fraction in [0, 1], or count=, an int between 0 and {size}; not both",
@@ -263,17 +278,29 @@ def pruned(sparsity: object, count: object, size: int) -> int:
 def least(min_per_layer: object, left: Sequence[int], keep: int) -> list[int]:
     """How many entries each layer keeps at least, of those that it has left; raises as `select`."""
     if not is_count(min_per_layer):
-        raise InvalidFloorError(f"{min_per_layer!r}")
+        raise AmountError(
+            "`min_per_layer` must be a whole number of at least 0.", f"{min_per_layer!r}", "pass a count of entries"
+        )
     bounds = [min(int(min_per_layer), n) for n in left]
     if sum(bounds) > keep:
-        raise InvalidFloorError(f"{min_per_layer} for each of {len(left)} layers, {keep} entries kept in all")
+        raise AmountError(
+            "Every layer must be able to keep `min_per_layer` entries within the count that is kept in all.",
+            f"{min_per_layer} for each of {len(left)} layers, {keep} entries kept in all",
+            "lower min_per_layer or the sparsity",
+        )
     return bounds
 
 
 def _check(scores: Mapping[Target, Tensor]) -> None:
     if not any(score.numel() for score in scores.values()):
-        raise NothingToPruneError
+        raise SelectionError(
+            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
+        )
     for where, score in scores.items():
         bad = int((score.isnan() | (score == math.inf)).sum())
         if bad:
-            raise NonFiniteScoresError(described(where, score), bad)
+            raise ScoreError(
+                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
+                f"{described(where, score)}: {bad} NaN or infinite scores",
+                "score a model that has not diverged",
+            )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ...core.convert import Sharing, bake, groups_of, interspace
 from ...core.layer import Layer, Model, by_basis, check_finite, layers
-from ...errors import InvalidScopeError
-from ..derivatives import Batches, pair
+from ...errors import ArgumentError
+from ..derivatives import Batches, pairs
 from ..schedules import Score, prune, whole
 from ..scores import magnitude
 from ..selection import least, pruned
@@ -75,8 +75,8 @@ def prune_fitted(
         The model, in the interspace and masked.
 
     Raises:
-        InvalidScopeError, InvalidScheduleError, NoBatchesError, InvalidBatchError, and as `ip_plugin.interspace` and
-            `select`: the model is as it was.
+        ArgumentError: of `scope` or `rounds`. BatchError: no batches, or one that is no pair. And as
+            `ip_plugin.interspace` and `select`. In all cases the model is as it was.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> model = prune_fitted(model, sparsity=0.8)
@@ -85,7 +85,9 @@ def prune_fitted(
     547
     """
     if scope not in ("global", "layer"):
-        raise InvalidScopeError(scope)
+        raise ArgumentError(
+            '`scope` must be "global" or "layer".', f"{scope!r}", '"global" puts all layers under one threshold'
+        )
     found_layers = list(layers(model))
     sizes = [layer.coefficients.numel() for layer in found_layers]
     least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
@@ -97,7 +99,7 @@ def prune_fitted(
     dense = None
     if batches is not None:
         batches = list(batches)
-        estimates(model, [pair(batch)[0] for batch in batches])  # that it runs on them
+        estimates(model, [inputs for inputs, _ in pairs(batches)])  # that it runs on them
         dense = copy.deepcopy(model)
     found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)

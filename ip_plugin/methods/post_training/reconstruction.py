@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...core.channels import by_group
 from ...core.layer import Layer, Model
-from ...errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
-from ..derivatives import Batches, call, pair, pure, unwrapped
+from ...errors import ArgumentError, SelectionError
+from ..derivatives import Batches, call, pairs, pure, unwrapped
 from .layer_inputs import Moments, multiplies, observe
 
 #: Numbers in the moments that are held at once, if one layer does not need more.
@@ -52,9 +52,9 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
         The model.
 
     Raises:
-        NoBatchesError, InvalidBatchError, NothingToPruneError: the model is as it was.
-        InvalidRidgeError: a ridge that is negative, or no number; the model is as it was.
-        TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
+        BatchError: there are no batches, or one is no pair.
+        SelectionError: there is no layer, or `dense` lacks a layer of the model, or has it in another shape.
+        ArgumentError: a ridge that is negative, or no number. In all cases the model is as it was.
 
     >>> import copy
     >>> from ip_plugin.methods import magnitude, prune
@@ -66,12 +66,12 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
     True
     """
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
-        raise InvalidRidgeError(ridge)
+        raise ArgumentError(
+            "`ridge` must be a finite number of at least 0.", f"{ridge!r}", "leave it out, or pass 0.01"
+        )
     inner, found = unwrapped(model)
     twin, others = unwrapped(dense)
-    inputs = [pair(batch)[0] for batch in batches]
-    if not inputs:
-        raise NoBatchesError
+    inputs = [inputs for inputs, _ in pairs(batches)]
     twins = twins_of(found, others)
     changes: list[tuple[Tensor, Tensor]] = []
     for some in _chunks([each for each in found if each.mask is not None and multiplies(each)]):
@@ -101,21 +101,19 @@ def reestimate_batch_norm(model: Model, batches: Batches) -> Model:
         The model.
 
     Raises:
-        NoBatchesError, InvalidBatchError: the model is as it was.
+        BatchError: there are no batches, or one is no pair; the model is as it was.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
     >>> reestimate_batch_norm(model, [(torch.tensor([[1.0], [3.0]]), None)])[0].running_mean
     tensor([2.])
     """
-    for buffer, value in estimates(model, [pair(batch)[0] for batch in batches]):
+    for buffer, value in estimates(model, [inputs for inputs, _ in pairs(batches)]):
         buffer.copy_(value)
     return model
 
 
 def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
     """Buffers of BatchNorms, and what `reestimate_batch_norm` would write there. The model stays as it is."""
-    if not inputs:
-        raise NoBatchesError
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     with pure(model), torch.no_grad():
@@ -139,7 +137,11 @@ def twins_of(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer
         other = known.get(each.name)
         if other is None or other.coefficients.shape != each.coefficients.shape:
             what = "no such layer" if other is None else f"one of shape {tuple(other.coefficients.shape)}"
-            raise TwinMismatchError(each.name, tuple(each.coefficients.shape), what)
+            raise SelectionError(
+                "The dense network must have every prunable layer of the model, in the same shape.",
+                f"layer {each.name!r} of shape {tuple(each.coefficients.shape)}, and {what} in the dense network",
+                "pass a copy of the model from before it was pruned: copy.deepcopy(model)",
+            )
     return known
 
 

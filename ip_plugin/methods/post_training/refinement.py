@@ -47,10 +47,9 @@ def refine(
         The model.
 
     Raises:
-        NothingToPruneError: there is no layer; the model is as it was.
-        TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
-        NonFiniteWeightError, InvalidBasisError: NaN or infinite values in kernels, or a basis that is not finite or
-            singular; the model is as it was.
+        SelectionError: there is no layer, or `dense` lacks a layer of the model, or has it in another shape.
+        ConversionError: NaN or infinite values in kernels.
+        BasisError: a basis that is not finite, or singular. In all cases the model is as it was.
 
     >>> from ip_plugin import interspace
     >>> from ip_plugin.methods import magnitude, prune

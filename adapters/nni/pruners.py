@@ -37,11 +37,11 @@ from nni.compression.base.config import default_config_schema, select_modules_by
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin.adapters.nni.wrappers import WRAPPER, plain_name, put_back, remember
+from ip_plugin.adapters.nni.wrappers import WRAPPER, check_unwrapped, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.parametrization import Interspace, held, ours, ours_in, parametrizations
-from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
+from ip_plugin.errors import HostError, SelectionError
 
 Entries: TypeAlias = Sequence[dict[str, Any]]
 Masks: TypeAlias = dict[str, dict[str, Tensor]]
@@ -62,8 +62,8 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
         The list itself for a plain model, else a new one. A list that this function has returned stays as it is.
 
     Raises:
-        NoModuleMatchedError: an entry selects no module.
-        UnadoptedMaskError: a module that is selected is pruned by `torch.nn.utils.prune`.
+        SelectionError: an entry selects no module.
+        HostError: a module that is selected is pruned by `torch.nn.utils.prune`.
         SchemaError, AssertionError: NNI's own, for keys or module types that it does not know.
 
     >>> from ip_plugin import interspace
@@ -124,19 +124,28 @@ def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) ->
     In NNI's own order (that of a set): what it prunes of a group depends on it.
     """
     view = _AsPlain(model, entry.get("op_names") or ())
+    missing = "of the model"
     try:
         chosen, settings, _ = select_modules_by_config(view, entry)
+        if chosen or "exclude" in given:
+            return list(chosen), settings
     except KeyError as unknown:
-        raise NoModuleMatchedError(given, f"no module {unknown.args[0]!r}") from None
-    if not chosen and "exclude" not in given:
-        raise NoModuleMatchedError(given, "no module of the model")
-    return list(chosen), settings
+        missing = repr(unknown.args[0])
+    raise SelectionError(
+        "Every entry of the config list must select a module of the model.",
+        f"no module {missing} for {given!r}",
+        "use names and class names of the plain model's `named_modules()`, or remove the entry",
+    )
 
 
 def _check_masks(name: str, module: nn.Module) -> None:
     chains = parametrizations(module).values() if nn.utils.parametrize.is_parametrized(module) else ()
     if any(torch_masks.pruned_names(each) for each in (module, *chains)):
-        raise UnadoptedMaskError(name)
+        raise HostError(
+            "Masks of torch.nn.utils.prune must be taken over before NNI prunes, or NNI does not train what they mask.",
+            f"module {name!r}: pruned by torch.nn.utils.prune",
+            "call ip_plugin.adopt_masks(model) first (for biases: torch.nn.utils.prune.remove)",
+        )
 
 
 def _place(name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
@@ -242,9 +251,7 @@ class _Configured(_InEitherSpace):
     """A pruner that takes a model and a config list."""
 
     def __init__(self, model: nn.Module, config_list: Entries, *args: Any, **kwargs: Any) -> None:
-        wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
-        if wrapped:
-            raise AlreadyWrappedError(wrapped)
+        check_unwrapped(model)
         entries = _translated(model, config_list)
         try:
             super().__init__(model, entries, *args, **kwargs)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ip_plugin.core.gauge import Similarity, compared
 from ip_plugin.core.parametrization import ours_in
-from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
+from ip_plugin.errors import HostError
+from ip_plugin.methods.filter_variety import check_similarity, varied
+from ip_plugin.utils.validation import check_fraction
 
 P = TypeVar("P", bound=type)
 
@@ -30,7 +31,9 @@ def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coe
         A subclass, used as the pruner is.
 
     Raises:
-        InvalidVarietyError: the pruner ranks single entries (when masks are made); the strength or similarity is none.
+        AmountError: the strength is not in [0, 1].
+        ArgumentError: an unknown similarity.
+        HostError: when masks are made: the pruner ranks single entries.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.nni import L1NormPruner
@@ -40,7 +43,7 @@ def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coe
     >>> int(masks["0"]["bias"].sum())
     4
     """
-    check_strength(strength)
+    check_fraction(strength, "strength")
     check_similarity(similarity)
     content = {"variety": strength, "similarity": similarity, "__module__": __name__}
     made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), content)
@@ -62,8 +65,11 @@ class _Varied:
             for target, metric in of_targets.items():
                 space = self._target_spaces[module][target]
                 if space.target is None or metric.numel() != metric.shape[0] or metric.shape[0] != space.shape[0]:
-                    found = f"a metric of shape {tuple(metric.shape)} for {target!r} of {module!r}"
-                    raise InvalidVarietyError("Variety is for pruners that rank channels.", found)
+                    raise HostError(
+                        "Variety is for pruners that rank channels.",
+                        f"a metric of shape {tuple(metric.shape)} for {target!r} of {module!r}",
+                        "use it with L1NormPruner, L2NormPruner, FPGMPruner, TaylorPruner or SlimPruner",
+                    )
                 where = (module, target)
                 groups.setdefault(space.dependency_group_id or where, []).append(where)
         for members in groups.values():

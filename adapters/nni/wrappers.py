@@ -7,6 +7,7 @@ values, `finish` does the whole.
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,14 +29,7 @@ from ip_plugin.core.channels import output_filters
 from ip_plugin.core.layer import Model, Target, add_mask, target
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import ours_in, restore_order
-from ip_plugin.errors import (
-    AlreadyParametrizedError,
-    AlreadyWrappedError,
-    InvalidMaskError,
-    NotAPrunerError,
-    OptimizerMismatchError,
-    UnknownLayerError,
-)
+from ip_plugin.errors import ConversionError, HostError, MaskError, OptimizerError, SelectionError, listed
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
@@ -95,6 +89,17 @@ class _Found(NamedTuple):
         return plain_name(self.wrapper.name, self.tensor_name, self.wrapper.module)
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise HostError if another pruner of NNI still holds the model."""
+    wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
+    if wrapped:
+        raise HostError(
+            "Only one pruner of NNI at a time can hold a model.",
+            f"wrapped already: {listed(wrapped)}",
+            "call finish(pruner) of ip_plugin.adapters.nni first, or build the new pruner with from_compressor",
+        )
+
+
 def plain_name(module_name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
     """Where a tensor is on the plain model: ``("0.parametrizations.weight", "original")`` is ``("0", "weight")``."""
     if ours_in(module) is None or tensor_name != "original":
@@ -125,9 +130,9 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
         The model that the pruner was made for.
 
     Raises:
-        NotAPrunerError: not a pruner, or one that was finished before.
-        OptimizerMismatchError: the optimizer trains none of the pruner's tensors.
-        AlreadyParametrizedError: NNI has pruned below someone else's parametrization.
+        HostError: not a pruner, or one that was finished before.
+        OptimizerError: the optimizer trains none of the pruner's tensors.
+        ConversionError: NNI has pruned below someone else's parametrization.
             In all cases nothing has changed.
 
     Warns:
@@ -143,16 +148,23 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     >>> masks(model)["0"].flatten(1).any(1).sum(), (model[1].bias == 0).sum()
     (tensor(6), tensor(8))
     """
-    if not isinstance(pruner, Compressor):
-        raise NotAPrunerError(f"a {type(pruner).__name__}")
-    if vars(pruner).get("finished"):
-        raise NotAPrunerError(f"a {type(pruner).__name__} that was finished before")
+    finished = isinstance(pruner, Compressor) and vars(pruner).get("finished")
+    if finished or not isinstance(pruner, Compressor):
+        raise HostError(
+            "`finish` takes a pruner of NNI that still holds its model.",
+            f"a {type(pruner).__name__}{' that was finished before' if finished else ''}",
+            "pass the pruner itself, once",
+        )
     model: nn.Module = pruner.bound_model
     wrappers = list(pruner._module_wrappers.values())
     found = [each for wrapper in wrappers for each in _found(wrapper)]
     for each in found:
         if isinstance(each.wrapper.module, ParametrizationList) and ours_in(each.wrapper.module) is None:
-            raise AlreadyParametrizedError(each.wrapper.name, "another package")
+            raise ConversionError(
+                "The weight of a layer must not be parametrized by someone else.",
+                f"layer {each.wrapper.name!r}: parametrized by another package",
+                "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before NNI prunes",
+            )
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
 
@@ -204,9 +216,10 @@ def speedup(
         The model: it computes what it computed with the masks.
 
     Raises:
-        AlreadyWrappedError: NNI's wrappers are on the model.
-        UnknownLayerError, InvalidMaskError: masks of another model.
-        ExampleInputError, ChangedOutputError: see `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        HostError: NNI's wrappers are on the model, or the model's outputs would change, see
+            `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        SelectionError, MaskError: masks of another model.
+        BatchError: the model does not run on the example input.
             In all cases nothing has changed.
 
     >>> from ip_plugin import interspace
@@ -219,22 +232,29 @@ def speedup(
     """
     from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
-    wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
-    if wrapped:
-        raise AlreadyWrappedError(wrapped)
+    check_unwrapped(model)
     modules = dict(model.named_modules())
     found: list[tuple[Target, Tensor]] = []
     for name, by_tensor in masks.items():
         if name not in modules:
-            raise UnknownLayerError(name, modules, argument="masks")
+            close = difflib.get_close_matches(name, modules, cutoff=0.4)
+            raise SelectionError(
+                "Every name in `masks` must be the name of a module of the model.",
+                f"no module {name!r}",
+                f"use names from `model.named_modules()`; the closest are {listed(close)}",
+            )
         for tensor_name, mask in by_tensor.items():
             if mask is None or tensor_name.startswith((INPUT_PREFIX, OUTPUT_PREFIX)):
                 continue  # NNI names biases that are not there
             where = target(modules[name], tensor_name)
             values = getattr(*where, None)
             if not isinstance(values, Tensor) or mask.shape != values.shape:
-                shape = values.shape if isinstance(values, Tensor) else ()
-                raise InvalidMaskError(f"{name}.{tensor_name}", f"shape {tuple(mask.shape)}", shape)
+                expected = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else "a tensor of that name"
+                raise MaskError(
+                    f"The mask of '{name}.{tensor_name}' must be for a tensor of the model: {expected}.",
+                    f"shape {tuple(mask.shape)}",
+                    "pass the masks that `compress()` has returned for this model",
+                )
             found.append((where, mask.detach() != 0))
     with transaction(list(model.modules()), optimizer):
         for where, kept in found:
@@ -271,7 +291,11 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: li
     for wrapper in wrappers:
         known |= {id(p) for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())}
     if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-        raise OptimizerMismatchError(f"a {type(optimizer).__name__} with other parameters only")
+        raise OptimizerError(
+            "The optimizer must train parameters of the model.",
+            f"a {type(optimizer).__name__} with other parameters only",
+            "pass the optimizer that was built from this model's parameters",
+        )
 
 
 def _unwrap(pruner: Any, wrappers: list[Any]) -> None:

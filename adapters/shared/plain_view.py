@@ -23,7 +23,7 @@ from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
 from ip_plugin.core.layer import Target, add_mask
 from ip_plugin.core.parametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
-from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
+from ip_plugin.errors import ConversionError, HostError
 
 Rows: TypeAlias = "slice | types.EllipsisType"
 _COMPARED_AT_ONCE = 1 << 18
@@ -56,7 +56,7 @@ class PlainView:
             again: `loans` of an earlier time, which need not be looked for if the model has them still.
 
         Raises:
-            AlreadyParametrizedError: someone else's parametrization sits beside or on top of ours.
+            ConversionError: someone else's parametrization sits beside or on top of ours.
         """
         if self.depth == 0:
             self._lend(modules, again)
@@ -74,7 +74,11 @@ class PlainView:
                     _give_back(module, loans)
                 self.loans, self.shown = {}, False
         if strays:
-            raise UnfollowedCutError(strays[0].layer)
+            raise HostError(
+                "Only groups of a pruner made by ip_plugin.adapters.torch_pruning.pruner may replace Parameters.",
+                f"the parameter of {strays[0].layer!r} was replaced by something else",
+                "remove channels with such a pruner",
+            )
 
     def _lend(self, modules: Collection[nn.Module] | None, again: Collection[Loan] | None) -> None:
         if again is None or not all(loan.is_held() for loan in again):
@@ -270,7 +274,13 @@ def _refuse_foreign(each: Held) -> None:
     for tensor_name, chain in parametrizations(each.module).items():
         others = [parametrization for parametrization in chain if not isinstance(parametrization, Mask)]
         if others:
-            raise AlreadyParametrizedError.beside_ours(each.layer, others, tensor_name)
+            raise ConversionError(
+                "The weight of a layer must not be parametrized by someone else.",
+                f"layer {each.layer!r}: {tensor_name} parametrized by {', '.join(type(p).__name__ for p in others)}, "
+                "besides that of ip_plugin",
+                "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
+                "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
+            )
 
 
 def _make_plain(module: nn.Module, loans: list[Loan]) -> None:

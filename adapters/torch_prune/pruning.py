@@ -36,14 +36,7 @@ from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.layer import Target, combined, described, mask_of, mask_target, target
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import Interspace, held, leave, ours, ours_in, restore_order
-from ip_plugin.errors import (
-    DuplicateTargetError,
-    InvalidAmountError,
-    InvalidMaskError,
-    InvalidScoresError,
-    NothingToPruneError,
-    NotPrunedError,
-)
+from ip_plugin.errors import AmountError, MaskError, ScoreError, SelectionError
 from ip_plugin.utils.validation import is_count, is_fraction
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,16 +93,25 @@ def _scores(where: Target, given: Tensor | None) -> Tensor:
     """What the host ranks by: the scores given, or the masked tensor in unit gauge; contiguous."""
     tensor: Tensor = getattr(*where).detach()
     if given is not None:
-        if given.shape != tensor.shape:
-            raise InvalidScoresError(where.tensor_name, tensor.shape, given.shape)
+        check_scores(given, tensor, where.tensor_name)
         return given.contiguous()
     return unit_gauge(tensor, ours_in(where.module)).contiguous()
+
+
+def check_scores(scores: Tensor, tensor: Tensor, name: str) -> None:
+    """Raise ScoreError unless scores have the shape of the tensor that they are for."""
+    if scores.shape != tensor.shape:
+        raise ScoreError(
+            f"Importance scores must have the shape of the tensor that they are for: {name!r}, {tuple(tensor.shape)}.",
+            f"shape {tuple(scores.shape)}",
+            "compute one score for each entry of the tensor that is pruned",
+        )
 
 
 def _check_amount(amount: object, available: int) -> None:
     fits = amount <= available if is_count(amount) else not isinstance(amount, int) and is_fraction(amount)
     if not fits:  # 1 is one entry, 1.0 is all
-        raise InvalidAmountError(
+        raise AmountError(
             f"An amount must be a fraction in [0, 1] or a count of at most {available}.",
             f"{amount!r} ({type(amount).__name__})",
             f"pass a float between 0.0 and 1.0, or an int between 0 and {available}",
@@ -153,7 +155,7 @@ class BasePruningMethod(host.BasePruningMethod):
         """Prune a tensor; see the host's documentation of ``BasePruningMethod.apply``.
 
         Raises:
-            InvalidAmountError, InvalidMaskError, InvalidScoresError: nothing has changed.
+            AmountError, MaskError, ScoreError: nothing has changed.
         """
         where = target(module, name)
         with _lent(where):
@@ -197,7 +199,11 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
         tensor = getattr(*target(module, name))
         if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
             found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise InvalidMaskError(name, found, tensor.shape)
+            raise MaskError(
+                f"The mask of tensor {name!r} must be a tensor of shape {tuple(tensor.shape)}.",
+                found,
+                "make it like the tensor that is pruned; 1 keeps an entry",
+            )
         method: host.BasePruningMethod = super().apply(module, name, mask)  # type: ignore[no-untyped-call]
         return method
 
@@ -282,7 +288,8 @@ def global_unstructured(
         **kwargs: arguments of the method, such as ``amount`` (a fraction, or a count of entries in all).
 
     Raises:
-        NothingToPruneError, DuplicateTargetError, InvalidAmountError, InvalidScoresError: nothing has changed.
+        SelectionError: no pair, or one tensor twice; nothing has changed.
+        AmountError, ScoreError: nothing has changed.
         TypeError: the method is not unstructured.
 
     Warns:
@@ -292,13 +299,21 @@ def global_unstructured(
         raise TypeError("global_unstructured(): importance_scores must be of type dict")
     pairs = list(parameters)
     if not pairs:
-        raise NothingToPruneError
+        raise SelectionError(
+            "At least one (module, tensor name) pair must be given.",
+            "an empty iterable (a generator that was used up before?)",
+            "pass ip_plugin.prunable(model), or a list of pairs",
+        )
     given = {target(*pair): scores for pair, scores in (importance_scores or {}).items()}
     targets: dict[Target, None] = {}
     for module, name in pairs:
         where = target(module, name)
         if where in targets:
-            raise DuplicateTargetError(name, type(module).__name__)
+            raise SelectionError(
+                "Every tensor may be given once, or the count of zeros would not be the count asked for.",
+                f"tensor {name!r} of a {type(module).__name__} is given twice",
+                "remove the duplicate; (conv, 'weight') and its coefficients are one tensor",
+            )
         targets[where] = None
     with ExitStack() as stack:
         for where in targets:
@@ -320,14 +335,18 @@ def remove(module: M, name: str) -> M:
     A convolution in the interspace stays there; the zeros are in its coefficients.
 
     Raises:
-        NotPrunedError: the tensor has no mask.
+        MaskError: the tensor has no mask.
     """
     where = target(module, name)
     parametrization = ours_in(where.module)
     theirs = torch_masks.take_off(*where)
     kept = combined(None if parametrization is None else parametrization.mask, theirs)
     if kept is None:
-        raise NotPrunedError(name, type(module).__name__)
+        raise MaskError(
+            f"Tensor {name!r} must be pruned before its pruning can be made permanent.",
+            f"a {type(module).__name__} without a mask on {name!r}",
+            "call a pruning function first; ip_plugin.masks(model) lists what is pruned",
+        )
     parameter: Tensor = getattr(*where)
     parameter.mul_(kept)
     if parametrization is not None:

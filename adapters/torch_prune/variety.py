@@ -25,7 +25,7 @@ from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import Similarity, compared, unit_gauge
 from ip_plugin.core.layer import Target, mask_of, target
 from ip_plugin.core.parametrization import ours_in
-from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
+from ip_plugin.errors import ArgumentError, ScoreError
 from ip_plugin.methods.filter_variety import check_similarity, removal_order
 
 from . import pruning
@@ -59,8 +59,9 @@ def ln_structured(
         The module.
 
     Raises:
-        InvalidVarietyError: another `dim`, strength or similarity, or a tensor of fewer than two dimensions.
-        InvalidAmountError, InvalidScoresError: as the host's; nothing has changed.
+        ArgumentError: another `dim` or similarity, or a tensor of fewer than two dimensions.
+        AmountError: of `amount` or `strength`.
+        ScoreError: scores of another shape, or NaN among them. In all cases nothing has changed.
 
     >>> layer = nn.Linear(2, 3, bias=False)
     >>> layer.weight.data = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 0.3]])  # two alike, and a small rare one
@@ -73,10 +74,9 @@ def ln_structured(
     values = torch_masks.parameter(*where).detach()
     if importance_scores is None:
         scores = unit_gauge(_masked(values, mask_of(where)), ours_in(where.module))
-    elif importance_scores.shape == values.shape:
-        scores = importance_scores.detach()
     else:
-        raise InvalidScoresError(name, values.shape, importance_scores.shape)
+        pruning.check_scores(importance_scores, values, name)
+        scores = importance_scores.detach()
     norms = host._compute_norm(scores.contiguous(), n, dim)
     varied = varied_scores(module, name, norms, dim, strength=strength, similarity=similarity)
     return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
@@ -120,14 +120,17 @@ def varied_scores(
         Of the tensor's shape: 2, 3, ... for the slices in the order in which they go, 1 for those that are pruned.
 
     Raises:
-        InvalidVarietyError: as `ln_structured`, and scores that are not one for each slice.
+        As `ln_structured`, and ScoreError: not one score for each slice.
     """
     where = _checked(module, name, dim)
     check_similarity(similarity)
     tensor, mask = torch_masks.parameter(*where).detach(), mask_of(where)
     if scores.shape != tensor.shape[dim : dim + 1]:
-        found = f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}"
-        raise InvalidVarietyError("There must be one score for each slice.", found)
+        raise ScoreError(
+            "There must be one score for each slice.",
+            f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}",
+            "pass a vector of scores",
+        )
     values = compared(_masked(tensor, mask), ours_in(where.module), similarity)
     left = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
     places = torch.ones(len(scores), device=tensor.device)
@@ -141,8 +144,11 @@ def _checked(module: nn.Module, name: str, dim: int) -> Target:
     where = target(module, name)
     shape = torch_masks.parameter(*where).shape
     if dim not in (0, 1) or len(shape) < 2:
-        rule = "Slices that are compared must be those along dimension 0 or 1 of a tensor of at least two."
-        raise InvalidVarietyError(rule, f"dim {dim!r} of {name!r}, shape {tuple(shape)}")
+        raise ArgumentError(
+            "Slices that are compared must be those along dimension 0 or 1 of a tensor with at least two dimensions.",
+            f"dim {dim!r} of {name!r}, shape {tuple(shape)}",
+            "pass dim=0 for output channels or dim=1 for input channels",
+        )
     return where
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ip_plugin.core.channels import by_group, input_filters, output_filters
 from ip_plugin.core.layer import Model
 from ip_plugin.core.parametrization import Interspace, held, leave
-from ip_plugin.errors import ChangedOutputError
+from ip_plugin.errors import BatchError, HostError
 from ip_plugin.utils.example_input import run
 
 from ..shared.transaction import transaction
@@ -46,9 +46,9 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
         The model.
 
     Raises:
-        ExampleInputError: the model does not run on the example inputs.
-        ChangedOutputError: the outputs for the example inputs would change (an activation does not take 0 to 0, for
-            example), or are NaN; the model is as it was.
+        BatchError: the model does not run on the example inputs, or its outputs are NaN.
+        HostError: the outputs for the example inputs would change (an activation does not take 0 to 0, for example).
+            In both cases the model is as it was.
 
     Warns:
         UserWarning: channels stay because of a grouped convolution.
@@ -63,7 +63,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
     before = _outputs(model, example_inputs)
     nans = sum(int(each.isnan().sum()) for each in before)
     if nans:
-        raise ChangedOutputError(
+        raise BatchError(
             "The model's outputs for the example inputs must be numbers, or no change of them can be seen.",
             f"{nans} NaN values in the outputs before anything was cut",
             "pass other example inputs, or a model that has not diverged",
@@ -122,7 +122,7 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> None:
             change = torch.where(first == second, 0, first - second)  # also where both are infinite
             moved = float(change.norm() / first[first.isfinite()].norm().clamp_min(1e-30))
         if not moved <= _TOLERANCE.get(first.dtype, 1e-2):
-            raise ChangedOutputError(
+            raise HostError(
                 "A channel that masks have left empty must contribute nothing to the model's outputs.",
                 f"the outputs for the example inputs would change by {moved:.2g} of their size",
                 "an activation that does not take 0 to 0 may be the reason; prune with the channels cut, "

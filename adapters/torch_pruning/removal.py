@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ip_plugin.core.parametrization import Interspace
-from ip_plugin.errors import UnfollowedCutError
+from ip_plugin.errors import HostError
 
 from ..shared.plain_view import Loan, PlainView
 
@@ -50,7 +50,7 @@ def follow(
             host is shown them, which then is their order. Others are in the order that they have.
 
     Raises:
-        UnfollowedCutError: the host did more to a Parameter than to select from it. The caller undoes everything.
+        HostError: the host did more to a Parameter than to select from it. The caller undoes everything.
     """
     slots = {
         Slot(module, name): parameter
@@ -110,7 +110,11 @@ def _read(new: Tensor, old: Tensor, slot: Slot) -> Tensor:
     if inside:
         selected[positions.flatten()] = True
     if not inside or int(selected.sum()) != positions.numel():
-        raise UnfollowedCutError(f"{type(slot.module).__name__}.{slot.name}")
+        raise HostError(
+            "Channels must be removed by selecting entries of Parameters, so that masks and optimizer state follow.",
+            f"the parameter of '{type(slot.module).__name__}.{slot.name}' was replaced by something else",
+            "let a customized pruning function index the Parameter",
+        )
     return positions
 
 

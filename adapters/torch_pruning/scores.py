@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ip_plugin.core.layer import layers
-from ip_plugin.errors import InvalidScoresError
+from ip_plugin.errors import ScoreError
 from ip_plugin.methods import Scores
 
 from .variety import made_by
@@ -51,5 +51,9 @@ class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
             return None
         weight: Any = module.weight
         if scores.shape != weight.shape:
-            raise InvalidScoresError("weight", weight.shape, scores.shape)
+            raise ScoreError(
+                f"Scores must have the shape of the weight that they are for, {tuple(weight.shape)}.",
+                f"shape {tuple(scores.shape)}",
+                "score the model again after each step of the pruner",
+            )
         return scores.masked_fill(scores == -math.inf, 0)

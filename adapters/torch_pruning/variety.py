@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ip_plugin.core.channels import output_filters
 from ip_plugin.core.gauge import Similarity
-from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
+from ip_plugin.methods.filter_variety import check_similarity, varied
+from ip_plugin.utils.validation import check_fraction
 
 from ..shared.plain_view import kernels
 
@@ -28,7 +29,8 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
 
     Raises:
-        InvalidVarietyError: the strength is none, or the similarity.
+        AmountError: the strength is not in [0, 1].
+        ArgumentError: an unknown similarity.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.torch_pruning import pruner
@@ -47,7 +49,7 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         strength: float = 1.0,
         similarity: Similarity = "coefficients",
     ) -> None:
-        check_strength(strength)
+        check_fraction(strength, "strength")
         check_similarity(similarity)
         self.importance, self.strength, self.similarity = importance, strength, similarity
 

@@ -32,18 +32,9 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from ip_plugin.core.layer import is_prunable
-from ip_plugin.errors import (
-    AlreadyParametrizedError,
-    CompiledModelError,
-    ExampleInputError,
-    ForeignModuleError,
-    InterspaceError,
-    InvalidPrunerError,
-    InvalidRatioError,
-    OptimizerMismatchError,
-)
+from ip_plugin.errors import ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
 from ip_plugin.utils.example_input import run
-from ip_plugin.utils.validation import is_fraction
+from ip_plugin.utils.validation import check_fraction
 
 from ..shared.plain_view import Loan, PlainView, plain_layers
 from ..shared.transaction import transaction
@@ -84,13 +75,12 @@ def pruner(
         An instance of (a subclass of) `cls`.
 
     Raises:
-        InvalidPrunerError: `cls` is no pruner of Torch-Pruning.
-        InvalidRatioError: a ratio is not in [0, 1].
-        ForeignModuleError: an argument names a module that the model does not have.
-        ExampleInputError: the model does not run on the example inputs.
-        CompiledModelError: the model is compiled or scripted.
-        AlreadyParametrizedError: the weight of a layer is parametrized by someone else.
-        OptimizerMismatchError: the optimizer trains nothing of the model.
+        HostError: `cls` is no pruner of Torch-Pruning.
+        AmountError: a ratio is not in [0, 1].
+        SelectionError: an argument names a module that the model does not have.
+        BatchError: the model does not run on the example inputs.
+        ConversionError: the model is compiled or scripted, or the weight of a layer is parametrized by someone else.
+        OptimizerError: the optimizer trains nothing of the model.
 
     Note:
         Frozen Parameters stay frozen; the host makes every Parameter that it cuts trainable.
@@ -109,7 +99,11 @@ def pruner(
     if isinstance(asked, functools.partial) and not asked.args:
         asked, host_arguments = asked.func, {**asked.keywords, **host_arguments}
     if not (isinstance(asked, type) and issubclass(asked, tp.pruner.BasePruner)):
-        raise InvalidPrunerError(cls)
+        raise HostError(
+            "A pruner class of torch_pruning (or a subclass, or a partial of one with named arguments) must be given.",
+            f"{cls!r}",
+            "pass for example tp.pruner.BasePruner, and its arguments by name",
+        )
     _check_model(model, optimizer)
     arguments = _arguments(asked, model, host_arguments)
     subclass = _subclass(asked)
@@ -130,7 +124,7 @@ def pruner(
         if arguments.get("forward_fn") is None:  # if the model does not run on the example inputs, say that instead
             try:
                 run(model, tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
-            except ExampleInputError as reason:
+            except InterspaceError as reason:
                 raise reason from error
         raise
     return found
@@ -320,14 +314,26 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
     for name, module in model.named_modules():
         compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
         if compiled or isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
-            raise CompiledModelError(name, type(module).__name__)
+            raise ConversionError(
+                "A model whose channels are removed must not be compiled: the graph holds the parameters as they were.",
+                f"module {name!r} is compiled, a {type(module).__name__}",
+                "prune first and compile then, or pass the model that was compiled (`compiled._orig_mod`)",
+            )
         prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or is_prunable(module)
         if not prunable and parametrize.is_parametrized(module, "weight"):
-            raise AlreadyParametrizedError(name, "another package")
+            raise ConversionError(
+                "The weight of a layer must not be parametrized by someone else.",
+                f"layer {name!r}: weight parametrized by another package",
+                "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first",
+            )
     if optimizer is not None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in model.parameters()):
-            raise OptimizerMismatchError("none of the model's parameters is in its parameter groups")
+            raise OptimizerError(
+                "The optimizer must train parameters of the model.",
+                "none of the model's parameters is in its parameter groups",
+                "pass the optimizer that was built from this model's parameters",
+            )
 
 
 def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -344,16 +350,20 @@ def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, 
         arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"].items())
     for name in _RATIOS:
         if arguments.get(name) is not None:
-            _check_ratio(name, arguments[name])
+            check_fraction(arguments[name], name)
     for name in _RATIO_DICTS:
         for ratio in (arguments.get(name) or {}).values():
-            _check_ratio(name, ratio)
+            check_fraction(ratio, name)
     known = {id(each) for each in (*model.modules(), *model.parameters())}
     for name in _MODULES:
         for key in arguments.get(name) or ():
             for module in key if isinstance(key, tuple) else (key,):
                 if id(module) not in known:
-                    raise ForeignModuleError(name, module)
+                    raise SelectionError(
+                        f"Everything in `{name}` must be a module of the model.",
+                        f"{module!r}, which is not in `model.modules()`",
+                        "take modules from the model that is passed, after every copy of it has been made",
+                    )
     for name, parameter in _parameters(cls).items():
         if isinstance(parameter.default, dict):
             arguments.setdefault(name, {})
@@ -370,8 +380,3 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
             if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
                 break
     return found
-
-
-def _check_ratio(name: str, ratio: object) -> None:
-    if not is_fraction(ratio):
-        raise InvalidRatioError(name, ratio)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, set_masks
-from ip_plugin.errors import InvalidVarietyError
+from ip_plugin.errors import AmountError, ArgumentError
 from ip_plugin.methods.filter_variety import removal_order
 
 pytest.importorskip("torch_pruning")
@@ -218,7 +218,7 @@ def test_grouped_transposed_filters() -> None:
 
 
 def test_a_strength_that_is_none_is_refused_at_once() -> None:
-    with pytest.raises(InvalidVarietyError, match="'much'"):
+    with pytest.raises(AmountError, match="'much'"):
         VariedImportance(tp.importance.RandomImportance(), "much")  # type: ignore[arg-type]
-    with pytest.raises(InvalidVarietyError, match="coefficients or weights"):
+    with pytest.raises(ArgumentError, match="coefficients or weights"):
         VariedImportance(tp.importance.RandomImportance(), similarity="both")  # type: ignore[arg-type]

@@ -19,14 +19,12 @@ from torch.nn.utils import parametrizations, prune
 from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report, set_masks
 from ip_plugin.core.layer import Target, layers, mask_target
 from ip_plugin.errors import (
-    AlreadyParametrizedError,
-    CompiledModelError,
-    ExampleInputError,
-    ForeignModuleError,
-    InvalidPrunerError,
-    InvalidRatioError,
-    OptimizerMismatchError,
-    UnfollowedCutError,
+    AmountError,
+    BatchError,
+    ConversionError,
+    HostError,
+    OptimizerError,
+    SelectionError,
 )
 
 tp = pytest.importorskip("torch_pruning")
@@ -853,7 +851,7 @@ def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
         customized_pruners={Marked: Failing()},
     )  # fmt: skip
     before, state = state_of(model), copy.deepcopy(optimizer.state_dict())
-    error = UnfollowedCutError if where == "arithmetic" else Broken
+    error = HostError if where == "arithmetic" else Broken
     with pytest.raises(error):
         cutter.step()
     assert_unchanged(model, before)
@@ -871,7 +869,7 @@ def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
 def test_plain_layers_are_to_be_read() -> None:
     model, _, _ = twins("dct")
     before = state_of(model)
-    with pytest.raises(UnfollowedCutError, match="'left'"), plain_layers(model):
+    with pytest.raises(HostError, match="'left'"), plain_layers(model):
         model.left.weight = nn.Parameter(torch.zeros(1, 8, 3, 3))
     assert_unchanged(model, before)
     with plain_layers(model):
@@ -907,25 +905,25 @@ def test_what_a_host_writes_is_scaled_back() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"x": torch.zeros(1, 5, 8, 8)}, ExampleInputError, r"on \(1, 5, 8, 8\)"),
-        ({"x": "image"}, ExampleInputError, "on str"),
-        ({"pruning_ratio": 1.5}, InvalidRatioError, "`pruning_ratio`.*\n.*1.5"),
-        ({"pruning_ratio": -0.1}, InvalidRatioError, "-0.1"),
-        ({"pruning_ratio": float("nan")}, InvalidRatioError, "nan"),
-        ({"pruning_ratio": "half"}, InvalidRatioError, "'half'"),
-        ({"max_pruning_ratio": 2}, InvalidRatioError, "`max_pruning_ratio`"),
-        ({"ch_sparsity": 3.0}, InvalidRatioError, "`ch_sparsity`"),
-        ({"pruning_ratio_dict": lambda net: {net.left: 1.1}}, InvalidRatioError, "`pruning_ratio_dict`"),
-        ({"pruning_ratio_dict": {nn.Conv2d(3, 8, 3): 0.5}}, ForeignModuleError, "`pruning_ratio_dict`"),
-        ({"pruning_ratio_dict": {"left": 0.5}}, ForeignModuleError, "'left'"),
-        ({"pruning_ratio_dict": lambda net: {(net.left, nn.Conv2d(3, 8, 3)): 0.5}}, ForeignModuleError, "Conv2d"),
-        ({"ignored_layers": [nn.Linear(8, 4)]}, ForeignModuleError, "`ignored_layers`"),
-        ({"out_channel_groups": {nn.Linear(8, 4): 2}}, ForeignModuleError, "`out_channel_groups`"),
-        ({"num_heads": {nn.Linear(8, 4): 2}}, ForeignModuleError, "`num_heads`"),
-        ({"cls": nn.Linear}, InvalidPrunerError, "nn.modules.linear.Linear"),
-        ({"cls": tp.importance.GroupMagnitudeImportance}, InvalidPrunerError, "GroupMagnitude"),
-        ({"cls": partial(nn.Linear, bias=False)}, InvalidPrunerError, "nn.modules.linear.Linear"),
-        ({"cls": partial(tp.pruner.BasePruner, nn.Linear(2, 2))}, InvalidPrunerError, "functools.partial"),
+        ({"x": torch.zeros(1, 5, 8, 8)}, BatchError, r"on \(1, 5, 8, 8\)"),
+        ({"x": "image"}, BatchError, "on str"),
+        ({"pruning_ratio": 1.5}, AmountError, "`pruning_ratio`.*\n.*1.5"),
+        ({"pruning_ratio": -0.1}, AmountError, "-0.1"),
+        ({"pruning_ratio": float("nan")}, AmountError, "nan"),
+        ({"pruning_ratio": "half"}, AmountError, "'half'"),
+        ({"max_pruning_ratio": 2}, AmountError, "`max_pruning_ratio`"),
+        ({"ch_sparsity": 3.0}, AmountError, "`ch_sparsity`"),
+        ({"pruning_ratio_dict": lambda net: {net.left: 1.1}}, AmountError, "`pruning_ratio_dict`"),
+        ({"pruning_ratio_dict": {nn.Conv2d(3, 8, 3): 0.5}}, SelectionError, "`pruning_ratio_dict`"),
+        ({"pruning_ratio_dict": {"left": 0.5}}, SelectionError, "'left'"),
+        ({"pruning_ratio_dict": lambda net: {(net.left, nn.Conv2d(3, 8, 3)): 0.5}}, SelectionError, "Conv2d"),
+        ({"ignored_layers": [nn.Linear(8, 4)]}, SelectionError, "`ignored_layers`"),
+        ({"out_channel_groups": {nn.Linear(8, 4): 2}}, SelectionError, "`out_channel_groups`"),
+        ({"num_heads": {nn.Linear(8, 4): 2}}, SelectionError, "`num_heads`"),
+        ({"cls": nn.Linear}, HostError, "nn.modules.linear.Linear"),
+        ({"cls": tp.importance.GroupMagnitudeImportance}, HostError, "GroupMagnitude"),
+        ({"cls": partial(nn.Linear, bias=False)}, HostError, "nn.modules.linear.Linear"),
+        ({"cls": partial(tp.pruner.BasePruner, nn.Linear(2, 2))}, HostError, "functools.partial"),
         ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ],
 )
@@ -950,28 +948,28 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
     model, _, x = twins()
     plain = nn.Sequential(nn.Conv2d(3, 4, 3))
     options = {"importance": magnitude()}
-    with pytest.raises(CompiledModelError, match="OptimizedModule"):
+    with pytest.raises(ConversionError, match="OptimizedModule"):
         pruner(tp.pruner.BasePruner, torch.compile(model), x, **options)
-    with pytest.raises(CompiledModelError, match="module '1'"):
+    with pytest.raises(ConversionError, match="module '1'"):
         pruner(tp.pruner.BasePruner, nn.Sequential(nn.Identity(), torch.compile(plain)), x, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(plain)
-    with pytest.raises(CompiledModelError):
+    with pytest.raises(ConversionError, match="compiled"):
         pruner(tp.pruner.BasePruner, scripted, x, **options)
     in_place, _, _ = twins()
     in_place.compile()
-    with pytest.raises(CompiledModelError):
+    with pytest.raises(ConversionError, match="compiled"):
         pruner(tp.pruner.BasePruner, in_place, x, **options)
-    with pytest.raises(AlreadyParametrizedError, match="layer '0'"):
+    with pytest.raises(ConversionError, match="layer '0'"):
         pruner(tp.pruner.BasePruner, nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), x, **options)
     beside, _, _ = twins()
     parametrizations.spectral_norm(beside.branch, "bias")
-    with pytest.raises(AlreadyParametrizedError, match="'branch': bias parametrized by _SpectralNorm"):
+    with pytest.raises(ConversionError, match="'branch': bias parametrized by _SpectralNorm"):
         pruner(tp.pruner.BasePruner, beside, x, **options)
     parametrizations.orthogonal(model.left, "weight")
-    with pytest.raises(AlreadyParametrizedError, match="'left'"):
+    with pytest.raises(ConversionError, match="'left'"):
         pruner(tp.pruner.BasePruner, model, x, **options)
     model, _, x = twins()
-    with pytest.raises(OptimizerMismatchError):
+    with pytest.raises(OptimizerError, match="none of the model's parameters"):
         pruner(tp.pruner.BasePruner, model, x, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), **options)

@@ -160,7 +160,7 @@ def test_a_model_that_outputs_nan_is_refused_for_that() -> None:
     set_masks(model, {"0": masked((6, 3, 3, 3), 0, [0, 1])})
     x = torch.randn(1, 3, 8, 8)
     x[0, 0, 0, 0] = torch.nan
-    with pytest.raises(BatchError, match="Found: 4 NaN values in the outputs before anything was cut"):
+    with pytest.raises(BatchError, match="Found: 4 NaN values in the outputs before anything was removed"):
         cut_masked_channels(model, x)
     assert model[0].out_channels == 6
     model[2].bias.data[1] = torch.inf  # as logits that are masked

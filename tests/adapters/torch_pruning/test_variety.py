@@ -17,7 +17,7 @@ pytest.importorskip("torch_pruning")
 
 import torch_pruning as tp
 
-from ip_plugin.adapters.shared.plain_view import _LENT, kernels
+from ip_plugin.adapters.shared.plain_view import _EXPOSED, kernels
 from ip_plugin.adapters.torch_pruning import plain_layers, pruner
 from ip_plugin.adapters.torch_pruning.variety import VariedImportance
 
@@ -160,7 +160,7 @@ def test_kernels_of_a_layer_lent_and_not() -> None:
     with plain_layers(model):
         assert not torch.allclose(model.stem.weight, whole)
         torch.testing.assert_close(kernels(model.stem), whole)
-    assert torch.equal(kernels(model.stem), whole) and not _LENT
+    assert torch.equal(kernels(model.stem), whole) and not _EXPOSED
 
 
 def test_no_strength_is_the_importance_alone() -> None:

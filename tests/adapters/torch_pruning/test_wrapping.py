@@ -678,7 +678,7 @@ def test_state_of_an_unknown_shape_is_reset_with_a_warning() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weight = model[0].parametrizations.weight.original
     optimizer.state[weight] = {"rows": torch.ones(4)}
-    with pytest.warns(UserWarning, match="optimizer state rows has not the shape"):
+    with pytest.warns(UserWarning, match="optimizer state rows does not have the shape"):
         pruner(tp.pruner.BasePruner, model, torch.zeros(1, 1, 7, 7), importance=magnitude(), optimizer=optimizer,
                ignored_layers=[model[1]]).step()  # fmt: skip
     assert not optimizer.state

@@ -22,7 +22,7 @@ from ..utils.seeds import derived_seed
 from ..utils.topk import keep_largest
 from ..utils.validation import check_fraction
 from .derivatives import check_loss, unwrapped
-from .schedules import due, whole
+from .schedules import check_whole, due
 from .scores import random
 from .selection import Scope, apply_masks, select
 
@@ -46,8 +46,8 @@ class _DynamicSparse:
         scope: Scope = "erk",
         seed: int = 0,
     ) -> None:
-        whole(update_every, "update_every", 1)
-        whole(end_step, "end_step", 1)
+        check_whole(update_every, "update_every", 1)
+        check_whole(end_step, "end_step", 1)
         check_fraction(drop_fraction, "drop_fraction")
         self.model, self.optimizer = model, optimizer
         self.update_every, self.end_step, self.drop_fraction = update_every, end_step, drop_fraction

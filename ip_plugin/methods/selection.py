@@ -1,4 +1,4 @@
-"""Selection: from scores to masks that prune an exact count, in a scope or a pattern.
+"""Selection: turn scores into masks that prune an exact count of entries, in a scope or an N:M pattern.
 
 >>> from torch import nn
 >>> from ip_plugin import interspace
@@ -30,7 +30,7 @@ Masks: TypeAlias = dict[Target, Tensor]
 
 @dataclass(frozen=True)
 class NofM:
-    """Of every `m` consecutive entries the `n` best are kept.
+    """An N:M pattern: of every `m` consecutive entries the `n` with the highest scores are kept.
 
     Attributes:
         n, m: ``1 <= n <= m``.
@@ -78,27 +78,28 @@ def select(
     min_per_layer: int = 0,
     pattern: NofM | None = None,
 ) -> Masks:
-    """Masks that keep what scores highest and prune exactly as much as asked for.
+    """Masks that keep the entries with the highest scores, and prune exactly the given amount.
 
     Args:
-        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned and count.
+        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned, and count as
+            pruned.
         sparsity: fraction of all entries that the masks prune; rounded to a count.
         count: number of entries that the masks prune, instead of a sparsity.
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
             `erk`. Counts of layers sum to the count exactly (largest remainder).
-        min_per_layer: how many entries every layer keeps at least (fewer only where fewer are left). With the default 0
-            the scores alone decide.
+        min_per_layer: the least number of entries that every layer keeps (all where fewer are not pruned yet). With
+            the default 0 the scores alone decide.
         pattern: N of every M entries, in each layer alike; instead of sparsity, count, scope and min_per_layer.
 
     Returns:
-        {target: bool mask of its shape}, True = kept. Equal scores at the threshold are spread evenly over all entries
-        that have them, so over the layers too, and always alike.
+        {target: bool mask of its shape}, True = kept. Of equal scores at the threshold, those to keep are spread evenly
+        over all entries that have them, and so over layers, deterministically.
 
     Raises:
         SelectionError: no scores, or layers that the pattern does not fit.
         ScoreError: scores that are NaN or +inf.
-        AmountError: no amount, two, or one outside of what there is; more is pruned already than is asked for; or
-            `min_per_layer` is no count, or cannot be held.
+        AmountError: no amount, two, or one out of range; more is pruned already; or `min_per_layer` is no count, or
+            impossible.
         ArgumentError: of `scope` or `pattern`.
 
     Warns:
@@ -114,20 +115,7 @@ def select(
     _check(scores)
     if pattern is not None:
         others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
-        alone = others == {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}
-        if not isinstance(pattern, NofM) or not alone:
-            raise ArgumentError(
-                "`pattern` must be a NofM, given without sparsity, count, scope and min_per_layer.",
-                f"{pattern!r} and {others}",
-                'pass pattern=NofM(2, 4, along="input") alone',
-            )
-        misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
-        if misfits:
-            raise SelectionError(
-                f"The dimension along which {pattern} is to hold must be divisible by m.",
-                f"not so in {listed(misfits)}",
-                "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
-            )
+        _check_pattern(pattern, scores, others)
         return {where: pattern.mask(score) for where, score in scores.items()}
     if scope not in ("global", "layer", "erk"):
         raise ArgumentError(
@@ -148,10 +136,10 @@ def select(
     bounds = least(min_per_layer, left, keep)
     if scope == "global":
         device = values[0].device
-        held = [
-            v.masked_fill(keep_largest([v], f)[0], math.inf) if f else v for v, f in zip(values, bounds, strict=True)
+        ranked = [
+            v.masked_fill(keep_largest([v], n)[0], math.inf) if n else v for v, n in zip(values, bounds, strict=True)
         ]
-        kept = keep_largest([h.to(device) for h in held], keep)
+        kept = keep_largest([r.to(device) for r in ranked], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
         counts = _whole(_shares(weights, bounds, left, Fraction(keep)))
@@ -171,7 +159,7 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
 
     Args:
         model: changed in place; the one that the scores were computed for.
-        masks: {target: mask}. A target may have been pruned since (``(conv, "weight")`` finds its tensor).
+        masks: {target: mask}. A target stays valid when its tensor has been pruned since: ``(conv, "weight")`` works.
 
     Returns:
         The model.
@@ -200,14 +188,15 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
 def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
     """Densities of layers by the Erdos-Renyi-kernel rule: proportional to ``sum(shape) / prod(shape)``.
 
-    Layers above 1 are made dense, and the rest is solved again (Evci et al. 2020, arXiv 1911.11134).
+    Where that is above 1, the layer is dense, and the rule is applied to the others again (Evci et al. 2020, arXiv
+    1911.11134).
 
     Args:
         shapes: of the tensors.
-        density: of all together.
+        density: of all tensors together.
 
     Returns:
-        One density for each shape; those of all entries together average to `density`.
+        One density for each shape; their average over all entries is `density`.
 
     Raises:
         SelectionError: no shapes.
@@ -228,8 +217,8 @@ def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
 def _shares(weights: Sequence[int], least: Sequence[int], most: Sequence[int], total: Fraction) -> list[Fraction]:
     """Split `total` in proportion to `weights`, each share within its bounds; the bounds must allow it.
 
-    As long as shares are out of bounds, those on the side that is further out in sum are set to their bound, and the
-    rest is split again: nothing set so would come back, for the rest moves away from it.
+    While shares are out of bounds, those of the side with the larger total violation are fixed at their bound, and the
+    rest is split again. This moves the other shares away from that side, so a fixed share never has to be released.
     """
     shares = [Fraction(0)] * len(weights)
     free = set(range(len(weights)))
@@ -259,13 +248,13 @@ def _whole(shares: Sequence[Fraction]) -> list[int]:
 
 
 def _flat(score: Tensor) -> Tensor:
-    """As a vector in a dtype that every device can rank, and that has an infinity."""
+    """As a vector, in a dtype that every device can sort and that has an infinity."""
     wide = torch.promote_types(score.dtype, torch.float32) if score.is_floating_point() else torch.float64
     return score.detach().flatten().to(wide)
 
 
 def pruned(sparsity: object, count: object, size: int) -> int:
-    """How many entries of `size` are to be pruned; raises as `select`."""
+    """The number of entries to prune, of `size` in all; raises as `select`."""
     if (sparsity is None) == (count is None):
         raise AmountError(
             "Either `sparsity` or `count` must say how much to prune.",
@@ -276,7 +265,7 @@ def pruned(sparsity: object, count: object, size: int) -> int:
 
 
 def least(min_per_layer: object, left: Sequence[int], keep: int) -> list[int]:
-    """How many entries each layer keeps at least, of those that it has left; raises as `select`."""
+    """The least number of entries that each layer keeps, of those that are not pruned yet; raises as `select`."""
     if not is_count(min_per_layer):
         raise AmountError(
             "`min_per_layer` must be a whole number of at least 0.", f"{min_per_layer!r}", "pass a count of entries"
@@ -289,6 +278,23 @@ def least(min_per_layer: object, left: Sequence[int], keep: int) -> list[int]:
             "lower min_per_layer or the sparsity",
         )
     return bounds
+
+
+def _check_pattern(pattern: object, scores: Mapping[Target, Tensor], others: Mapping[str, object]) -> None:
+    alone = others == {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}
+    if not isinstance(pattern, NofM) or not alone:
+        raise ArgumentError(
+            "`pattern` must be a NofM, given without sparsity, count, scope and min_per_layer.",
+            f"{pattern!r} and {others}",
+            'pass pattern=NofM(2, 4, along="input") alone',
+        )
+    misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
+    if misfits:
+        raise SelectionError(
+            f"The dimension along which {pattern} is to hold must be divisible by m.",
+            f"not so in {listed(misfits)}",
+            "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
+        )
 
 
 def _check(scores: Mapping[Target, Tensor]) -> None:

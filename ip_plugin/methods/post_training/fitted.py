@@ -14,7 +14,7 @@ from ...core.convert import Sharing, bake, groups_of, interspace
 from ...core.layer import Layer, Model, by_basis, check_finite, layers
 from ...errors import ArgumentError
 from ..derivatives import Batches, pairs
-from ..schedules import Score, prune, whole
+from ..schedules import Score, check_whole, prune
 from ..scores import magnitude
 from ..selection import least, pruned
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
@@ -92,7 +92,7 @@ def prune_fitted(
     sizes = [layer.coefficients.numel() for layer in found_layers]
     least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
     if rounds is not None:
-        whole(rounds, "rounds", 1)
+        check_whole(rounds, "rounds", 1)
     groups = _groups(model, sharing)
     for layer in found_layers:
         check_finite(layer.name, layer.coefficients)

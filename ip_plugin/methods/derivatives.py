@@ -1,7 +1,7 @@
-"""A model as a function of its prunable tensors: derivatives of a loss, without a trace in the model.
+"""Derivatives of a loss with respect to the prunable tensors of a model, which stays as it is.
 
-The model is called with detached leaves in the place of its Parameters (`torch.func.functional_call`), so nothing needs
-to be put back but attributes and the random state.
+The model is called with detached leaves instead of its Parameters (`torch.func.functional_call`), so only attributes
+and the random state have to be restored.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[Layer]]:
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """In what sums over batches are kept: float32 at least."""
+    """The dtype of sums over batches: float32 at least."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def first_order(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    """The gradient; what `derive` can be asked for."""
+    """The gradient, as a `derivative` of `derive`."""
     return torch.autograd.grad(value, tensors, materialize_grads=True)
 
 
@@ -104,7 +104,7 @@ def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
 
 
 def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
-    """The outputs of a model in which these tensors have the place of its own."""
+    """The outputs of a model with these tensors instead of its own."""
     if isinstance(inputs, Mapping):
         return functional_call(model, tensors, (), dict(inputs))
     return functional_call(model, tensors, inputs if isinstance(inputs, tuple) else (inputs,))
@@ -134,9 +134,9 @@ def check_loss(value: object) -> Tensor:
 
 
 def _leaves(model: nn.Module, found: list[Layer]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The prunable tensors as leaves of a graph of their own, and all tensors of the model by name.
+    """The prunable tensors as new leaves, and all tensors of the model by name.
 
-    Leaves share the Parameters' memory, and nothing but they gets a gradient. Buffers are copies, to be written to.
+    Leaves share the memory of the Parameters; only they get gradients. Buffers are copies, which the model may change.
     """
     leaf_of = {id(each.coefficients): each.coefficients.detach().requires_grad_() for each in found}
     tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: a network that is sparse from the start, and moves its non-zeros while it trains."""
+"""Dynamic sparse training: the network is sparse from the start, and its masks change while it trains."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .selection import Scope, apply_masks, select
 
 
 class _DynamicSparse:
-    """What SET and RigL have in common: every so many steps the weakest entries go, and as many others come.
+    """Common to SET and RigL: every few steps the entries of smallest magnitude are dropped, and as many others grown.
 
-    Entries that are pruned are zero, and so is the optimizer's state of them; entries that come start at zero, and
-    count as much as those that go, so that the number of non-zeros never changes.
+    Pruned entries and their optimizer state are zero, so grown entries start at zero. The number of kept entries never
+    changes.
     """
 
     def __init__(
@@ -70,25 +70,25 @@ class _DynamicSparse:
 
     @property
     def fraction_now(self) -> float:
-        """The share of what is kept that an update moves: it falls to zero by a cosine until `end_step`."""
+        """The share of the kept entries that an update drops: it decays to zero by a cosine until `end_step`."""
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / self.end_step)))
 
     def _count_step(self) -> bool:
-        """Count a step; whether an update is due."""
+        """Count a step; returns whether an update is due."""
         self.steps += 1
         return self.steps < self.end_step and due(self.steps, 0, self.end_step, self.update_every)
 
     def _sparse(self) -> list[Layer]:
-        """The layers of which something is pruned."""
+        """The layers with pruned entries."""
         return [layer for layer in layers(self._inner) if layer.mask is not None and not bool(layer.mask.all())]
 
     @torch.no_grad()
     def _move(self, layer: Layer, growth: Tensor) -> None:
-        """Drop the weakest entries of a layer, and let those of the largest growth come.
+        """Drop the entries of smallest magnitude of a layer, and grow those with the highest growth scores.
 
         Args:
-            layer: it has a mask of ours.
-            growth: scores of all entries; only those of entries that are pruned after the drop are read.
+            layer: one with a mask of ours.
+            growth: scores of all entries; only entries that are pruned after the drop can grow.
         """
         assert layer.parametrization is not None
         mask = layer.parametrization.mask
@@ -107,7 +107,7 @@ class _DynamicSparse:
 
     @torch.no_grad()
     def _clear(self, layer: Layer, where: Tensor) -> None:
-        """Zero entries, and the optimizer's state of them."""
+        """Set entries, their gradients and their optimizer state to zero."""
         coefficients = layer.coefficients
         coefficients.masked_fill_(where, 0)
         if coefficients.grad is not None:
@@ -117,29 +117,29 @@ class _DynamicSparse:
                 value.masked_fill_(where, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed needs besides the states of model (masks included) and optimizer."""
+        """What is needed to resume, besides the states of model (which includes masks) and optimizer."""
         return {"steps": self.steps, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self.steps = int(state_dict["steps"])
         self.generator.set_state(state_dict["generator"])
 
 
 class SET(_DynamicSparse):
-    """Sparse evolutionary training: what comes is chosen at random (Mocanu et al. 2018, arXiv 1707.04780).
+    """Sparse evolutionary training: entries to grow are chosen at random (Mocanu et al. 2018, arXiv 1707.04780).
 
     Call `step` after each ``optimizer.step()``.
 
     Args:
-        model: pruned at random to begin with; or sparse already. May be wrapped in DistributedDataParallel.
+        model: pruned at random now, if `sparsity` is given. May be wrapped in DistributedDataParallel.
         optimizer: one that trains the model.
-        sparsity: of the prunable tensors; None keeps the masks that there are.
-        end_step: the step from which nothing moves any more.
-        update_every: how many steps lie between two updates.
-        drop_fraction: share of what a layer keeps that the first update moves; falls to zero by a cosine.
+        sparsity: of the prunable tensors; None keeps the model's masks.
+        end_step: from this step on masks do not change any more.
+        update_every: number of steps between two updates.
+        drop_fraction: share of the kept entries of each layer that the first update drops; decays to zero by a cosine.
         scope: how the sparsity is distributed over layers, see `select`.
-        seed: of the first masks and of what comes.
+        seed: of the first masks and of the entries to grow.
 
     Raises:
         AmountError: of `sparsity` or `drop_fraction`; or no sparsity for a model without masks.
@@ -155,7 +155,7 @@ class SET(_DynamicSparse):
     """
 
     def step(self) -> bool:
-        """Count a step of training, and move entries if it is time; returns whether masks have changed."""
+        """Count a training step, and update the masks if it is due; returns whether it was."""
         if not self._count_step():
             return False
         for layer in self._sparse():
@@ -165,14 +165,14 @@ class SET(_DynamicSparse):
 
 
 class RigL(_DynamicSparse):
-    """Rigging the lottery: what comes has the largest gradients (Evci et al. 2020, arXiv 1911.11134).
+    """Rigging the lottery: entries with the largest gradients grow (Evci et al. 2020, arXiv 1911.11134).
 
     Call `step` after each ``optimizer.step()``, with a function that computes the loss of the batch::
 
         rigl.step(lambda: loss(model(x), y))
 
-    It is called at updates only, with the masks lifted: one forward and backward pass more. Buffers (BatchNorm
-    statistics), gradients and the random state are then as they were.
+    The function is called at updates only, without the masks (pruned entries are zero, so the loss is the same): one
+    more forward and backward pass. Buffers (BatchNorm statistics), gradients and the random state stay as they are.
 
     Args: as `SET`; `end_step` is commonly three quarters of the training.
 
@@ -187,13 +187,13 @@ class RigL(_DynamicSparse):
     """
 
     def step(self, loss: Callable[[], Tensor]) -> bool:
-        """Count a step of training, and move entries if it is time; returns whether masks have changed.
+        """Count a training step, and update the masks if it is due; returns whether it was.
 
         Args:
-            loss: computes the loss of the present batch, without ``backward``.
+            loss: computes the loss of the current batch, without ``backward``.
 
         Raises:
-            BatchError: the loss is not one finite number; nothing has moved.
+            BatchError: the loss is not one finite number; nothing has changed.
         """
         if not self._count_step():
             return False
@@ -207,7 +207,7 @@ class RigL(_DynamicSparse):
         return True
 
     def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[Layer, Tensor]]:
-        """For every sparse layer the size of the gradient of every coefficient in unit gauge, pruned ones included."""
+        """The absolute gradient of every coefficient of every sparse layer, for basis filters of unit norm."""
         found = self._sparse()
         with _untouched(self._inner), _lifted(found), torch.enable_grad():
             check_loss(loss()).backward()
@@ -215,7 +215,7 @@ class RigL(_DynamicSparse):
                 torch.zeros_like(x) if x.grad is None else x.grad for x in (each.coefficients for each in found)
             ]
         if isinstance(self.model, DistributedDataParallel):
-            for gradient in gradients:  # equal to the last bit, or the masks would drift apart
+            for gradient in gradients:  # bit-identical, or the masks of the processes would drift apart
                 dist.broadcast(gradient, 0, group=self.model.process_group)
         return [
             (layer, _per_unit_norm(layer, gradient).abs_()) for layer, gradient in zip(found, gradients, strict=True)
@@ -223,7 +223,7 @@ class RigL(_DynamicSparse):
 
 
 def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:
-    """The gradient of coefficients as they are in unit gauge."""
+    """The gradient with respect to the coefficients for basis filters of unit norm."""
     if not isinstance(layer.parametrization, Interspace):
         return gradient
     ones = torch.ones((1, 1, *gradient.shape[2:]), dtype=gradient.dtype, device=gradient.device)
@@ -232,7 +232,7 @@ def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:
 
 @contextmanager
 def _lifted(found: list[Layer]) -> Iterator[None]:
-    """Without masks for a while: what is pruned is zero, so that the network computes the same."""
+    """While the block runs, layers have no masks; pruned entries are zero, so the network computes the same."""
     parametrizations = [layer.parametrization for layer in found]
     masks = [None if each is None else each.mask for each in parametrizations]
     try:

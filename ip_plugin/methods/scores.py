@@ -1,17 +1,17 @@
-"""Scores: what every prunable entry of a model is worth. The larger, the sooner it is kept.
+"""Importance scores of every prunable entry of a model; entries with the highest scores are kept.
 
 Scores are a dict with one tensor for each target of ``ip_plugin.prunable(model)``, of the target's shape, contiguous.
-In the interspace they are about coefficients; scores that depend on the gauge read them with basis filters of unit
-norm. Entries that are pruned already, by our mask or by that of `torch.nn.utils.prune`, have the score -inf; all others
-are finite.
+In the interspace they rate coefficients; scores that depend on the filter scale use the coefficients that belong to
+basis filters of unit norm. Entries that are pruned already, by our mask or by that of `torch.nn.utils.prune`, have the
+score -inf; all others are finite.
 
 The functions are pure: parameters, buffers (BatchNorm statistics), gradients, modes and the random state of torch are
-afterwards as they were, also if a function fails. Data is scored in the mode that the model is in. A model that is
-wrapped in DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A
-compiled model is scored without being compiled.
+afterwards as they were, also if a function fails. The model runs in the mode that it is in. A model that is wrapped in
+DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A compiled model
+runs uncompiled.
 
-Scores can be given to `torch.nn.utils.prune` as ``importance_scores``. That host ranks by absolute value; `grasp` and
-`movement` have signs, so give it their `ranks`.
+Scores can be passed to `torch.nn.utils.prune` as ``importance_scores``. That library ranks by absolute value; `grasp`
+and `movement` have signs, so pass their `ranks`.
 
 >>> from torch.nn.utils import prune
 >>> from ip_plugin import interspace, prunable
@@ -48,8 +48,8 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
 
     Args:
         model: not changed.
-        generator: source of the noise; a CPU generator gives the same noise whatever device the model is on. Its seed
-            must not be the one that has initialised the weights: the noise would rank them.
+        generator: source of the noise; a CPU generator gives the same noise for models on any device. Its seed must not
+            be the one that initialised the weights: the noise would be a function of them.
 
     Raises:
         SelectionError: the model has no prunable layer.
@@ -64,7 +64,7 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
 
 @torch.no_grad()
 def magnitude(model: nn.Module) -> Scores:
-    """``abs(t)`` in unit gauge (Han et al. 2015, arXiv 1506.02626).
+    """``abs(t)`` for basis filters of unit norm (Han et al. 2015, arXiv 1506.02626).
 
     Args:
         model: not changed.
@@ -79,10 +79,10 @@ def magnitude(model: nn.Module) -> Scores:
 
 @torch.no_grad()
 def lamp(model: nn.Module) -> Scores:
-    """``t^2`` in unit gauge, over the sum of ``t^2`` of those entries of the layer that are at least as large.
+    """``t^2`` over the sum of ``t^2`` of the entries of the layer that are at least as large, for filters of unit norm.
 
-    After Lee et al. 2021 (arXiv 2010.07611). Pruned entries are in no sum. Every layer's largest entry has the score 1
-    (if no other is as large), so that pruning by one global threshold leaves something of each.
+    After Lee et al. 2021 (arXiv 2010.07611). Pruned entries are in no sum. The largest entry of every layer has the
+    score 1 (if no other is as large), so that pruning by one global threshold keeps some of each layer.
 
     Args:
         model: not changed.
@@ -120,7 +120,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``abs(t * dL/dt)``, the gradients summed over the batches (Lee et al. 2019, arXiv 1810.02340).
 
     Args:
-        model: not changed; scored in the mode that it is in.
+        model: not changed; run in the mode that it is in.
         batches: pairs (inputs, targets), on the model's device.
         loss: called with (outputs, targets).
 
@@ -143,8 +143,8 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``-t * dL/dt``, summed over the batches (Sanh et al. 2020, arXiv 2005.07683), without training in between.
 
-    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates the same over a
-    training run.
+    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates it over a training
+    run.
 
     Args, raises: as `snip`.
     """
@@ -155,14 +155,14 @@ def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 200) -> Scores:
     """``t * (H v)``: `v` the gradient and `H` the Hessian over the prunable tensors, summed over the batches.
 
-    After Wang et al. 2020 (arXiv 2002.07376), who remove the largest ``-t * (H v)``: the same order. In unit gauge,
-    which takes `H` and `v` with it. Dropout falls alike in both derivatives.
+    After Wang et al. 2020 (arXiv 2002.07376), who remove the largest ``-t * (H v)``: the same order. `t`, `H` and `v`
+    are those for basis filters of unit norm. Dropout is the same in both derivatives.
 
     Args:
-        model: not changed; scored in the mode that it is in. Its outputs must be one tensor, the logits.
-        batches: pairs (inputs, targets), on the model's device; all are kept until the end, for they are read twice.
+        model: not changed; run in the mode that it is in. Its output must be one tensor, the logits.
+        batches: pairs (inputs, targets), on the model's device; all are held in memory, as they are used twice.
         loss: called with (outputs / temperature, targets).
-        temperature: what outputs are divided by.
+        temperature: outputs are divided by it.
 
     Raises:
         As `snip`, and
@@ -201,7 +201,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
 
 
 def _over_squared_norms(layer: Layer, gradient: Tensor) -> Tensor:
-    """Of the two factors one belongs to the gradient, the other to the Hessian that is applied to it."""
+    """Divided twice by the filter norms: once for the gradient, once for the Hessian that is applied to it."""
     norms = None if layer.interspace is None else layer.interspace.filter_norms
     if norms is not None:
         norms = norms.reshape(1, 1, *gradient.shape[2:])
@@ -211,14 +211,14 @@ def _over_squared_norms(layer: Layer, gradient: Tensor) -> Tensor:
 
 
 def synflow(model: nn.Module, example_input: Any) -> Scores:
-    """``abs(t * dR/dt)``: the flow through every entry of a network without signs. Needs no data.
+    """``abs(t * dR/dt)``: the synaptic flow through every entry, without data.
 
     After Tanaka et al. 2020 (arXiv 2006.05467). `R` is the sum of the outputs in evaluation mode, for an input of ones,
-    when all parameters (coefficients and bases too) have their absolute values. Running means are read as zero: they
-    are those of a network with signs, and would close gates. Works and returns in float64, for the flow through a deep
-    network leaves the range of float32.
+    with the absolute values of all parameters (coefficients and bases too). Running means are taken as zero: they
+    belong to the network with signs, and would switch off activations. Computed and returned in float64, because the
+    flow through a deep network leaves the range of float32.
 
-    Meant for many rounds, each of which prunes a little: density ``d**((k + 1) / 100)`` in round ``k`` of 100.
+    Meant for many rounds, each of which prunes a little: see `prune` with ``rounds=100``.
 
     Args:
         model: not changed.
@@ -247,7 +247,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
             tensors[name] = _wide(torch.zeros_like(buffer) if id(buffer) in means else buffer.detach().clone())
         name_of = {id(p): name for name, p in inner.named_parameters()}
         for space in inner.modules():
-            if isinstance(space, Interspace):  # it is the filters that kernels are composed of that lose their signs
+            if isinstance(space, Interspace):  # the signs that count are those of the effective basis
                 tensors[name_of[id(space.basis)]] = _wide(space.effective_basis.detach().abs())
         for space in inner.modules():
             if isinstance(space, Interspace):
@@ -266,7 +266,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
 
 
 class _Substituted(nn.Module):
-    """A model with other tensors in the place of its own, which keeps the graph where gradients are off."""
+    """A model called with other tensors instead of its own, with gradients even where they are switched off."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -306,10 +306,10 @@ class Movement:
     """Movement accumulated over a training run: ``-t * dL/dt`` of every step (Sanh et al. 2020, arXiv 2005.07683).
 
     Call `update` after each ``loss.backward()`` and before ``optimizer.step()``; with a gradient scaler, after
-    ``scaler.unscale_(optimizer)``. In DistributedDataParallel gradients, and so scores, are equal in every process.
+    ``scaler.unscale_(optimizer)``. With DistributedDataParallel, gradients and so scores are equal in every process.
 
     Args:
-        model: its prunable tensors are followed, not changed.
+        model: not changed.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.data = torch.tensor([[3.0, -1.0]])
@@ -329,7 +329,7 @@ class Movement:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add what the present gradients say; a layer without a gradient adds nothing."""
+        """Add the movement of the present gradients; a layer without a gradient adds nothing."""
         for layer in layers(self._model):
             gradient = layer.coefficients.grad
             if gradient is not None:
@@ -337,7 +337,7 @@ class Movement:
                 total.addcmul_(layer.coefficients.to(total.dtype), gradient.to(total.dtype), value=-1)
 
     def scores(self) -> Scores:
-        """The sums so far, copies; entries that are pruned by now have the score -inf.
+        """Copies of the sums so far; entries that are pruned by now have the score -inf.
 
         Raises:
             ScoreError: a gradient was NaN or infinite.
@@ -346,11 +346,11 @@ class Movement:
         return _scores(found, [self._sums[each.name].clone(memory_format=torch.contiguous_format) for each in found])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{layer name: sum}, copies. Inverse: `load_state_dict`."""
+        """{layer name: copy of its sum}. Inverse: `load_state_dict`."""
         return {name: total.clone() for name, total in self._sums.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Raises:
             CheckpointError: the state of another model; nothing has changed.
@@ -374,9 +374,9 @@ def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> N
 
 
 def ranks(scores: Mapping[Target, Tensor]) -> Scores:
-    """Scores that are not negative, in the same order: 0 for the smallest of all tensors together, float64.
+    """Non-negative scores in the same order, float64: 0 for the smallest of all tensors together.
 
-    For hosts that rank by absolute value; equal scores have equal ranks.
+    For libraries that rank by absolute value. Equal scores have equal ranks.
 
     >>> layer = nn.Linear(3, 1)
     >>> list(ranks({Target(layer, "weight"): torch.tensor([[-5.0, 2.0, -5.0]])}).values())
@@ -402,9 +402,9 @@ def _times(layer: Layer, gradient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _scores(found: list[Layer], values: list[Tensor]) -> Scores:
-    """Values by target, checked, and -inf where an entry is pruned."""
+    """Values by target, checked to be finite, and -inf where an entry is pruned."""
     for layer, value in zip(found, values, strict=True):
-        # The sum tells by one pass; it may be infinite without any entry being so.
+        # One pass computes the sum, which may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
             raise ScoreError(
                 "Scores must be finite.",

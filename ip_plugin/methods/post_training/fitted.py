@@ -1,4 +1,4 @@
-"""Pruning a trained network without training it, in bases that are fitted to its kernels."""
+"""Prune a trained network without training, in bases that are fitted to its kernels."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def prune_fitted(
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
     scope (without `min_per_layer`, by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned
-    in the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+    within the same total. The result is ready for inference, or for fine-tuning with a new optimizer.
 
-    Bases are orthonormal while it is chosen how much each layer keeps. Then they are fitted once more without that, and
-    so is which coefficients are kept (`refine`).
+    Bases are orthonormal while the number of coefficients that each layer keeps is chosen. Then the bases are fitted
+    again without that constraint, together with the choice of coefficients (`refine`).
 
-    With a few batches, the outputs are what counts: pruning goes in rounds, what is left is fitted to the outputs of
-    the dense network after each of them (`reconstruct`), and the statistics of BatchNorms are estimated anew in the end
-    (`reestimate_batch_norm`).
+    With a few batches, layer outputs are approximated instead of weights: pruning runs in rounds, after each of which
+    the remaining coefficients are fitted to the outputs of the dense network (`reconstruct`), and the statistics of
+    BatchNorms are re-estimated at the end (`reestimate_batch_norm`).
 
     Args:
-        model: changed in place. Plain, or in the interspace: then its bases are replaced, and the masks that it has
-            are applied to the weights before.
-        sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` says how many numbers they have.
-        sharing: which layers share a basis, as `ip_plugin.interspace` takes it; None is as the model has it in the
-            interspace, and ``"model"`` for a plain one.
-        scope: ``"global"``: one threshold, so that the last entry which each layer loses adds equally to the error;
-            ``"layer"``: every layer has the same sparsity.
-        min_per_layer: how many entries every layer keeps at least.
-        score: what is kept, in the fitted bases; `ip_plugin.methods.lamp` leaves more of late layers.
+        model: changed in place. Plain, or in the interspace: then its bases are replaced, and its masks are applied to
+            the weights first.
+        sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` lists their size.
+        sharing: which layers share a basis, as in `ip_plugin.interspace`; None keeps the sharing of a model in the
+            interspace, and is ``"model"`` for a plain one.
+        scope: ``"global"``: one threshold for all layers, so that the last entry that each layer loses adds equally to
+            the error; ``"layer"``: every layer has the same sparsity.
+        min_per_layer: the least number of entries that every layer keeps.
+        score: rates coefficients in the fitted bases; `ip_plugin.methods.lamp` keeps more of late layers.
         batches: pairs (inputs, targets), as `reconstruct` takes them. The model is copied, so it must be one that
             ``copy.deepcopy`` takes (`ip_plugin.adopt_masks` helps where `torch.nn.utils.prune` has left masks).
         rounds: as in `prune`; None is 1 without batches and 4 with them.
-        orthonormal: leave the bases orthonormal.
+        orthonormal: keep the bases orthonormal.
         train_basis: whether bases require gradients, as in `ip_plugin.interspace`. Fine-tuned at the learning rate of
             the coefficients, they lose accuracy.
-        seed: of the sample of kernels that is looked at first.
-        progress: show a progress bar (of the package rich) while bases are fitted.
+        seed: of the sample of kernels with which fitting begins.
+        progress: show a progress bar (needs the package rich) while bases are fitted.
 
     Returns:
         The model, in the interspace and masked.
@@ -99,7 +99,7 @@ def prune_fitted(
     dense = None
     if batches is not None:
         batches = list(batches)
-        estimates(model, [inputs for inputs, _ in pairs(batches)])  # that it runs on them
+        estimates(model, [inputs for inputs, _ in pairs(batches)])  # fails if the model does not run on them
         dense = copy.deepcopy(model)
     found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)
@@ -131,7 +131,7 @@ def _fit(
 
 
 def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[Layer]]:
-    """Layers that share a basis, or are to share one."""
+    """The convolutions to convert, in lists of layers that share a basis."""
     converted = by_basis(layers(model))
     if converted and sharing is None:
         return converted
@@ -145,7 +145,7 @@ def _kernels(layer: Layer, group: int | None) -> Kernels:
 
 
 def _of_each(keep: Keep) -> Keep:
-    """Every layer by itself."""
+    """Choose in every layer by itself, instead of in all layers together."""
 
     def of_each(coefficients: Sequence[Tensor]) -> list[Tensor]:
         return [mask for each in coefficients for mask in keep([each])]

@@ -1,7 +1,7 @@
-"""What layers see: the second moments of their inputs, in which errors of weights are errors of outputs.
+"""Second moments of layer inputs, by which errors of weights are weighed as errors of outputs.
 
-A layer multiplies its weights with patches of its input. With the moments ``M`` of the patches, ``W M W^T`` is the
-energy of its outputs, and ``(W - V) M (W - V)^T`` that of the difference which other weights make.
+A layer multiplies its weights ``W`` by patches of its input. With the second moments ``M`` of the patches, the energy
+of its outputs is ``W M W^T``, and the squared error of outputs with other weights ``V`` is ``(W - V) M (W - V)^T``.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ _FORWARDS = [
 
 
 def multiplies(layer: Layer) -> bool:
-    """Whether a layer's outputs are its weight times patches of its input, as those of torch's own classes are."""
+    """Whether a layer's outputs are its weight times patches of its input: so for torch's own forward methods."""
     plain = layer.parametrization is None or len(parametrizations(layer.module).weight) == 1
     return plain and type(layer.module).forward in _FORWARDS
 
 
 def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
-    """What each output is made of: ``(groups, samples, in / groups, N)``.
+    """The patch of the input that each output is computed from: ``(groups, samples, in / groups, prod(kernel))``.
 
-    The outputs, as ``(groups, samples, out / groups)``, are their products with `by_group` of the weight:
-    ``einsum("gsin,goin->gso", patches, by_group(module, weight))``.
+    Outputs ``(groups, samples, out / groups)`` are ``einsum("gsin,goin->gso", patches, by_group(module, weight))``.
 
     Args:
         module: a linear layer or convolution.
@@ -59,7 +58,7 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     spans = [d * (k - 1) for d, k in zip(module.dilation, kernel, strict=True)]
     stride: Sequence[int] = module.stride
     if isinstance(module, _ConvTransposeNd):
-        # A convolution, by the flipped kernel, of the input with zeros between its values.
+        # It is a convolution with the flipped kernel of the input with zeros between its values.
         spread = x.new_zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True))))
         places: list[Any] = [slice(None, None, step) for step in stride]
         spread[(..., *places)] = x
@@ -82,7 +81,7 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Moments:
-    """The second moments of a layer's patches, and their mean.
+    """The second moments and the mean of a layer's patches.
 
     >>> moments = Moments()
     >>> moments.add(torch.tensor([[[[1.0]], [[3.0]]]]))  # two samples of one number
@@ -95,7 +94,7 @@ class Moments:
         self._sum = self._products = torch.empty(0)
 
     def add(self, seen: Tensor) -> None:
-        """Take in ``(groups, samples, in / groups, N)``."""
+        """Add patches: ``(groups, samples, in / groups, prod(kernel))``."""
         seen = seen.flatten(2).to(sum_dtype(seen))
         if self.samples:
             self._sum += seen.sum(1)
@@ -106,11 +105,11 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """``(groups, in / groups * N)``."""
+        """``(groups, in / groups * prod(kernel))``."""
         return self._sum / self.samples
 
     def second(self, *, central: bool) -> Tensor:
-        """``(groups, in / groups * N, in / groups * N)``, about zero or about the mean."""
+        """``(groups, D, D)`` with ``D = in / groups * prod(kernel)``, about zero or about the mean."""
         found = self._products / self.samples
         return found.baddbmm_(self.mean[:, :, None], self.mean[:, None], alpha=-1) if central else found
 
@@ -118,10 +117,15 @@ class Moments:
 def observe(
     model: nn.Module, watchers: Mapping[Layer, Callable[[Tensor], object]], inputs: Iterable[Any]
 ) -> dict[str, list[str]]:
-    """Run a model in evaluation mode, without a trace in it; watchers get the patches of their layers, in parts.
+    """Run a model in evaluation mode and pass the input patches of layers to watchers, in parts.
+
+    Args:
+        model: not changed.
+        watchers: {layer of the model: called with patches of its input}.
+        inputs: of the model, one for each run.
 
     Returns:
-        {layer name: the BatchNorms which take its outputs, and nothing else, in all of their calls}.
+        {layer name: names of the BatchNorms whose input is this layer's output in all of their calls}.
     """
     sources: dict[str, set[str | None]] = {}
     last: list[tuple[str, Tensor]] = []

@@ -1,8 +1,8 @@
-"""What pruning has cost a network, won back on a few batches without training: `reconstruct`, `reestimate_batch_norm`.
+"""Layer-wise least-squares reconstruction after pruning, on a few batches, without training.
 
-What is left of each layer is fitted by least squares, so that for the dense network's inputs it gives the dense
-network's outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do it where channels are pruned; here for any
-mask, in either space).
+The remaining entries of each layer are fitted so that for the dense network's inputs they give the dense network's
+outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do so after channel pruning; here for any mask, in either
+space).
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _TOLERANCE = 1e-4
 
 @torch.no_grad()
 def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: float = 0.01) -> Model:
-    """Fit what is left of every masked layer to the outputs that the layer has in the dense network.
+    """Fit the remaining entries of every masked layer to the outputs that the layer has in the dense network.
 
-    For the inputs of the dense network no layer's squared error on these batches is larger afterwards; entries that
-    hardly matter there stay near to where they are. Masks and bases stay. The difference in the mean of the outputs
-    goes into the layer's bias, or into the running mean of the BatchNorm behind it. Pruning in rounds, each followed by
-    this, keeps far more than pruning at once. `reestimate_batch_norm` comes last.
+    On these batches, with the inputs of the dense network, no layer's squared error is larger afterwards; entries that
+    hardly matter there stay near their values. Masks and bases stay. The difference in the mean of the outputs goes
+    into the layer's bias, or into the running mean of the BatchNorm that it feeds. Pruning in rounds, each followed by
+    a reconstruction, is far more accurate than pruning at once. Call `reestimate_batch_norm` last.
 
-    Layers without a mask, layers that see no input, and classes with a forward of their own stay as they are.
-    Parameters keep their identity, and values behind masks stay. Under DistributedDataParallel give every process the
-    same batches.
+    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are.
+    Parameters keep their identity, and values behind masks stay. With DistributedDataParallel pass the same batches in
+    every process.
 
     Args:
-        model: changed in place; masked by whatever means, in either space.
+        model: changed in place; with masks of any kind, in either space.
         dense: the same network before it was pruned; not changed.
-        batches: pairs (inputs, targets) on the model's device, as the scores take them; targets are not looked at.
-            A few: they are held in memory.
-        ridge: what moving an entry costs, as a part of what it adds by itself to the energy of the outputs. With 0
-            only these batches count.
+        batches: pairs (inputs, targets) on the model's device, as for scores; targets are ignored. A few: they are held
+            in memory.
+        ridge: penalty for changing an entry, relative to the energy that the entry alone adds to the outputs. With 0
+            only the fit to these batches counts.
 
     Returns:
         The model.
@@ -88,14 +88,14 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
 
 @torch.no_grad()
 def reestimate_batch_norm(model: Model, batches: Batches) -> Model:
-    """Replace the running statistics of every BatchNorm by the averages over some batches.
+    """Replace the running statistics of every BatchNorm by averages over some batches.
 
-    Everything else runs in evaluation mode (`torch.optim.swa_utils.update_bn` trains it all, dropout included). Modes,
-    gradients and the random state stay.
+    All other modules run in evaluation mode (`torch.optim.swa_utils.update_bn` runs them in training mode, dropout
+    included). Modes, gradients and the random state stay.
 
     Args:
-        model: changed in place: nothing but the buffers of BatchNorms that track statistics.
-        batches: pairs (inputs, targets), as in `reconstruct`; every batch counts alike.
+        model: only the running statistics of BatchNorms are changed, in place.
+        batches: pairs (inputs, targets), as in `reconstruct`; every batch has the same weight.
 
     Returns:
         The model.
@@ -113,7 +113,7 @@ def reestimate_batch_norm(model: Model, batches: Batches) -> Model:
 
 
 def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Buffers of BatchNorms, and what `reestimate_batch_norm` would write there. The model stays as it is."""
+    """Buffers of BatchNorms, each with the value that `reestimate_batch_norm` writes to it. Changes nothing."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     with pure(model), torch.no_grad():
@@ -131,7 +131,7 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
 
 
 def twins_of(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer]:
-    """The layer of the dense network for each layer."""
+    """{layer name: the layer in the dense network}."""
     known = {each.name: each for each in others}
     for each in found:
         other = known.get(each.name)
@@ -146,7 +146,7 @@ def twins_of(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer
 
 
 def _chunks(found: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """As many layers together as their moments leave room for."""
+    """Layers in lists whose moments fit into memory together."""
     some: list[Layer] = []
     room = _AT_ONCE
     for each in found:
@@ -164,7 +164,7 @@ def _chunks(found: Sequence[Layer]) -> Iterator[list[Layer]]:
 def _means(
     model: nn.Module, dense: nn.Module, mine: Layer, its: Layer, takers: Sequence[str]
 ) -> list[tuple[Tensor, Tensor, int]]:
-    """What holds the mean of a layer's outputs: (tensor, its value in the dense network, its sign)."""
+    """The tensors that shift the mean of a layer's outputs: (tensor, its value in the dense network, sign)."""
     if isinstance(mine.module.bias, Tensor) and isinstance(its.module.bias, Tensor):
         return [(mine.module.bias.detach(), its.module.bias.detach(), 1)]
     modules, others = dict(model.named_modules()), dict(dense.named_modules())
@@ -179,7 +179,7 @@ def _means(
 def _fitted(
     mine: Layer, its: Layer, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What to write into which tensors."""
+    """New values of the tensors of a layer: (tensor, value)."""
     module, coefficients = mine.module, mine.coefficients.detach()
     second = moments.second(central=bool(means))
     space = mine.interspace
@@ -201,8 +201,9 @@ def _fitted(
 def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, basis: Tensor, ridge: float) -> Tensor:
     """Coefficients `C` on a support that minimise ``(W - C G) M (W - C G)^T + ridge * |C - start|^2`` for every output.
 
-    The ridge weighs each entry by the diagonal of the quadratic form, so the gauge does not matter. By conjugate
-    gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above that of `start`.
+    The ridge weighs each entry by the diagonal of the quadratic form, so the result does not depend on the filter
+    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above
+    that of `start`.
 
     Args:
         second: `M`, ``(groups, D, D)``, ``D = in / groups * N``.
@@ -222,7 +223,7 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
 
     blocks = second.unflatten(2, (inputs, n)).unflatten(1, (inputs, n)).diagonal(dim1=1, dim2=3)
     diagonal = torch.einsum("nk,gkli,nl->gin", basis, blocks, basis)[:, None]
-    # What carries nothing, but for rounding, stays.
+    # Entries without an effect, up to rounding, stay.
     scale = torch.where(diagonal > 1e-6 * diagonal.amax(), diagonal.abs().rsqrt(), 0)
     start = start * mask
     rest = goal - start @ basis
@@ -245,5 +246,5 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    """0 where the divisor is 0, as it is for outputs that are fitted exactly."""
+    """``a / b``; 0 where `b` is 0, as for outputs that are fitted exactly."""
     return torch.where(b > 0, a / b, 0)

@@ -1,4 +1,4 @@
-"""The bases of a pruned network, fitted once more, and not orthonormal any longer: `refine`."""
+"""Fit the bases of a pruned network again, without an orthonormality constraint: `refine`."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ def refine(
     seed: int = 0,
     round_done: Callable[[int, float], None] = lambda number, error: None,  # noqa: ARG005
 ) -> Model:
-    """Bring masked kernels in the interspace nearer to those of the dense network, with as many coefficients.
+    """Approximate the kernels of the dense network better, with as many coefficients.
 
-    Bases are fitted that need not be orthonormal, and which coefficients are kept is chosen anew
-    (`learn`); every layer keeps as many as it has. No data is needed. The squared error of the layers that share a
-    basis never rises; where nothing better is found, they stay as they are. So do layers without a
-    basis, and those that share one where nothing is masked.
+    Fits bases that need not be orthonormal, and chooses the kept coefficients again (see
+    `ip_plugin.basis.dictionary.learn`); every layer keeps as many as before. No data is needed. The squared error of
+    the layers that share a basis never rises: where nothing better is found, they stay as they are. So do layers
+    without a basis, and those that share one where nothing is masked.
 
-    Filters are scaled such that no step in the coefficients moves a kernel farther than it is long, so these bases have
-    no constraint afterwards. Some filters nearly depend
-    on each other: in a fine-tuning, hold the basis (``requires_grad_(False)``, or `ip_plugin.param_groups` with
-    ``basis_lr=0``), or train it slowly.
+    Bases are scaled to spectral norm 1, so that a change of coefficients changes kernels by at most as much; they have
+    no constraint afterwards. Some filters are nearly linearly dependent: for fine-tuning, freeze the basis
+    (``requires_grad_(False)``, or `ip_plugin.param_groups` with ``basis_lr=0``), or train it slowly.
 
     Args:
-        model: changed in place: bases, coefficients and masks. Masked-out coefficients are zero afterwards, and an
-            optimizer has to be made anew.
-        dense: the same network before it was pruned; not changed. None: what the model's coefficients make without the
-            masks, which is the same as long as nothing was trained since.
-        seed: of the sample of kernels that is looked at first.
+        model: changed in place: bases, coefficients and masks. Masked-out coefficients are zero afterwards. Build a new
+            optimizer.
+        dense: the same network before it was pruned; not changed. None: the model's own kernels without masks, which
+            are the same if nothing was trained since.
+        seed: of the sample of kernels with which fitting begins.
         round_done: called after each round with its number and the relative error of the layers that share a basis.
 
     Returns:
@@ -77,7 +76,7 @@ def refine(
 def _refined(
     members: Sequence[Layer], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
 ) -> Dictionary | None:
-    """What is better for the layers that share a basis, if it is."""
+    """A basis and coefficients with a smaller error for the layers that share a basis, or None."""
     check_regular(_basis(members[0]), members[0].name)
     counts, before = [], 0.0
     for layer, wanted in zip(members, kernels, strict=True):

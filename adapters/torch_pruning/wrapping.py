@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ip_plugin.core.layer import is_prunable
+from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.validation import check_fraction
@@ -322,7 +322,7 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
                 f"module {name!r} is compiled, a {type(module).__name__}",
                 "prune first and compile then, or pass the model that was compiled (`compiled._orig_mod`)",
             )
-        prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or is_prunable(module)
+        prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or TensorRef(module).is_prunable
         if not prunable and parametrize.is_parametrized(module, "weight"):
             raise ConversionError(
                 "The weight of a layer must not be parametrized by someone else.",

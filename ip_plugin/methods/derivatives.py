@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.tensor_ref import TensorRef, inner, prunable_tensors
 from ..errors import BatchError, SelectionError
+from ..utils.preserved_state import preserved_state
 
 #: Called with (outputs, targets); returns a tensor of one element.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -32,14 +33,14 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
         SelectionError: it has none.
     """
     model = inner(model)
-    found = prunable_tensors(model)
-    if not found:
+    refs = prunable_tensors(model)
+    if not refs:
         raise SelectionError(
             "The model must have a convolution or linear layer that can be pruned.",
             f"none in a {type(model).__name__}",
             "pass a model that `ip_plugin.prunable(model)` finds something in",
         )
-    return model, found
+    return model, refs
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -56,10 +57,10 @@ def derive(
     model: nn.Module, batches: Batches, loss: Loss, derivative: Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
 ) -> tuple[list[TensorRef], list[Tensor]]:
     """The prunable layers, and for each the sum of a derivative over batches (and over processes)."""
-    inner, found = unwrapped(model)
+    inner, refs = unwrapped(model)
     sums: list[Tensor] = []
     with pure(inner):
-        leaves, tensors = _leaves(inner, found)
+        leaves, tensors = _leaves(inner, refs)
         for number, (inputs, targets) in enumerate(pairs(batches)):
             value = check_loss(loss(call(inner, tensors, inputs), targets))
             derived = derivative(value, leaves)
@@ -75,7 +76,7 @@ def derive(
             sums = [total.clone(memory_format=torch.contiguous_format) for total in sums]
             for total in sums:
                 dist.all_reduce(total, group=wrapper.process_group)
-    return found, sums
+    return refs, sums
 
 
 def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
@@ -133,12 +134,12 @@ def check_loss(value: object) -> Tensor:
     )
 
 
-def _leaves(model: nn.Module, found: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _leaves(model: nn.Module, refs: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The prunable tensors as new leaves, and all tensors of the model by name.
 
     Leaves share the memory of the Parameters; only they get gradients. Buffers are copies, which the model may change.
     """
-    leaf_of = {id(each.parameter): each.parameter.detach().requires_grad_() for each in found}
+    leaf_of = {id(ref.parameter): ref.parameter.detach().requires_grad_() for ref in refs}
     tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}
     tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     return list(leaf_of.values()), tensors
@@ -146,25 +147,9 @@ def _leaves(model: nn.Module, found: list[TensorRef]) -> tuple[list[Tensor], dic
 
 @contextmanager
 def pure(model: nn.Module) -> Iterator[None]:
-    """With gradients on; afterwards the modules' attributes and the random state are as they were.
-
-    A forward pass sets attributes: the hook of `torch.nn.utils.prune` does.
-    """
-    places = [place for m in model.modules() for place in (vars(m), m._parameters, m._buffers)]
-    before = [dict(place) for place in places]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=[each.index for each in devices]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        try:
-            for module in model.modules():
-                if module._compiled_call_impl is not None:
-                    module._compiled_call_impl = None
-            yield
-        finally:
-            for place, old in zip(places, before, strict=True):
-                if place.keys() != old.keys() or any(place[key] is not value for key, value in old.items()):
-                    place.clear()
-                    place.update(old)
+    """`preserved_state` with attributes, which forward passes may set; gradients are on, and compiled calls off."""
+    with preserved_state(model, attributes=True), torch.inference_mode(False), torch.enable_grad():
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        yield

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from ..core.gauge import unit_gauge
 from ..core.masking import adopt_masks
-from ..core.parametrization import Interspace
 from ..core.tensor_ref import TensorRef, prunable_tensors
 from ..errors import AmountError
+from ..utils.preserved_state import preserved_state
 from ..utils.seeds import derived_seed
 from ..utils.topk import keep_largest
 from ..utils.validation import check_fraction
@@ -58,15 +58,15 @@ class _DynamicSparse:
             apply_masks(
                 self._inner, select(random(self._inner, generator=self.generator), sparsity=sparsity, scope=scope)
             )
-        elif all(layer.mask is None for layer in prunable_tensors(self._inner)):
+        elif all(ref.mask is None for ref in prunable_tensors(self._inner)):
             raise AmountError(
                 "A model must be sparse to begin with, or `sparsity` must say how sparse it is to be.",
                 "sparsity=None, and no layer of the model has a mask",
                 "pass sparsity=0.9 for example, or prune the model before",
             )
-        for layer in self._sparse():
-            assert layer.mask is not None
-            self._clear(layer, ~layer.mask)
+        for ref in self._sparse():
+            assert ref.mask is not None
+            self._clear(ref, ~ref.mask)
 
     @property
     def fraction_now(self) -> float:
@@ -80,37 +80,34 @@ class _DynamicSparse:
 
     def _sparse(self) -> list[TensorRef]:
         """The layers with pruned entries."""
-        return [
-            layer for layer in prunable_tensors(self._inner) if layer.mask is not None and not bool(layer.mask.all())
-        ]
+        return [ref for ref in prunable_tensors(self._inner) if ref.mask is not None and not bool(ref.mask.all())]
 
     @torch.no_grad()
-    def _move(self, layer: TensorRef, growth: Tensor) -> None:
+    def _drop_and_grow(self, ref: TensorRef, growth: Tensor) -> None:
         """Drop the entries of smallest magnitude of a layer, and grow those with the highest growth scores.
 
         Args:
-            layer: one with a mask of ours.
+            ref: the weight of a layer, with a mask of ours.
             growth: scores of all entries; only entries that are pruned after the drop can grow.
         """
-        assert layer.parametrization is not None
-        mask = layer.parametrization.mask
+        assert ref.parametrization is not None
+        mask = ref.parametrization.mask
         assert mask is not None
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
             return
-        strength = unit_gauge(layer.parameter.detach(), layer.parametrization).flatten()
-        stays = mask.flatten()
-        kept = stays.nonzero().squeeze(1)
-        stays = stays.index_fill(0, kept[strength[kept].abs_().topk(count, largest=False, sorted=False).indices], False)
-        (grown,) = keep_largest([growth.flatten().masked_fill(stays, -math.inf)], count)
-        mask.copy_((stays | grown).reshape(mask.shape))
-        stays = stays.reshape(mask.shape)
-        self._clear(layer, ~stays)
+        values = unit_gauge(ref.parameter.detach(), ref.parametrization).flatten()
+        kept = mask.flatten().nonzero().squeeze(1)
+        dropped = kept[values[kept].abs_().topk(count, largest=False, sorted=False).indices]
+        remaining = mask.flatten().index_fill(0, dropped, False)
+        (grown,) = keep_largest([growth.flatten().masked_fill(remaining, -math.inf)], count)
+        mask.copy_((remaining | grown).reshape(mask.shape))
+        self._clear(ref, ~remaining.reshape(mask.shape))
 
     @torch.no_grad()
-    def _clear(self, layer: TensorRef, where: Tensor) -> None:
+    def _clear(self, ref: TensorRef, where: Tensor) -> None:
         """Set entries, their gradients and their optimizer state to zero."""
-        coefficients = layer.parameter
+        coefficients = ref.parameter
         coefficients.masked_fill_(where, 0)
         if coefficients.grad is not None:
             coefficients.grad.masked_fill_(where, 0)
@@ -160,9 +157,9 @@ class SET(_DynamicSparse):
         """Count a training step, and update the masks if it is due; returns whether it was."""
         if not self._count_step():
             return False
-        for layer in self._sparse():
-            noise = torch.rand(layer.parameter.shape, generator=self.generator)
-            self._move(layer, noise.to(layer.parameter.device))
+        for ref in self._sparse():
+            noise = torch.rand(ref.parameter.shape, generator=self.generator)
+            self._drop_and_grow(ref, noise.to(ref.parameter.device))
         return True
 
 
@@ -204,62 +201,39 @@ class RigL(_DynamicSparse):
         except BaseException:
             self.steps -= 1
             raise
-        for layer, gradient in gradients:
-            self._move(layer, gradient)
+        for ref, gradient in gradients:
+            self._drop_and_grow(ref, gradient)
         return True
 
     def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[TensorRef, Tensor]]:
         """The absolute gradient of every coefficient of every sparse layer, for basis filters of unit norm."""
-        found = self._sparse()
-        with _untouched(self._inner), _lifted(found), torch.enable_grad():
+        refs = self._sparse()
+        with preserved_state(self._inner, buffers=True), _without_masks(refs), torch.enable_grad():
+            self._inner.zero_grad()
             check_loss(loss()).backward()
-            gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (each.parameter for each in found)]
+            gradients = [
+                torch.zeros_like(ref.parameter) if ref.parameter.grad is None else ref.parameter.grad for ref in refs
+            ]
         if isinstance(self.model, DistributedDataParallel):
             for gradient in gradients:  # bit-identical, or the masks of the processes would drift apart
                 dist.broadcast(gradient, 0, group=self.model.process_group)
-        return [
-            (layer, _per_unit_norm(layer, gradient).abs_()) for layer, gradient in zip(found, gradients, strict=True)
-        ]
+        return [(ref, _for_unit_norm(ref, gradient).abs_()) for ref, gradient in zip(refs, gradients, strict=True)]
 
 
-def _per_unit_norm(layer: TensorRef, gradient: Tensor) -> Tensor:
+def _for_unit_norm(ref: TensorRef, gradient: Tensor) -> Tensor:
     """The gradient with respect to the coefficients for basis filters of unit norm."""
-    if not isinstance(layer.parametrization, Interspace):
-        return gradient
-    ones = torch.ones((1, 1, *gradient.shape[2:]), dtype=gradient.dtype, device=gradient.device)
-    return gradient / unit_gauge(ones, layer.parametrization)
+    norms = None if ref.interspace is None else ref.interspace.filter_norms
+    return gradient if norms is None else gradient / norms.reshape(1, 1, *gradient.shape[2:])
 
 
 @contextmanager
-def _lifted(found: list[TensorRef]) -> Iterator[None]:
-    """While the block runs, layers have no masks; pruned entries are zero, so the network computes the same."""
-    parametrizations = [layer.parametrization for layer in found]
-    masks = [None if each is None else each.mask for each in parametrizations]
+def _without_masks(refs: list[TensorRef]) -> Iterator[None]:
+    """While the block runs, tensors have no masks; pruned entries are zero, so the network computes the same."""
+    masks = {ref.parametrization: ref.parametrization.mask for ref in refs if ref.parametrization is not None}
     try:
-        for each in parametrizations:
-            if each is not None:
-                each.mask = None
+        for parametrization in masks:
+            parametrization.mask = None
         yield
     finally:
-        for each, mask in zip(parametrizations, masks, strict=True):
-            if each is not None:
-                each.mask = mask
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Gradients begin at None; afterwards they, the buffers and the random state are as they were."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.dtype is not torch.bool]
-    devices = {p.device.index for p, _ in gradients if p.device.type == "cuda"}
-    for parameter, _ in gradients:
-        parameter.grad = None
-    with torch.random.fork_rng(devices=[each for each in devices if each is not None]):
-        try:
-            yield
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        for parametrization, mask in masks.items():
+            parametrization.mask = mask

@@ -105,13 +105,13 @@ class LotteryTicket:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers without masks, by names that do not change when a layer is masked."""
-    of_ours = {id(each.chain): each for each in parametrized_tensors(model)}
-    found: dict[str, Tensor] = {}
+    refs = {id(ref.chain): ref for ref in parametrized_tensors(model)}
+    tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        each = of_ours.get(id(module))
+        ref = refs.get(id(module))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or (isinstance(module, Mask) and name != "basis"):
                 continue
-            plain = each.name if each and name == "original" else f"{prefix}.{name}"
-            found[plain.removeprefix(".")] = tensor
-    return found
+            plain = ref.name if ref and name == "original" else f"{prefix}.{name}"
+            tensors[plain.removeprefix(".")] = tensor
+    return tensors

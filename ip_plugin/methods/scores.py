@@ -57,9 +57,9 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
     >>> [score.shape for score in random(nn.Linear(3, 2), generator=torch.Generator()).values()]
     [torch.Size([2, 3])]
     """
-    _, found = unwrapped(model)
-    noise = [torch.rand(each.parameter.shape, generator=generator, device=generator.device) for each in found]
-    return _scores(found, [n.to(each.parameter.device) for n, each in zip(noise, found, strict=True)])
+    _, refs = unwrapped(model)
+    noise = [torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs]
+    return _scores(refs, [n.to(ref.parameter.device) for n, ref in zip(noise, refs, strict=True)])
 
 
 @torch.no_grad()
@@ -73,8 +73,8 @@ def magnitude(model: nn.Module) -> Scores:
         SelectionError: the model has no prunable layer.
         ScoreError: NaN or infinity in the model.
     """
-    _, found = unwrapped(model)
-    return _scores(found, [unit_gauge(each.parameter.detach(), each.parametrization).abs() for each in found])
+    _, refs = unwrapped(model)
+    return _scores(refs, [unit_gauge(ref.parameter.detach(), ref.parametrization).abs() for ref in refs])
 
 
 @torch.no_grad()
@@ -97,14 +97,14 @@ def lamp(model: nn.Module) -> Scores:
     >>> score * 182
     tensor([[ 13., 182.,  56.]], dtype=torch.float64)
     """
-    _, found = unwrapped(model)
-    return _scores(found, [_lamp(each) for each in found])
+    _, refs = unwrapped(model)
+    return _scores(refs, [_lamp(ref) for ref in refs])
 
 
-def _lamp(layer: TensorRef) -> Tensor:
-    magnitudes = unit_gauge(layer.parameter.detach(), layer.parametrization).abs()
-    if layer.mask is not None:
-        magnitudes = magnitudes * layer.mask
+def _lamp(ref: TensorRef) -> Tensor:
+    magnitudes = unit_gauge(ref.parameter.detach(), ref.parametrization).abs()
+    if ref.mask is not None:
+        magnitudes = magnitudes * ref.mask
     ascending, order = magnitudes.flatten().sort()
     squares = ascending.double().square()
     sums = squares.flip(0).cumsum(0).flip(0)
@@ -136,8 +136,8 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     >>> score
     tensor([[6., 5.]])
     """
-    found, gradients = derive(model, batches, loss, first_order)
-    return _scores(found, [_times(each, g).abs_() for each, g in zip(found, gradients, strict=True)])
+    refs, gradients = derive(model, batches, loss, first_order)
+    return _scores(refs, [_times(ref, g).abs_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
@@ -148,8 +148,8 @@ def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
     Args, raises: as `snip`.
     """
-    found, gradients = derive(model, batches, loss, first_order)
-    return _scores(found, [_times(each, g).neg_() for each, g in zip(found, gradients, strict=True)])
+    refs, gradients = derive(model, batches, loss, first_order)
+    return _scores(refs, [_times(ref, g).neg_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 200) -> Scores:
@@ -184,9 +184,9 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
         return loss(outputs / temperature, targets)
 
     kept = list(batches)
-    found, gradient = derive(model, kept, cooled, first_order)
+    refs, gradient = derive(model, kept, cooled, first_order)
     with torch.inference_mode(False):
-        directions = [_over_squared_norms(each, g) for each, g in zip(found, gradient, strict=True)]
+        directions = [_over_squared_norms(ref, g) for ref, g in zip(refs, gradient, strict=True)]
 
     def product_with_hessian(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
         gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
@@ -196,18 +196,18 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
             return [torch.zeros_like(t) for t in tensors]
         return torch.autograd.grad(along, tensors, materialize_grads=True)
 
-    found, products = derive(model, kept, cooled, product_with_hessian)
-    return _scores(found, [_times(each, p) for each, p in zip(found, products, strict=True)])
+    refs, products = derive(model, kept, cooled, product_with_hessian)
+    return _scores(refs, [_times(ref, p) for ref, p in zip(refs, products, strict=True)])
 
 
-def _over_squared_norms(layer: TensorRef, gradient: Tensor) -> Tensor:
+def _over_squared_norms(ref: TensorRef, gradient: Tensor) -> Tensor:
     """Divided twice by the filter norms: once for the gradient, once for the Hessian that is applied to it."""
-    norms = None if layer.interspace is None else layer.interspace.filter_norms
-    if norms is not None:
-        norms = norms.reshape(1, 1, *gradient.shape[2:])
-        # The gradient of a coefficient whose filter is zero is zero; so is its score.
-        return gradient * torch.where(norms > 0, norms.square().reciprocal(), 0.0)
-    return gradient
+    norms = None if ref.interspace is None else ref.interspace.filter_norms
+    if norms is None:
+        return gradient
+    norms = norms.reshape(1, 1, *gradient.shape[2:])
+    # The gradient of a coefficient whose filter is zero is zero; so is its score.
+    return gradient * torch.where(norms > 0, norms.square().reciprocal(), 0.0)
 
 
 def synflow(model: nn.Module, example_input: Any) -> Scores:
@@ -239,7 +239,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
     [[2.0, 4.0], [0.0, 3.0]]
     [[6.0, 3.0]]
     """
-    inner, found = unwrapped(model)
+    inner, refs = unwrapped(model)
     means = {id(module.running_mean) for module in inner.modules() if isinstance(module, _NormBase)}
     with pure(inner):
         tensors = {name: _wide(p.detach().abs()) for name, p in inner.named_parameters()}
@@ -252,9 +252,9 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         for space in inner.modules():
             if isinstance(space, Interspace):
                 space.constraint = "none"
-        leaves = [tensors[name_of[id(each.parameter)]].requires_grad_() for each in found]
+        leaves = [tensors[name_of[id(ref.parameter)]].requires_grad_() for ref in refs]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
-        flow = sum(each.double().sum() for each in _floating(outputs))
+        flow = sum(output.double().sum() for output in _floating(outputs))
         if not isinstance(flow, Tensor) or not flow.requires_grad:
             raise BatchError(
                 "SynFlow needs a floating point output that depends on the prunable tensors.",
@@ -262,7 +262,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
                 "wrap the model so that it returns the logits, or use another score",
             )
         gradients = torch.autograd.grad(flow, leaves, materialize_grads=True)
-    return _scores(found, [(t.detach() * g).abs_() for t, g in zip(leaves, gradients, strict=True)])
+    return _scores(refs, [(t.detach() * g).abs_() for t, g in zip(leaves, gradients, strict=True)])
 
 
 class _Substituted(nn.Module):
@@ -323,18 +323,18 @@ class Movement:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, found = unwrapped(model)
-        tensors = {each.module_name: each.parameter.detach() for each in found}
+        self._model, refs = unwrapped(model)
+        tensors = {ref.module_name: ref.parameter.detach() for ref in refs}
         self._sums = {name: torch.zeros_like(t, dtype=sum_dtype(t)) for name, t in tensors.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the movement of the present gradients; a layer without a gradient adds nothing."""
-        for layer in prunable_tensors(self._model):
-            gradient = layer.parameter.grad
+        for ref in prunable_tensors(self._model):
+            gradient = ref.parameter.grad
             if gradient is not None:
-                total = self._sums[layer.module_name] = self._sums[layer.module_name].to(gradient.device)
-                total.addcmul_(layer.parameter.to(total.dtype), gradient.to(total.dtype), value=-1)
+                total = self._sums[ref.module_name] = self._sums[ref.module_name].to(gradient.device)
+                total.addcmul_(ref.parameter.to(total.dtype), gradient.to(total.dtype), value=-1)
 
     def scores(self) -> Scores:
         """Copies of the sums so far; entries that are pruned by now have the score -inf.
@@ -342,10 +342,9 @@ class Movement:
         Raises:
             ScoreError: a gradient was NaN or infinite.
         """
-        _, found = unwrapped(self._model)
-        return _scores(
-            found, [self._sums[each.module_name].clone(memory_format=torch.contiguous_format) for each in found]
-        )
+        _, refs = unwrapped(self._model)
+        sums = [self._sums[ref.module_name].clone(memory_format=torch.contiguous_format) for ref in refs]
+        return _scores(refs, sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         """{layer name: copy of its sum}. Inverse: `load_state_dict`."""
@@ -364,7 +363,7 @@ class Movement:
 
 def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless tensors of a saved state have the names and shapes of the present ones."""
-    shapes, others = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (saved, present))
+    shapes, others = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved, present))
     if shapes != others:
         differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
         name = differing[0]
@@ -390,30 +389,30 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
         )
     first = next(iter(scores.values()))
     flat = torch.cat([score.detach().flatten().to(first.device) for score in scores.values()])
-    places = torch.unique(flat, return_inverse=True)[1].double().split([score.numel() for score in scores.values()])
+    numbers = torch.unique(flat, return_inverse=True)[1].double().split([score.numel() for score in scores.values()])
     return {
-        where: place.reshape(score.shape).to(score.device)
-        for (where, score), place in zip(scores.items(), places, strict=True)
+        target: number.reshape(score.shape).to(score.device)
+        for (target, score), number in zip(scores.items(), numbers, strict=True)
     }
 
 
 @torch.no_grad()
-def _times(layer: TensorRef, gradient: Tensor) -> Tensor:
-    return gradient * layer.parameter.detach()
+def _times(ref: TensorRef, gradient: Tensor) -> Tensor:
+    return gradient * ref.parameter.detach()
 
 
 @torch.no_grad()
-def _scores(found: list[TensorRef], values: list[Tensor]) -> Scores:
+def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
     """Values by target, checked to be finite, and -inf where an entry is pruned."""
-    for layer, value in zip(found, values, strict=True):
+    for ref, value in zip(refs, values, strict=True):
         # One pass computes the sum, which may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
             raise ScoreError(
                 "Scores must be finite.",
-                f"layer {layer.module_name!r}: {bad} NaN or infinite scores",
+                f"layer {ref.module_name!r}: {bad} NaN or infinite scores",
                 "score a model that has not diverged, on data and with a loss whose gradients are finite",
             )
     return {
-        layer.target: (value if layer.mask is None else value.masked_fill(~layer.mask, -math.inf)).contiguous()
-        for layer, value in zip(found, values, strict=True)
+        ref.target: (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
+        for ref, value in zip(refs, values, strict=True)
     }

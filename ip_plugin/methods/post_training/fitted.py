@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -84,28 +84,17 @@ def prune_fitted(
     >>> report(model).prunable.nonzeros
     547
     """
-    if scope not in ("global", "layer"):
-        raise ArgumentError(
-            '`scope` must be "global" or "layer".', f"{scope!r}", '"global" puts all layers under one threshold'
-        )
-    found_layers = list(prunable_tensors(model))
-    sizes = [layer.parameter.numel() for layer in found_layers]
-    least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
-    if rounds is not None:
-        check_whole(rounds, "rounds", 1)
-    groups = _groups(model, sharing)
-    for layer in found_layers:
-        check_finite(layer.module_name, layer.parameter)
+    groups = _checked_groups(model, sparsity, sharing, scope, min_per_layer, rounds)
     dense = None
     if batches is not None:
         batches = list(batches)
         estimates(model, [inputs for inputs, _ in pairs(batches)])  # fails if the model does not run on them
         dense = copy.deepcopy(model)
-    found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
+    bases = _fitted_bases(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)
     for number, members in enumerate(groups):
-        names = [layer.module_name for layer in members]
-        interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
+        names = [ref.module_name for ref in members]
+        interspace(model, basis=bases[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
 
     def rebuild() -> None:
         if dense is not None and batches is not None:
@@ -114,47 +103,56 @@ def prune_fitted(
     rounds = rounds or (1 if dense is None else _ROUNDS)
     prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, min_per_layer=min_per_layer, after_round=rebuild)
     if not orthonormal:
-        with _watched(progress, "refining bases") as round_done:
+        with _progress_bar(progress, "refining bases") as round_done:
             refine(model, dense, seed=seed, round_done=round_done)
         rebuild()
     return model if batches is None else reestimate_batch_norm(model, batches)
 
 
-def _fit(
+def _checked_groups(
+    model: nn.Module, sparsity: float, sharing: Sharing | None, scope: str, min_per_layer: int, rounds: int | None
+) -> list[list[TensorRef]]:
+    """The convolutions to convert, in lists of layers that share a basis; raises as `prune_fitted`."""
+    if scope not in ("global", "layer"):
+        raise ArgumentError(
+            '`scope` must be "global" or "layer".', f"{scope!r}", '"global" puts all layers under one threshold'
+        )
+    refs = prunable_tensors(model)
+    sizes = [ref.parameter.numel() for ref in refs]
+    least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
+    if rounds is not None:
+        check_whole(rounds, "rounds", 1)
+    converted = by_basis(refs)
+    groups = list(converted.values()) if converted and sharing is None else groups_of(model, sharing or "model")
+    for ref in refs:
+        check_finite(ref.module_name, ref.parameter)
+    return groups
+
+
+def _fitted_bases(
     model: nn.Module, groups: list[list[TensorRef]], density: float, scope: str, seed: int, progress: bool
 ) -> dict[int, Tensor]:
-    shared = {layer.module_name: number for number, members in enumerate(groups) for layer in members}
-    kernels = [_kernels(layer, shared.get(layer.module_name)) for layer in prunable_tensors(model)]
-    keep = largest(density) if scope == "global" else _of_each(largest(density))
-    with _watched(progress, "fitting bases") as round_done:
+    """{number of a group: basis fitted to its kernels}."""
+    group_of = {ref.module_name: number for number, members in enumerate(groups) for ref in members}
+    kernels = [_kernels(ref, group_of.get(ref.module_name)) for ref in prunable_tensors(model)]
+    keep = largest(density) if scope == "global" else _in_each_layer(largest(density))
+    with _progress_bar(progress, "fitting bases") as round_done:
         return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
-def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[TensorRef]]:
-    """The convolutions to convert, in lists of layers that share a basis."""
-    converted = by_basis(prunable_tensors(model))
-    if converted and sharing is None:
-        return list(converted.values())
-    return groups_of(model, sharing or "model")
-
-
-def _kernels(layer: TensorRef, group: int | None) -> Kernels:
+def _kernels(ref: TensorRef, group: int | None) -> Kernels:
     if group is None:
-        return Kernels(kernel_rows(layer.composed.reshape(-1, 1, 1)), None)
-    return Kernels(kernel_rows(layer.composed), group, tuple(layer.parameter.shape[2:]))
+        return Kernels(kernel_rows(ref.composed.reshape(-1, 1, 1)), None)
+    return Kernels(kernel_rows(ref.composed), group, tuple(ref.parameter.shape[2:]))
 
 
-def _of_each(keep: Keep) -> Keep:
+def _in_each_layer(keep: Keep) -> Keep:
     """Choose in every layer by itself, instead of in all layers together."""
-
-    def of_each(coefficients: Sequence[Tensor]) -> list[Tensor]:
-        return [mask for each in coefficients for mask in keep([each])]
-
-    return of_each
+    return lambda coefficients: [mask for values in coefficients for mask in keep([values])]
 
 
 @contextmanager
-def _watched(progress: bool, what: str) -> Iterator[Callable[[int, float], None]]:
+def _progress_bar(progress: bool, what: str) -> Iterator[Callable[[int, float], None]]:
     if not progress:
         yield lambda number, error: None  # noqa: ARG005
         return

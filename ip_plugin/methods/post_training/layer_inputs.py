@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ...core.parametrization import parametrizations
 from ...core.tensor_ref import TensorRef
 from ..derivatives import call, pure, sum_dtype
-
-#: Numbers in the patches that are held at once.
-_AT_ONCE = 1 << 24
 
 _FORWARDS = [
     cls.forward
@@ -31,10 +27,10 @@ _FORWARDS = [
 ]  # fmt: skip
 
 
-def multiplies(layer: TensorRef) -> bool:
+def multiplies(ref: TensorRef) -> bool:
     """Whether a layer's outputs are its weight times patches of its input: so for torch's own forward methods."""
-    plain = layer.parametrization is None or len(parametrizations(layer.module).weight) == 1
-    return plain and type(layer.module).forward in _FORWARDS
+    plain = ref.chain is None or len(ref.chain) == 1
+    return plain and type(ref.module).forward in _FORWARDS
 
 
 def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
@@ -76,8 +72,8 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     if isinstance(module, _ConvTransposeNd):
         x = x.flip(tuple(range(-len(kernel), 0)))
     parts = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
-    found: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
-    return found
+    rows: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
+    return rows
 
 
 class Moments:
@@ -110,12 +106,16 @@ class Moments:
 
     def second(self, *, central: bool) -> Tensor:
         """``(groups, D, D)`` with ``D = in / groups * prod(kernel)``, about zero or about the mean."""
-        found = self._products / self.samples
-        return found.baddbmm_(self.mean[:, :, None], self.mean[:, None], alpha=-1) if central else found
+        moments = self._products / self.samples
+        return moments.baddbmm_(self.mean[:, :, None], self.mean[:, None], alpha=-1) if central else moments
 
 
 def observe(
-    model: nn.Module, watchers: Mapping[TensorRef, Callable[[Tensor], object]], inputs: Iterable[Any]
+    model: nn.Module,
+    watchers: Mapping[TensorRef, Callable[[Tensor], object]],
+    inputs: Iterable[Any],
+    *,
+    patches_at_once: int = 1 << 24,
 ) -> dict[str, list[str]]:
     """Run a model in evaluation mode and pass the input patches of layers to watchers, in parts.
 
@@ -123,6 +123,7 @@ def observe(
         model: not changed.
         watchers: {layer of the model: called with patches of its input}.
         inputs: of the model, one for each run.
+        patches_at_once: how many numbers in patches are held in memory together.
 
     Returns:
         {layer name: names of the BatchNorms whose input is this layer's output in all of their calls}.
@@ -130,20 +131,20 @@ def observe(
     sources: dict[str, set[str | None]] = {}
     last: list[tuple[str, Tensor]] = []
 
-    def of_layer(layer: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
+    def of_layer(ref: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
-            last[:] = [(layer.module_name, y)]
+            last[:] = [(ref.module_name, y)]
             size: tuple[int, ...] = ()
             if not isinstance(module, _ConvNd):
-                x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
+                x, numbers = x.reshape(-1, x.shape[-1]), x.shape[-1]
             else:
                 dimensions = len(module.kernel_size)
                 x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a single input may come without a batch
                 size = tuple(y.shape[-dimensions:])
-                each = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
-            for some in x.split(max(1, _AT_ONCE // max(1, each))):
-                watcher(patches(module, some, size))
+                numbers = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
+            for part in x.split(max(1, patches_at_once // max(1, numbers))):
+                watcher(patches(module, part, size))
 
         return called
 
@@ -153,7 +154,7 @@ def observe(
 
         return called
 
-    handles = [each.module.register_forward_hook(of_layer(each, w), with_kwargs=True) for each, w in watchers.items()]
+    handles = [ref.module.register_forward_hook(of_layer(ref, w), with_kwargs=True) for ref, w in watchers.items()]
     handles += [
         module.register_forward_pre_hook(of_norm(name))
         for name, module in model.named_modules()
@@ -162,14 +163,14 @@ def observe(
     try:
         with pure(model), torch.no_grad():
             model.eval()
-            for each in inputs:
-                call(model, {}, each)
+            for batch in inputs:
+                call(model, {}, batch)
     finally:
         for handle in handles:
             handle.remove()
-    takers: dict[str, list[str]] = {}
+    norms: dict[str, list[str]] = {}
     for name, layers in sources.items():
         [layer, *others] = layers
         if layer is not None and not others:
-            takers.setdefault(layer, []).append(name)
-    return takers
+            norms.setdefault(layer, []).append(name)
+    return norms

@@ -21,14 +21,14 @@ from ...errors import ArgumentError, SelectionError
 from ..derivatives import Batches, call, pairs, pure, unwrapped
 from .layer_inputs import Moments, multiplies, observe
 
-#: Numbers in the moments that are held at once, if one layer does not need more.
-_AT_ONCE = 1 << 26
 _MOST_STEPS = 100
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: float = 0.01) -> Model:
+def reconstruct(
+    model: Model, dense: nn.Module, batches: Batches, *, ridge: float = 0.01, moments_at_once: int = 1 << 26
+) -> Model:
     """Fit the remaining entries of every masked layer to the outputs that the layer has in the dense network.
 
     On these batches, with the inputs of the dense network, no layer's squared error is larger afterwards; entries that
@@ -47,6 +47,8 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
             in memory.
         ridge: penalty for changing an entry, relative to the energy that the entry alone adds to the outputs. With 0
             only the fit to these batches counts.
+        moments_at_once: how many numbers in second moments of inputs are held in memory together (those of one layer at
+            least); the dense network runs on the batches once for each group of layers.
 
     Returns:
         The model.
@@ -69,18 +71,19 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
         raise ArgumentError(
             "`ridge` must be a finite number of at least 0.", f"{ridge!r}", "leave it out, or pass 0.01"
         )
-    inner, found = unwrapped(model)
-    twin, others = unwrapped(dense)
+    inner, refs = unwrapped(model)
+    reference, dense_refs = unwrapped(dense)
     inputs = [inputs for inputs, _ in pairs(batches)]
-    twins = twins_of(found, others)
+    references = reference_layers(refs, dense_refs)
     changes: list[tuple[Tensor, Tensor]] = []
-    for some in _chunks([each for each in found if each.mask is not None and multiplies(each)]):
-        moments = {each.module_name: Moments() for each in some}
-        takers = observe(twin, {twins[each.module_name]: moments[each.module_name].add for each in some}, inputs)
-        for each in some:
-            if moments[each.module_name].samples:
-                means = _means(inner, twin, each, twins[each.module_name], takers.get(each.module_name, ()))
-                changes += _fitted(each, twins[each.module_name], moments.pop(each.module_name), means, ridge)
+    for group in _groups([ref for ref in refs if ref.mask is not None and multiplies(ref)], moments_at_once):
+        moments = {ref.module_name: Moments() for ref in group}
+        norms = observe(reference, {references[name]: moments[name].add for name in moments}, inputs)
+        for ref in group:
+            name = ref.module_name
+            if moments[name].samples:
+                means = _means(inner, reference, ref, references[name], norms.get(name, ()))
+                changes += _fitted(ref, references[name], moments.pop(name), means, ridge)
     for tensor, value in changes:
         tensor.copy_(value)
     return model
@@ -124,73 +127,75 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
             norm.train()
-        for each in inputs:
-            call(model, {}, each)
-        found = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    return list(zip(buffers, found, strict=True))
+        for batch in inputs:
+            call(model, {}, batch)
+        values = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    return list(zip(buffers, values, strict=True))
 
 
-def twins_of(found: Sequence[TensorRef], others: Sequence[TensorRef]) -> dict[str, TensorRef]:
-    """{layer name: the layer in the dense network}."""
-    known = {each.module_name: each for each in others}
-    for each in found:
-        other = known.get(each.module_name)
-        if other is None or other.parameter.shape != each.parameter.shape:
-            what = "no such layer" if other is None else f"one of shape {tuple(other.parameter.shape)}"
+def reference_layers(refs: Sequence[TensorRef], dense_refs: Sequence[TensorRef]) -> dict[str, TensorRef]:
+    """{layer name: the layer in the dense network}.
+
+    Raises:
+        SelectionError: the dense network lacks a layer, or has it in another shape.
+    """
+    references = {ref.module_name: ref for ref in dense_refs}
+    for ref in refs:
+        other, shape = references.get(ref.module_name), tuple(ref.parameter.shape)
+        if other is None or other.parameter.shape != shape:
+            problem = "no such layer" if other is None else f"one of shape {tuple(other.parameter.shape)}"
             raise SelectionError(
                 "The dense network must have every prunable layer of the model, in the same shape.",
-                f"layer {each.module_name!r} of shape {tuple(each.parameter.shape)}, and {what} in the dense network",
+                f"layer {ref.module_name!r} of shape {shape}, and {problem} in the dense network",
                 "pass a copy of the model from before it was pruned: copy.deepcopy(model)",
             )
-    return known
+    return references
 
 
-def _chunks(found: Sequence[TensorRef]) -> Iterator[list[TensorRef]]:
-    """Layers in lists whose moments fit into memory together."""
-    some: list[TensorRef] = []
-    room = _AT_ONCE
-    for each in found:
-        groups, _, inputs, n = by_group(each.module, each.parameter).shape
+def _groups(refs: Sequence[TensorRef], most: int) -> Iterator[list[TensorRef]]:
+    """Layers in lists whose moments have at most so many numbers together, or a single layer."""
+    group: list[TensorRef] = []
+    room = most
+    for ref in refs:
+        groups, _, inputs, n = by_group(ref.module, ref.parameter).shape
         size = groups * (inputs * n) ** 2
-        if some and size > room:
-            yield some
-            some, room = [], _AT_ONCE
-        some.append(each)
+        if group and size > room:
+            yield group
+            group, room = [], most
+        group.append(ref)
         room -= size
-    if some:
-        yield some
+    if group:
+        yield group
 
 
 def _means(
-    model: nn.Module, dense: nn.Module, mine: TensorRef, its: TensorRef, takers: Sequence[str]
+    model: nn.Module, dense: nn.Module, ref: TensorRef, reference: TensorRef, norms: Sequence[str]
 ) -> list[tuple[Tensor, Tensor, int]]:
     """The tensors that shift the mean of a layer's outputs: (tensor, its value in the dense network, sign)."""
-    if isinstance(mine.module.bias, Tensor) and isinstance(its.module.bias, Tensor):
-        return [(mine.module.bias.detach(), its.module.bias.detach(), 1)]
-    modules, others = dict(model.named_modules()), dict(dense.named_modules())
-    found = []
-    for name in takers:
-        norm, other = (getattr(where.get(name), "running_mean", None) for where in (modules, others))
-        if isinstance(norm, Tensor) and isinstance(other, Tensor):
-            found.append((norm, other, -1))
-    return found
+    if isinstance(ref.module.bias, Tensor) and isinstance(reference.module.bias, Tensor):
+        return [(ref.module.bias.detach(), reference.module.bias.detach(), 1)]
+    modules, dense_modules = dict(model.named_modules()), dict(dense.named_modules())
+    means = []
+    for name in norms:
+        mean, dense_mean = (getattr(named.get(name), "running_mean", None) for named in (modules, dense_modules))
+        if isinstance(mean, Tensor) and isinstance(dense_mean, Tensor):
+            means.append((mean, dense_mean, -1))
+    return means
 
 
 def _fitted(
-    mine: TensorRef, its: TensorRef, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
+    ref: TensorRef, reference: TensorRef, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """New values of the tensors of a layer: (tensor, value)."""
-    module, coefficients = mine.module, mine.parameter.detach()
-    second = moments.second(central=bool(means))
-    space = mine.interspace
-    mask = mine.mask
+    module, coefficients, space, mask = ref.module, ref.parameter.detach(), ref.interspace, ref.mask
     assert mask is not None
+    second = moments.second(central=bool(means))
     start = by_group(module, coefficients).to(second.dtype)
     basis = torch.eye(start.shape[3]) if space is None else space.effective_basis.detach()
-    goal = by_group(module, its.composed).to(second.dtype)
-    found = least_squares(second, goal, start, by_group(module, mask), basis.to(start), ridge)
+    goal = by_group(module, reference.composed).to(second.dtype)
+    fitted = least_squares(second, goal, start, by_group(module, mask), basis.to(start), ridge)
     value = coefficients.clone(memory_format=torch.contiguous_format)
-    by_group(module, value).copy_(torch.where(by_group(module, mask), found, start))
+    by_group(module, value).copy_(torch.where(by_group(module, mask), fitted, start))
     yield coefficients, value
     kept = by_group(module, value.masked_fill(~mask, 0)).to(second.dtype) @ basis.to(start)
     difference = ((goal - kept).flatten(2) @ moments.mean[:, :, None]).flatten()
@@ -241,8 +246,8 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
         if bool((size <= _TOLERANCE**2 * first).all()):
             break
         direction = residual + _quotient(size, previous) * direction
-    found = start + scale * change
-    return torch.where(error(goal - found @ basis) <= before, found, start)
+    fitted = start + scale * change
+    return torch.where(error(goal - fitted @ basis) <= before, fitted, start)
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:

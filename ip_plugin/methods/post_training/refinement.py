@@ -12,7 +12,7 @@ from ...basis.dictionary import Dictionary, learn
 from ...basis.fitting import Kernels, kernel_rows
 from ...core.tensor_ref import Model, TensorRef, by_basis, check_finite
 from ..derivatives import unwrapped
-from .reconstruction import twins_of
+from .reconstruction import reference_layers
 
 
 @torch.no_grad()
@@ -59,17 +59,17 @@ def refine(
     >>> bool((refine(model).weight - dense).norm() < before)
     True
     """
-    found = unwrapped(model)[1]
-    twins = None if dense is None else twins_of(found, unwrapped(dense)[1])
+    refs = unwrapped(model)[1]
+    references = None if dense is None else reference_layers(refs, unwrapped(dense)[1])
     changes = []
-    for members in by_basis(found).values():
-        if any(layer.mask is not None for layer in members):
-            wanted = [_without_mask(layer) if twins is None else twins[layer.module_name].composed for layer in members]
-            kernels = [Kernels(kernel_rows(each), 0) for each in wanted]
+    for members in by_basis(refs).values():
+        if any(ref.mask is not None for ref in members):
+            goals = [_unmasked(ref) if references is None else references[ref.module_name].composed for ref in members]
+            kernels = [Kernels(kernel_rows(goal), 0) for goal in goals]
             changes.append((members, _refined(members, kernels, seed, round_done)))
-    for members, better in changes:
-        if better is not None:
-            _write(members, better)
+    for members, dictionary in changes:
+        if dictionary is not None:
+            _write(members, dictionary)
     return model
 
 
@@ -79,31 +79,32 @@ def _refined(
     """A basis and coefficients with a smaller error for the layers that share a basis, or None."""
     check_regular(_basis(members[0]), members[0].module_name)
     counts, before = [], 0.0
-    for layer, wanted in zip(members, kernels, strict=True):
-        check_finite(layer.module_name, wanted.rows)
-        counts.append(layer.parameter.numel() if layer.mask is None else int(layer.mask.sum()))
-        before += float((wanted.rows - kernel_rows(layer.composed)).square_().sum(dtype=torch.float64))
-    found = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
-    return found if found.error < before else None
+    for ref, goal in zip(members, kernels, strict=True):
+        check_finite(ref.module_name, goal.rows)
+        counts.append(ref.parameter.numel() if ref.mask is None else int(ref.mask.sum()))
+        before += float((goal.rows - kernel_rows(ref.composed)).square_().sum(dtype=torch.float64))
+    dictionary = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
+    return dictionary if dictionary.error < before else None
 
 
-def _write(members: Sequence[TensorRef], found: Dictionary) -> None:
-    longest = float(torch.linalg.matrix_norm(found.basis, 2))
-    for layer in members:
-        assert layer.interspace is not None
-        layer.interspace.constraint = "none"
-        layer.interspace.basis.copy_(found.basis / longest)
-    for layer, (coefficients, mask) in zip(members, found.codes, strict=True):
-        held = layer.parameter
-        held.copy_((coefficients * longest).reshape(held.shape))
-        if layer.mask is not None:
-            layer.set_mask(mask.reshape(held.shape))
+def _write(members: Sequence[TensorRef], dictionary: Dictionary) -> None:
+    norm = float(torch.linalg.matrix_norm(dictionary.basis, 2))
+    for ref in members:
+        assert ref.interspace is not None
+        ref.interspace.constraint = "none"
+        ref.interspace.basis.copy_(dictionary.basis / norm)
+    for ref, (coefficients, mask) in zip(members, dictionary.codes, strict=True):
+        shape = ref.parameter.shape
+        ref.parameter.copy_((coefficients * norm).reshape(shape))
+        if ref.mask is not None:
+            ref.set_mask(mask.reshape(shape))
 
 
-def _without_mask(layer: TensorRef) -> Tensor:
-    return compose(layer.parameter.detach(), _basis(layer))
+def _unmasked(ref: TensorRef) -> Tensor:
+    """The kernels composed without the mask."""
+    return compose(ref.parameter.detach(), _basis(ref))
 
 
-def _basis(layer: TensorRef) -> Tensor:
-    assert layer.interspace is not None
-    return layer.interspace.effective_basis.detach()
+def _basis(ref: TensorRef) -> Tensor:
+    assert ref.interspace is not None
+    return ref.interspace.effective_basis.detach()

@@ -209,11 +209,10 @@ def test_layers_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch, room: in
     model = prune(copy.deepcopy(dense), magnitude, sparsity=0.6, scope="layer")
     twin = copy.deepcopy(model)
     reconstruct(model, dense, BATCHES)
-    monkeypatch.setattr(reconstruction, "_AT_ONCE", room)
     parts: list[int] = []
     observe = reconstruction.observe
     monkeypatch.setattr(reconstruction, "observe", lambda m, w, i: (parts.append(len(w)), observe(m, w, i))[1])
-    reconstruct(twin, dense, BATCHES)
+    reconstruct(twin, dense, BATCHES, moments_at_once=room)
     assert parts == expected
     assert same(twin, snapshot(model))
 

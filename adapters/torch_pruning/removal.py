@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ip_plugin.core.parametrization import Interspace
+from ip_plugin.core.optimizer import inherit_conversion
 from ip_plugin.errors import HostError
 
 from ..shared.plain_view import ExposedTensor, PlainView
@@ -138,8 +138,7 @@ def _inherit(tensor: ExposedTensor, new: nn.Parameter, kept: Tensor | None) -> N
     if parametrization.mask is not None:
         assert kept is not None
         parametrization.mask = _select(parametrization.mask, kept)
-    if isinstance(parametrization, Interspace) and parametrization.converted_at == tensor.parameter._version:
-        parametrization.converted_at = new._version
+    inherit_conversion(tensor.parameter, new)
     tensor.parameter = new
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..core import torch_masks
+from ..core.optimizer import note_conversion
 from ..core.parametrization import Interspace, Mask, enter, leave
 from ..core.tensor_ref import TensorRef, tensors_of
 from ..errors import InvalidFileError, NotStorableError, WrongModelError
@@ -178,7 +179,7 @@ class Plan:
             else:
                 ref.interspace.basis = parameter
                 ref.interspace.constraint = self._constraints[number]
-                ref.interspace.converted_at = None
+            note_conversion(ref.parameter, changed=False)
 
 
 def _kind(is_buffer: bool) -> str:

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..utils.validation import check_fraction
 from . import torch_masks
-from .optimizer import check_trains, join_optimizer, watch
+from .optimizer import check_trains, join_optimizer, note_conversion, watch
 from .parametrization import Interspace, enter, leave, parametrizations
 from .tensor_ref import Model, Target, TensorRef, check_finite, check_no_other, parametrized_tensors, prunable_tensors
 
@@ -141,7 +141,7 @@ def interspace(
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
                     bases.transform_(weight.grad, filters.mT)
-                space.converted_at = weight._version
+            note_conversion(weight, changed=inverse is not None)
     watch(model)
     return model if optimizer is None else join_optimizer(model, optimizer)
 

@@ -13,12 +13,15 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import bases
 from ..errors import OptimizerMismatchError
 from .parametrization import Interspace
 from .tensor_ref import Model, TensorRef, by_basis, prunable_tensors
 
+#: Version of a layer's coefficients when `interspace` changed their values, until `join_optimizer` has been called.
+_converted = WeakTensorKeyDictionary()
 _watched: WeakSet[Any] = WeakSet()  # torch's ParametrizationLists, each with an Interspace
 _checked: WeakSet[Optimizer] = WeakSet()
 _hook: RemovableHandle | None = None
@@ -90,11 +93,24 @@ def check_trains(optimizer: Optimizer, converted: Sequence[TensorRef]) -> None:
         )
 
 
+def note_conversion(coefficients: nn.Parameter, changed: bool = True) -> None:
+    """Note whether a layer that enters a basis has got other values, which state of optimizers does not belong to."""
+    _converted.pop(coefficients, None)
+    if changed:
+        _converted[coefficients] = coefficients._version
+
+
+def inherit_conversion(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Treat a Parameter that was selected from coefficients as these: not trained since the conversion, or trained."""
+    if _converted.get(old) == old._version:
+        note_conversion(new)
+
+
 def _carry_state(layer: TensorRef, optimizer: Optimizer) -> str | None:
     """Write state that was gathered for weights in the coefficients' basis; returns what could not be done."""
     space, coefficients = layer.interspace, layer.parameter
     assert space is not None
-    converted_at, space.converted_at = space.converted_at, None
+    converted_at = _converted.pop(coefficients, None)
     if converted_at is None or not optimizer.state.get(coefficients):
         return None
     if coefficients._version != converted_at:

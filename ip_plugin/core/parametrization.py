@@ -75,9 +75,6 @@ class Interspace(Mask):
         self.kernel = tuple(kernel)
         #: ``"none"``, ``"unit"`` or ``"orthonormal"``; layers that share a basis have one.
         self.constraint = constraint
-        #: Version of the coefficients when a basis that is not standard changed their values; None once an optimizer
-        #: that still has state of the old values has been told (`join_optimizer`).
-        self.converted_at: int | None = None
 
     def get_extra_state(self) -> Tensor:
         """The constraint as a number."""

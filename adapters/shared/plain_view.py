@@ -22,7 +22,7 @@ from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
 from ip_plugin.core.parametrization import Interspace, Mask, parametrizations, restore_order
-from ip_plugin.core.tensor_ref import TensorRef, own_tensors
+from ip_plugin.core.tensor_ref import Target, TensorRef, own_tensors
 from ip_plugin.errors import ConversionError, HostError
 
 Rows: TypeAlias = "slice | types.EllipsisType"
@@ -41,7 +41,7 @@ class PlainView:
         self.model = model
         self.in_unit_gauge = in_unit_gauge
         self.depth = 0
-        self.tensors: dict[tuple[nn.Module, str], ExposedTensor] = {}
+        self.tensors: dict[Target, ExposedTensor] = {}
         self.shown = False
         self._names: dict[nn.Module, str] = {}
 
@@ -73,7 +73,7 @@ class PlainView:
         if replaced:
             raise HostError(
                 "Only groups of a pruner made by ip_plugin.adapters.torch_pruning.pruner may replace Parameters.",
-                f"the parameter of {replaced[0].layer!r} was replaced by something else",
+                f"the parameter of {replaced[0].ref.module_name!r} was replaced by something else",
                 "remove channels with such a pruner",
             )
 
@@ -83,12 +83,13 @@ class PlainView:
                 self._names = {module: name for name, module in self.model.named_modules()}
                 modules = self._names
             _adopt_masks(modules)
-            refs = [ref for module in modules for ref in own_tensors(module, self._names.get(module, "?"))]
+            parametrized = (module for module in modules if parametrize.is_parametrized(module))
+            refs = [ref for module in parametrized for ref in own_tensors(module, self._names.get(module, "?"))]
             previous = [ExposedTensor(ref, ref.chain) for ref in refs if ref.chain is not None]
         unit = self.in_unit_gauge()
         for tensor in previous:
             tensor.begin(unit)
-        self.tensors = {(tensor.module, tensor.tensor_name): tensor for tensor in previous}
+        self.tensors = {(tensor.ref.module, tensor.ref.tensor_name): tensor for tensor in previous}
         for module, tensors in self._by_module().items():
             _make_plain(module, tensors)
 
@@ -109,11 +110,11 @@ class PlainView:
     def _by_module(self) -> dict[nn.Module, list[ExposedTensor]]:
         by_module: dict[nn.Module, list[ExposedTensor]] = {}
         for tensor in self.tensors.values():
-            by_module.setdefault(tensor.module, []).append(tensor)
+            by_module.setdefault(tensor.ref.module, []).append(tensor)
         return by_module
 
     @contextmanager
-    def exact(self, targets: Iterable[tuple[nn.Module, str]]) -> Iterator[list[ExposedTensor]]:
+    def exact(self, targets: Iterable[Target]) -> Iterator[list[ExposedTensor]]:
         """While the block runs, some of the exposed tensors have their exact values, for a library that prunes them."""
         tensors = [self.tensors[target] for target in targets if target in self.tensors]
         for tensor in tensors:
@@ -148,14 +149,14 @@ class ExposedTensor:
     """One tensor that is exposed as an ordinary Parameter.
 
     Attributes:
-        layer, module, tensor_name: where it is.
+        ref: the tensor; while it is exposed, its module and names only.
         chain: torch's list of its parametrizations; `parametrization` is the only one.
         parameter: the exposed Parameter; code that lets a library replace it must set this to the new one.
     """
 
     def __init__(self, ref: TensorRef, chain: parametrize.ParametrizationList) -> None:
         _refuse_foreign(ref)
-        self.layer, self.module, self.tensor_name = ref.module_name, ref.module, ref.tensor_name
+        self.ref = ref
         self.chain: parametrize.ParametrizationList = chain
         self.parametrization: Mask = chain[0]  # type: ignore[assignment]
         self.cls, self.children = type(ref.module), parametrizations(ref.module)
@@ -168,7 +169,7 @@ class ExposedTensor:
 
     def is_current(self) -> bool:
         """Whether the tensor is still under this parametrization, and no other."""
-        module = self.module
+        module = self.ref.module
         return (
             type(module) is self.cls
             and module._modules.get("parametrizations") is self.children
@@ -180,7 +181,7 @@ class ExposedTensor:
     @property
     def is_replaced(self) -> bool:
         """Whether the module has another Parameter by now."""
-        return self.module._parameters.get(self.tensor_name) is not self.parameter
+        return self.ref.module._parameters.get(self.ref.tensor_name) is not self.parameter
 
     def begin(self, unit: bool) -> None:
         """Take the present Parameter; `unit`: whether it is to be shown as if every basis filter had unit norm."""
@@ -239,7 +240,7 @@ _EXPOSED: WeakKeyDictionary[nn.Module, list[ExposedTensor]] = WeakKeyDictionary(
 def kernels(module: nn.Module) -> Tensor:
     """The kernels of a layer; of one that is exposed, whose ``weight`` holds coefficients, they are composed."""
     for tensor in _EXPOSED.get(module, ()):
-        if tensor.tensor_name == "weight":
+        if tensor.ref.tensor_name == "weight":
             return tensor.composed()
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.detach()
@@ -299,7 +300,7 @@ def _make_plain(module: nn.Module, tensors: list[ExposedTensor]) -> None:
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     for tensor in tensors:
-        module.register_parameter(tensor.tensor_name, tensor.parameter)
+        module.register_parameter(tensor.ref.tensor_name, tensor.parameter)
     restore_order(module, tensors[0].parametrization.order)
     _EXPOSED[module] = tensors
 
@@ -308,6 +309,6 @@ def _make_parametrized(module: nn.Module, tensors: list[ExposedTensor]) -> None:
     _EXPOSED.pop(module, None)
     for tensor in tensors:
         tensor.chain.register_parameter("original", tensor.parameter)
-        module._parameters.pop(tensor.tensor_name, None)
+        module._parameters.pop(tensor.ref.tensor_name, None)
     module.__class__ = tensors[0].cls
     module._modules["parametrizations"] = tensors[0].children

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ip_plugin.core.channels import by_group, input_filters, output_filters
 from ip_plugin.core.parametrization import Interspace, leave
-from ip_plugin.core.tensor_ref import Model, parametrized_tensors
+from ip_plugin.core.tensor_ref import Model, Target, parametrized_tensors
 from ip_plugin.errors import BatchError, HostError
 from ip_plugin.utils.example_input import run
 
@@ -188,12 +188,12 @@ def _removable(group: Any, graph: Any, empty: Tensor) -> Tensor:
     return removed
 
 
-def _entry_order(group: Any, graph: Any) -> dict[tuple[nn.Module, str], Tensor]:
+def _entry_order(group: Any, graph: Any) -> dict[Target, Tensor]:
     """Weights of grouped convolutions whose groups lose different input channels, in an order that Torch-Pruning needs.
 
     It removes from all groups the inputs that are removed from the first.
     """
-    orders: dict[tuple[nn.Module, str], Tensor] = {}
+    orders: dict[Target, Tensor] = {}
     for item in group.items:
         module = item.dep.target.module
         if not _is_grouped(module) or graph.is_out_channel_pruning_fn(item.dep.handler):

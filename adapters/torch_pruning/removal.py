@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ip_plugin.core.optimizer import inherit_conversion
+from ip_plugin.core.tensor_ref import Target
 from ip_plugin.errors import HostError
 
 from ..shared.plain_view import ExposedTensor, PlainView
@@ -27,7 +28,7 @@ def follow(
     modules: Iterable[nn.Module],
     view: PlainView,
     optimizer: Optimizer | None,
-    entry_order: Mapping[tuple[nn.Module, str], Tensor] | None = None,
+    entry_order: Mapping[Target, Tensor] | None = None,
 ) -> None:
     """Let a library remove channels of Parameters, and remove them from masks and optimizer state too.
 
@@ -45,7 +46,7 @@ def follow(
     Raises:
         HostError: the library did more to a Parameter than to select entries. The caller undoes everything.
     """
-    parameters: dict[tuple[nn.Module, str], nn.Parameter] = {
+    parameters: dict[Target, nn.Parameter] = {
         (module, name): parameter
         for module in modules
         for name, parameter in module._parameters.items()

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
 from ip_plugin.utils.example_input import run
+from ip_plugin.utils.preserved_state import preserved_state
 from ip_plugin.utils.validation import check_fraction
 
 from ..shared.plain_view import ExposedTensor, PlainView, plain_layers
@@ -111,14 +112,9 @@ def pruner(
     made: Pruner = subclass.__new__(subclass)
     view = PlainView(model, lambda: not _gathers_gradients(vars(made).get("importance")))
     vars(made).update(_ip_view=view, _ip_optimizer=optimizer)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with exposed(made, _reads_magnitudes(host_class)):
-            try:
-                subclass.__init__(made, model, example_inputs, **arguments)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        with preserved_state(model), exposed(made, _reads_magnitudes(host_class)):
+            subclass.__init__(made, model, example_inputs, **arguments)
     except InterspaceError:
         raise
     except Exception as error:

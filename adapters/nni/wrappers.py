@@ -167,9 +167,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
 
-    successors: dict[nn.Parameter, nn.Parameter | None] = {
-        p: None for wrapper in wrappers for p in wrapper.parameters()
-    }
+    successors: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(p for w in wrappers for p in w.parameters())
     for wrapper in wrappers:
         successors.update(put_back(wrapper, model))
     successors.update({tensor.space.target: tensor.ref.parameter for tensor in tensors})
@@ -182,7 +180,8 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     for ref, space, kept, _ in tensors:
         ref.add_mask(kept)
         by_group.setdefault(space.global_group_id, []).append((ref.module_name, kept))
-    _mask_empty_channels(model, {ref.module_name for ref, space, *_ in tensors if space.granularity is not None})
+    weights = [tensor for tensor in tensors if tensor.ref.tensor_name == "weight"]
+    _mask_empty_channels(model, {ref.module_name for ref, space, *_ in weights if space.granularity is not None})
     pruner.finished = True
     for group, masks in by_group.items():
         if group is not None:  # layers of a group have one threshold
@@ -234,10 +233,8 @@ def speedup(
     with transaction(list(model.modules()), optimizer):
         for ref, kept in checked:
             ref.add_mask(kept.to(ref.parameter.device))
-        modules = {name: model.get_submodule(name) for name in masks}
-        _mask_empty_channels(
-            model, {name for name in masks if _is_of_channels(modules[name], masks[name].get("weight"))}
-        )
+        whole = {n for n in masks if _is_of_channels(model.get_submodule(n), masks[n].get("weight"))}
+        _mask_empty_channels(model, whole)
         return cut_masked_channels(model, example_input, optimizer=optimizer)
 
 

@@ -1,8 +1,8 @@
 """Filter variety for the structured methods of `torch.nn.utils.prune`, in either space.
 
-Of a layer as many slices go as without it, but redundant ones first; see `ip_plugin.methods.filter_variety`. The host
-chooses, by scores that are dealt out anew among the slices that are not pruned yet; `varied_scores` makes them for
-whatever takes ``importance_scores``, such as Lightning's `ModelPruning`.
+A layer loses as many slices as without it, but redundant ones first; see `ip_plugin.methods.filter_variety`.
+`varied_scores` returns scores that rank the slices which are not pruned yet in that order, for functions that take
+``importance_scores``, such as Lightning's `ModelPruning`.
 
 >>> import torch
 >>> from torch import nn
@@ -45,13 +45,13 @@ def ln_structured(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> M:
-    """Prune `amount` of the unpruned slices along `dim`, as `torch_prune.ln_structured` does, but redundant ones first.
+    """Prune `amount` of the unpruned slices along `dim`, like `torch_prune.ln_structured`, but redundant ones first.
 
     Args:
-        module, name, amount, n, importance_scores: as the host takes them.
-        dim: 0 or 1; slices along it are what is compared.
-        strength: 1: redundancy decides, the norm only between two that are alike; 0: the norm alone.
-        similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
+        module, name, amount, n, importance_scores: as for `torch.nn.utils.prune`.
+        dim: 0 or 1; slices along it are compared.
+        strength: 1: redundancy decides, the norm only between two similar slices; 0: the norm alone.
+        similarity: what is compared: "coefficients", as they are for filters of unit norm, or the composed "weights".
 
     Returns:
         The module.
@@ -89,7 +89,7 @@ def random_structured(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> M:
-    """Prune `amount` of the unpruned slices along `dim`: of two that are alike one of them, at random.
+    """Prune `amount` of the unpruned slices along `dim`: of two similar ones one, at random.
 
     Args, returns, raises: as `ln_structured`.
     """
@@ -107,15 +107,15 @@ def varied_scores(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> Tensor:
-    """Scores by which a structured method of the host takes redundant slices first.
+    """Scores by which a structured method removes redundant slices first.
 
     Args:
         module, name: the tensor; it is not changed.
-        scores: ``(slices along dim,)``, of one's own; the lowest would go first.
+        scores: ``(slices along dim,)``; they alone would remove the lowest first.
         dim, strength, similarity: as in `ln_structured`.
 
     Returns:
-        Of the tensor's shape: 2, 3, ... for the slices in the order in which they go, 1 for those that are pruned.
+        A tensor of the tensor's shape: 2, 3, ... for slices in the order of removal, 1 for those pruned already.
 
     Raises:
         As `ln_structured`, and ScoreError: not one score for each slice.
@@ -130,12 +130,14 @@ def varied_scores(
             "pass a vector of scores",
         )
     values = compared(_masked(tensor, mask), ref.parametrization, similarity)
-    left = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
-    places = torch.ones(len(scores), device=tensor.device)
-    if bool(left.any()):
-        order = removal_order(scores.detach().to(left.device)[left], _slices(values, dim)[left], strength)
-        places[left.nonzero().squeeze(1)[order.to(left.device)]] = torch.arange(2.0, 2 + len(order)).to(places)
-    return _slices_like(places, tensor, dim)
+    kept = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
+    ranks = torch.ones(len(scores), device=tensor.device)
+    if bool(kept.any()):
+        order = removal_order(scores.detach().to(kept.device)[kept], _slices(values, dim)[kept], strength)
+        ranks[kept.nonzero().squeeze(1)[order.to(kept.device)]] = torch.arange(2.0, 2 + len(order)).to(ranks)
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return ranks.reshape(shape).expand(tensor.shape).contiguous()
 
 
 def _checked(module: nn.Module, name: str, dim: int) -> TensorRef:
@@ -156,10 +158,3 @@ def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _slices(values: Tensor, dim: int) -> Tensor:
     return values.movedim(dim, 0).flatten(1)
-
-
-def _slices_like(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """One value for each slice, spread over the slice."""
-    shape = [1] * tensor.dim()
-    shape[dim] = -1
-    return values.reshape(shape).expand(tensor.shape).contiguous()

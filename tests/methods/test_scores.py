@@ -119,7 +119,7 @@ def mask_of(layer: Any) -> Tensor:
     return torch.rand(layer.parameter.shape, generator=torch.Generator().manual_seed(2)) < 0.6
 
 
-# Oracles: the plain twin is called with kernels that an explicit sum has composed.
+# Oracles: the plain reference model is called with kernels that an explicit sum has composed.
 
 
 class Formula:
@@ -272,7 +272,7 @@ def test_grasp_sees_the_same_dropout_and_statistics_in_both_derivatives() -> Non
 
 @every_score
 @every_kind
-def test_under_the_standard_basis_scores_are_those_of_the_plain_twin(kind: str, name: str) -> None:
+def test_under_the_standard_basis_scores_are_those_of_the_plain_model(kind: str, name: str) -> None:
     plain, x = KINDS[kind].ready()
     model = interspace(copy.deepcopy(plain))
     for ours, theirs in zip(values(SCORES[name](model, x)), values(SCORES[name](plain, x)), strict=True):

@@ -211,7 +211,7 @@ def same_masks(first: Any, second: Any) -> bool:
 
 
 def agree(pipeline: Any, entries: Any, **options: Any) -> nn.Module:
-    """The host on the plain twin and the adapter on the other choose the same; returns the latter's model, finished."""
+    """NNI on the plain model and the adapter in the interspace choose the same; returns the model, finished."""
     torch.manual_seed(1)
     _, expected = pipeline(host, network(), copy.deepcopy(entries))
     model = interspace(network(), **options)
@@ -317,12 +317,12 @@ def moved(model: nn.Sequential) -> nn.Sequential:
 def test_magnitudes_are_read_in_unit_gauge(name: str, config: str) -> None:
     model = moved(network())
     values = {n: p.detach().clone() for n, p in model.named_parameters()}
-    twin = network()
+    reference = network()
     for layer in ("0", "3"):
         chain = model.get_submodule(layer).parametrizations.weight  # type: ignore[union-attr]
         norms = chain[0].basis.norm(dim=1).reshape(chain.original.shape[2:])  # type: ignore[union-attr, operator, index]
-        twin.get_submodule(layer).weight.data = chain.original.detach() * norms  # type: ignore[union-attr, operator]
-    _, expected = DATA_FREE[name](host, twin, CONFIGS[config])
+        reference.get_submodule(layer).weight.data = chain.original.detach() * norms  # type: ignore[union-attr, operator]
+    _, expected = DATA_FREE[name](host, reference, CONFIGS[config])
     raw = network()
     for layer in ("0", "3"):
         raw.get_submodule(layer).weight.data = values[f"{layer}.parametrizations.weight.original"]  # type: ignore[union-attr]
@@ -977,7 +977,7 @@ EXACT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, C
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in EXACT])
-def test_channels_are_cut_as_on_the_plain_twin(name: str) -> None:
+def test_channels_are_removed_as_on_the_plain_model(name: str) -> None:
     plain = network()
     plain(X)
     model = interspace(copy.deepcopy(plain), sharing="model")
@@ -1020,11 +1020,11 @@ def test_criteria_are_exact_among_equals(name: str) -> None:
 
 
 def test_the_level_criterion_ranks_all_layers_together() -> None:
-    model, twin = interspace(network()), network()
+    model, reference = interspace(network()), network()
     CRITERIA["level"].prune(model, 300)
-    magnitudes = torch.cat([getattr(*where).detach().abs().flatten() for where in prunable(twin)])
+    magnitudes = torch.cat([getattr(*where).detach().abs().flatten() for where in prunable(reference)])
     threshold = magnitudes.sort().values[300]
-    for layer, (module, tensor_name) in zip(LAYERS, prunable(twin)):
+    for layer, (module, tensor_name) in zip(LAYERS, prunable(reference)):
         assert torch.equal(masks(model)[layer], getattr(module, tensor_name).abs() >= threshold)
 
 

@@ -83,13 +83,13 @@ def test_channels_that_are_masked_are_cut(pruner: str, space: str) -> None:
 def test_masks_alone_are_enough(space: str) -> None:
     """As with the host: masks of a pruner for another copy of the model."""
     model, x = prepared(space)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     held = nni.L1NormPruner(model, CONFIG)
     _, found = held.compress()
     nni.finish(held)
-    nni.speedup(twin, found, x)
-    torch.testing.assert_close(twin.eval()(x), model.eval()(x))
-    assert twin.body[0].out_channels == 6
+    nni.speedup(reference, found, x)
+    torch.testing.assert_close(reference.eval()(x), model.eval()(x))
+    assert reference.body[0].out_channels == 6
 
 
 def test_a_residual_network_of_torchvision() -> None:

@@ -105,12 +105,12 @@ def test_every_kind_of_layer(kind: str) -> None:
 def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
     model = interspace(network(), layers=["0", "3"], basis="orthonormal", sharing="model")
     original = weights(model)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     prune_fitted(model, sparsity=0.8)
     assert [layer.module_name for layer in prunable_tensors(model) if layer.interspace] == ["0", "3"]
     assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
-    apply_masks(twin, select(magnitude(twin), sparsity=0.8))
-    assert error(model, original) < 0.95 * error(twin, original)
+    apply_masks(reference, select(magnitude(reference), sparsity=0.8))
+    assert error(model, original) < 0.95 * error(reference, original)
 
 
 def test_masks_of_a_model_in_the_interspace_are_applied_before() -> None:
@@ -135,7 +135,7 @@ def test_bases_are_fitted_in_the_scope_in_which_is_pruned(monkeypatch: pytest.Mo
     assert kept == [[0, 10], [5, 5]]
 
 
-def test_the_floor_and_equal_calls() -> None:
+def test_min_per_layer_and_equal_calls() -> None:
     models = [prune_fitted(network(), sparsity=0.99, min_per_layer=2) for _ in range(2)]
     assert all(int(mask.sum()) >= 2 for mask in masks(models[0]).values())
     assert all(torch.equal(tensor, models[1].state_dict()[key]) for key, tensor in models[0].state_dict().items())
@@ -197,15 +197,15 @@ def test_a_masked_convolution_of_a_plain_model_is_refused() -> None:
 
 def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() -> None:
     criterion: Any = builtin_criteria.CRITERIA["fitted"]
-    model, twin = network(), network()
+    model, reference = network(), network()
     criterion.prune(model, 3000)
-    apply_masks(twin, select(magnitude(twin), count=3000, min_per_layer=1))
-    assert all(torch.equal(mask, masks(twin)[name]) for name, mask in masks(model).items())
+    apply_masks(reference, select(magnitude(reference), count=3000, min_per_layer=1))
+    assert all(torch.equal(mask, masks(reference)[name]) for name, mask in masks(model).items())
     inter = interspace(network(), basis="orthonormal", sharing="model")
     original = weights(inter)
     criterion.prune(inter, 3000)
     assert sum(int((~mask).sum()) for mask in masks(inter).values()) == 3000
-    assert error(inter, original) < error(twin, original)
+    assert error(inter, original) < error(reference, original)
 
 
 BATCHES = [(torch.rand(16, 3, 10, 10, generator=torch.Generator().manual_seed(n)), None) for n in range(3)]
@@ -226,9 +226,9 @@ def test_with_data_the_outputs_are_nearer_and_the_counts_as_exact(score: Any) ->
     once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
     assert distance(model, dense) < 0.5 * distance(free, dense)
     assert distance(model, dense) < distance(once, dense) < 0.7 * distance(free, dense)
-    twin = copy.deepcopy(model)
-    reestimate_batch_norm(twin, BATCHES)
-    assert torch.equal(twin[1].running_var, model[1].running_var)
+    reference = copy.deepcopy(model)
+    reestimate_batch_norm(reference, BATCHES)
+    assert torch.equal(reference[1].running_var, model[1].running_var)
 
 
 def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +251,9 @@ def test_bases_are_refined_towards_the_dense_kernels_with_the_seed(monkeypatch: 
     dense = reestimate_batch_norm(network(), BATCHES)
     seen: list[tuple[dict[str, Tensor], int]] = []
 
-    def watched(model: Any, twin: Any, *, seed: int, **options: Any) -> Any:
-        seen.append((weights(twin), seed))
-        return refine(model, twin, seed=seed, **options)
+    def watched(model: Any, reference: Any, *, seed: int, **options: Any) -> Any:
+        seen.append((weights(reference), seed))
+        return refine(model, reference, seed=seed, **options)
 
     monkeypatch.setattr(fitted, "refine", watched)
     prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=BATCHES, seed=7)

@@ -63,22 +63,22 @@ def test_errors_fall_and_counts_stay(case: Case) -> None:
 @pytest.mark.parametrize("basis", BASES)
 def test_the_dense_network_is_still_behind_the_masks(basis: str) -> None:
     model, dense, _ = pruned(Case("conv2d", basis, "model"))
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     refine(model)
-    refine(twin, dense)
+    refine(reference, dense)
     for layer in prunable_tensors(model)[:2]:
         assert layer.mask is not None and not layer.parameter[~layer.mask].any()
-    for name, weight in weights(twin).items():
+    for name, weight in weights(reference).items():
         torch.testing.assert_close(weights(model)[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_a_dense_network_in_the_interspace_and_wrappers() -> None:
     model, dense, _ = pruned(Case("conv2d", "dct", "layer"))
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     refine(model, interspace(copy.deepcopy(dense), basis="dct"))
-    wrapped = nn.DataParallel(twin)
+    wrapped = nn.DataParallel(reference)
     assert refine(wrapped, nn.DataParallel(dense)) is wrapped
-    for name, weight in weights(twin).items():
+    for name, weight in weights(reference).items():
         torch.testing.assert_close(weights(model)[name], weight, atol=1e-4, rtol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Selection: exact counts, scopes, ties, floors and patterns; literals worked out by hand, and slow oracles."""
+"""Selection: exact counts, scopes, ties, minimums and patterns; literals worked out by hand, and slow oracles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LITERALS: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "erk nearly dense": ({"count": 1, "scope": "erk"}, [[1, 0, 1, 1], [1, 1], [1, 1]]),
     # the largest two would be 6 and 5
     "min_per_layer": ({"count": 5, "min_per_layer": 1}, [[1, 0, 0, 0], [1, 0], [0, 1]]),
-    "floor of two": ({"count": 2, "min_per_layer": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
+    "two in every layer": ({"count": 2, "min_per_layer": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
 }
 
 
@@ -67,7 +67,7 @@ def test_masks_worked_out_by_hand(case: str) -> None:
         assert mask.dtype == torch.bool and mask.shape == score.shape
 
 
-def test_a_floor_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
+def test_min_per_layer_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
     scores = scores_of([[1.0, 3.0, 2.0]], [[10.0, 12.0, 11.0, 13.0]])
     with pytest.warns(
         errors.LayerCollapseWarning, match=r"together: t0 of shape \(1, 3\)\. .*LAMP.*min_per_layer="
@@ -98,7 +98,7 @@ def test_layers_with_less_than_a_tenth_of_the_common_share_are_warned_of() -> No
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])
-def test_floors_hold_in_every_scope(scope: Any) -> None:
+def test_min_per_layer_holds_in_every_scope(scope: Any) -> None:
     scores = scores_of(torch.rand(1, 2), torch.rand(30, 30))
     with pytest.warns(errors.LayerCollapseWarning):
         assert counts(methods.select(scores, count=901, scope=scope)) == [0, 1]

@@ -14,7 +14,6 @@ from nni.compression.base.setting import PruningSetting
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ip_plugin.core.convert import prunable
 from ip_plugin.adapters import Criterion, TrainingContext, torch_prune, torch_pruning, with_and_without_variety
 from ip_plugin.adapters.nni.pruners import (
     FPGMPruner,
@@ -27,12 +26,13 @@ from ip_plugin.adapters.nni.pruners import (
 from ip_plugin.adapters.nni.variety import with_variety
 from ip_plugin.adapters.nni.wrappers import finish, speedup
 from ip_plugin.adapters.torch_pruning.variety import MAKERS
-from ip_plugin.core.layer import Layer, layers
+from ip_plugin.core.convert import prunable
+from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 
 
 def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:
     """Prune the weights of some layers by NNI's level pruner."""
-    for layer in layers(model):
+    for layer in prunable_tensors(model):
         _register(layer.module)
     entries = [
         {"op_names": [name], "target_names": ["weight"], "sparse_ratio": ratio, **setting}
@@ -51,8 +51,8 @@ def _register(module: nn.Module) -> None:
         PruningSetting.register(cls.__name__, PruningSetting.registry[known])
 
 
-def _kept(layer: Layer) -> int:
-    return layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum())
+def _kept(layer: TensorRef) -> int:
+    return layer.parameter.numel() if layer.mask is None else int(layer.mask.sum())
 
 
 def _globally(model: nn.Module, count: int) -> None:
@@ -61,12 +61,12 @@ def _globally(model: nn.Module, count: int) -> None:
     NNI keeps every entry at the threshold, and prunes nothing where everything is to be pruned. The entries that are
     missing then are pruned by `torch.nn.utils.prune`, which ranks them in the same way.
     """
-    sizes = {layer.name: layer.coefficients.numel() for layer in layers(model)}
-    total, before = sum(sizes.values()), sum(map(_kept, layers(model)))
+    sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
+    total, before = sum(sizes.values()), sum(map(_kept, prunable_tensors(model)))
     ratio = (total - before + count + 0.5) / total  # NNI rounds down
     if count and ratio < 1:
         _level(model, dict.fromkeys(sizes, ratio), global_group_id="all")
-    missing = count - before + sum(map(_kept, layers(model)))
+    missing = count - before + sum(map(_kept, prunable_tensors(model)))
     if missing:
         torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=missing)
 
@@ -75,8 +75,8 @@ def _uniformly(model: nn.Module, count: int) -> None:
     """The level pruner without a group: `count` entries in all, the same share of every layer up to rounding."""
     if not count:
         return
-    kept = {layer.name: _kept(layer) for layer in layers(model)}
-    sizes = {layer.name: layer.coefficients.numel() for layer in layers(model)}
+    kept = {layer.module_name: _kept(layer) for layer in prunable_tensors(model)}
+    sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
     shares = {name: divmod(count * number, sum(kept.values())) for name, number in kept.items()}
     counts = {name: whole for name, (whole, _) in shares.items()}
     for name in sorted(shares, key=lambda name: -shares[name][1])[: count - sum(counts.values())]:
@@ -88,13 +88,13 @@ def _uniformly(model: nn.Module, count: int) -> None:
 def _remove(pruner: Any, varied: bool, model: nn.Module, ratio: float, training: TrainingContext) -> None:
     """Mask a share of the output channels of every convolution, and remove them."""
     images, labels = training.batches(1)[0]
-    convolutions = [layer for layer in layers(model) if isinstance(layer.module, _ConvNd)]
+    convolutions = [layer for layer in prunable_tensors(model) if isinstance(layer.module, _ConvNd)]
     for layer in convolutions:
         _register(layer.module)
     groups = _coupled(model, images[:1])
     entries = [
-        {"op_names": [layer.name], "sparse_ratio": ratio}
-        | ({"dependency_group_id": groups[layer.name]} if layer.name in groups else {})
+        {"op_names": [layer.module_name], "sparse_ratio": ratio}
+        | ({"dependency_group_id": groups[layer.module_name]} if layer.module_name in groups else {})
         for layer in convolutions
     ]
     made = with_variety(pruner) if varied else pruner
@@ -109,7 +109,7 @@ def _remove(pruner: Any, varied: bool, model: nn.Module, ratio: float, training:
 
 def _coupled(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Group ids of layers whose outputs are added, by layer: the layers of a group must lose the same channels."""
-    names = {layer.module: layer.name for layer in layers(model)}
+    names = {layer.module: layer.module_name for layer in prunable_tensors(model)}
     graph = torch_pruning.pruner(tp.pruner.BasePruner, model, example, importance=tp.importance.RandomImportance()).DG
     ids: dict[str, str] = {}
     for number, group in enumerate(graph.get_all_groups()):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ip_plugin.core.convert import prunable
 from ip_plugin.adapters import Criterion
+from ip_plugin.core.convert import prunable
 
 from .pruning import L1Unstructured, RandomUnstructured, global_unstructured
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import Criterion
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
@@ -180,12 +180,12 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
     channels are removed, bases cost nothing.
     """
     groups: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
-    for layer in layers(model):
-        shape = layer.coefficients.shape
+    for layer in prunable_tensors(model):
+        shape = layer.parameter.shape
         elements = shape[2:].numel()
         if elements > 1:
-            key = layer.name if settings.sharing == "layer" else shape[2:]
-            groups[key].append((layer.name, shape.numel(), elements**2))
+            key = layer.module_name if settings.sharing == "layer" else shape[2:]
+            groups[key].append((layer.module_name, shape.numel(), elements**2))
     converted: list[str] = []
     spatial: list[str] = []
     for members in groups.values():

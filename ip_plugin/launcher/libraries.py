@@ -36,7 +36,9 @@ class PruningHistory(host.PruningContainer):
 
     @classmethod
     def record(cls, layer: nn.Module, name: str, method: host.BasePruningMethod) -> None:
-        """Add a method to the history of a tensor."""
+        """Add a method to the history of a layer's tensor."""
+        if isinstance(layer, nn.utils.parametrize.ParametrizationList):
+            return
         hooks = layer._forward_pre_hooks.values()
         history = next((hook for hook in hooks if isinstance(hook, cls) and hook._tensor_name == name), None)
         if history is None:
@@ -64,17 +66,16 @@ def _torch_prune(session: Session, patches: Patches) -> None:
     apply, prune_globally, take_off = vars(method)["apply"], pruning.global_unstructured, pruning.remove
 
     def told(cls: Any, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-        layer = _layer(module)
-        session.convert_modules([layer])
+        session.convert_modules([module])
         result = apply.__func__(cls, module, name, *args, **kwargs)
-        PruningHistory.record(layer, name, result)
-        session.note_pruning(_described(cls.__name__, args, kwargs), [layer])
+        PruningHistory.record(module, name, result)
+        session.note_pruning(_described(cls.__name__, args, kwargs), [module])
         return result
 
     @functools.wraps(prune_globally)
     def global_unstructured(parameters: Iterable[Any], pruning_method: Any, *args: Any, **kwargs: Any) -> None:
         pairs = list(parameters)
-        modules = [_layer(module) for module, _ in pairs]
+        modules = [module for module, _ in pairs]
         session.convert_modules(modules)
         prune_globally(pairs, pruning_method, *args, **kwargs)
         for module, (_, name) in zip(modules, pairs, strict=True):
@@ -84,7 +85,7 @@ def _torch_prune(session: Session, patches: Patches) -> None:
     @functools.wraps(take_off)
     def remove(module: nn.Module, name: str) -> nn.Module:
         take_off(module, name)
-        PruningHistory.forget(_layer(module), name)
+        PruningHistory.forget(module, name)
         return module
 
     patches.set(method, "apply", classmethod(told))
@@ -101,15 +102,6 @@ def _torch_prune(session: Session, patches: Patches) -> None:
     patches.replace({**exchanged, host: module}, skip=("torch", "lightning", "pytorch_lightning"))
 
 
-def _layer(module: nn.Module) -> nn.Module:
-    """The layer that a target belongs to: torch's list of parametrizations stands for its layer."""
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        from ..core.layer import layers
-
-        return next((layer.module for layer in layers(module)), module)
-    return module
-
-
 def _described(name: str, args: Iterable[object], kwargs: dict[str, object]) -> str:
     """A call for the printed line: ``L1Unstructured(0.5)``; tensors are left out."""
     texts = [repr(value) for value in args if isinstance(value, (int, float, str))]
@@ -119,16 +111,18 @@ def _described(name: str, args: Iterable[object], kwargs: dict[str, object]) -> 
 
 def _torch_pruning(session: Session, patches: Patches, library: ModuleType) -> None:
     """Every pruner class becomes a subclass of itself whose instances the adapter makes."""
-    from ..adapters.torch_pruning import wrapping
+    from torch_pruning.pruner import BasePruner
 
-    base = wrapping.BasePruner
+    from ..adapters.torch_pruning import wrapping
 
     class Switching(type):
         """Makes instances by the adapter, for these classes and for those that users derive from them."""
 
-        def __call__(cls, model: nn.Module, example_inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def __call__(cls: Any, model: nn.Module, example_inputs: Any, *args: Any, **kwargs: Any) -> Any:
             session.convert(model)
-            names = [name for name in wrapping.parameters(cls) if name not in ("self", "model", "example_inputs")]
+            names = [
+                name for name in wrapping.constructor_parameters(cls) if name not in ("self", "model", "example_inputs")
+            ]
             return wrapping.pruner(cls, model, example_inputs, **dict(zip(names, args, strict=False)), **kwargs)
 
         def __instancecheck__(cls, instance: object) -> bool:
@@ -147,7 +141,7 @@ def _torch_pruning(session: Session, patches: Patches, library: ModuleType) -> N
         names = {"host_class": host_class, "step": step, "__module__": host_class.__module__}
         return Switching(host_class.__name__, (host_class,), {**names, "__doc__": host_class.__doc__})
 
-    classes = {each for each in _attributes(library.pruner) if isinstance(each, type) and issubclass(each, base)}
+    classes = {each for each in _attributes(library.pruner) if isinstance(each, type) and issubclass(each, BasePruner)}
     patches.replace({each: switched(each) for each in classes})
     counted = wrapping.count_ops_and_params
     patches.replace({library.utils.count_ops_and_params: counted})
@@ -217,7 +211,7 @@ def _lightning(session: Session, patches: Patches, library: ModuleType) -> None:
 
         def apply_pruning(self, amount: float) -> None:
             """Prune, in the interspace."""
-            modules = [_layer(module) for module, _ in self._parameters_to_prune or ()]
+            modules = [module for module, _ in self._parameters_to_prune or ()]
             session.convert_modules(modules)
             super().apply_pruning(amount)
             session.note_pruning(f"ModelPruning({amount})", modules)

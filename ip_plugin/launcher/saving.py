@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..basis import bases
 from ..core.convert import bake
 from ..core.masking import set_masks
+from ..core.tensor_ref import TensorRef, parametrized_tensors
 from .libraries import PruningHistory
 from .session import Session
 
@@ -30,14 +31,14 @@ def ordinary(value: Any) -> Any:
     at, and which `load` finds there. Other values come back as they are.
     """
     if isinstance(value, nn.Module):
-        return _baked_copy(value) if _is_converted(value) else value
+        return _baked_copy(value) if parametrized_tensors(value) else value
     if isinstance(value, Mapping):
         if any(isinstance(key, str) and _PART.fullmatch(key) for key in value):
             return plain_state_dict(value)
         if type(value) in (dict, OrderedDict):
             inner = {key: ordinary(each) for key, each in value.items()}
             changed = any(inner[key] is not value[key] for key in value)
-            return type(value)(inner) if changed else value
+            return (dict if type(value) is dict else OrderedDict)(inner) if changed else value
     if type(value) in (list, tuple):
         items = [ordinary(each) for each in value]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
@@ -141,7 +142,7 @@ def _warn_of_changed_kernels(model: nn.Module, state: Mapping[str, Any]) -> None
     for key, value in state.items():
         name, _, tensor_name = key.rpartition(".")
         module = modules.get(name)
-        if tensor_name == "weight" and module is not None and _is_converted(module):
+        if tensor_name == "weight" and module is not None and TensorRef(module).chain is not None:
             loaded = module.weight
             if isinstance(loaded, Tensor) and loaded.shape == value.shape and not torch.allclose(
                 loaded.as_subclass(Tensor), value.to(loaded.device, loaded.dtype), rtol=1e-3, atol=1e-4
@@ -154,7 +155,3 @@ def _warn_of_changed_kernels(model: nn.Module, state: Mapping[str, Any]) -> None
             "written (a new dict made of its items has lost the state of the interspace)",
             stacklevel=3,
         )
-
-
-def _is_converted(model: nn.Module) -> bool:
-    return any(_PART.fullmatch(key) for key in model.state_dict())

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from ..basis.bases import BasisSpec, Constraint
 from ..core.convert import interspace
 from ..core.optimizer import join_optimizer
-from ..core.parametrization import Mask, order
+from ..core.parametrization import order
+from ..core.tensor_ref import by_basis, own_tensors, prunable_tensors
 from ..errors import ArgumentError, SelectionError
 from ..reporting import report
 
@@ -160,9 +161,8 @@ class Session:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for model in list(self.models):
-            bases = [chain[0].basis for chain in _chains(model) if id(chain.original) in held]
-            left_out = [basis for basis in bases if id(basis) not in held]
-            if left_out:
+            groups = by_basis(ref for ref in prunable_tensors(model) if id(ref.parameter) in held)
+            if any(id(basis) not in held for basis in groups):
                 join_optimizer(model, optimizer)
 
     def arrange(self, optimizer: Optimizer) -> None:
@@ -254,27 +254,13 @@ def _is_large(module: nn.Module) -> bool:
     )
 
 
-def _chains(model: nn.Module) -> list[Any]:
-    """Torch's lists of the weights that are in the interspace."""
-    return [
-        module.parametrizations["weight"]
-        for module in model.modules()
-        if parametrize.is_parametrized(module, "weight") and hasattr(module.parametrizations["weight"][0], "basis")
-    ]
-
-
 def _plain_order(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model in the order that they have on the plain model, then its bases."""
     found: list[nn.Parameter] = []
     for module in model.modules():
-        if isinstance(module, (parametrize.ParametrizationList, Mask)):
-            continue
-        own = dict(module._parameters)
-        if parametrize.is_parametrized(module):
-            own |= {name: chain._parameters.get("original") for name, chain in module.parametrizations.items()}
-        names = dict.fromkeys([*order(module), *own])
-        found += [parameter for name in names if (parameter := own.get(name)) is not None]
-    return [*found, *dict.fromkeys(chain[0].basis for chain in _chains(model))]
+        own = {ref.tensor_name: ref.parameter for ref in own_tensors(module) if not ref.is_buffer}
+        found += [own[name] for name in dict.fromkeys([*order(module), *own]) if name in own]
+    return [*found, *by_basis(prunable_tensors(model))]
 
 
 def _living(cls: type) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from ..core.convert import bake
-from ..core.layer import Layer, layers
+from ..core.tensor_ref import TensorRef, prunable_tensors
 from ..errors import SparseExecutionError
 from .layout import Floats
 from .places import Window
@@ -101,7 +101,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
     Raises:
         UntraceableError: `torch.fx` cannot follow the forward.
     """
-    sparse = {layer.name: _values(layer) for layer in layers(model) if takes(layer.module)}
+    sparse = {layer.module_name: _values(layer) for layer in prunable_tensors(model) if takes(layer.module)}
     plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     try:
         traced = _without_copies(fx.symbolic_trace(plain))
@@ -177,9 +177,9 @@ def takes(module: nn.Module) -> bool:
     return module.padding_mode == "zeros" and module.weight.dtype == torch.float32 and even and narrow
 
 
-def _values(layer: Layer) -> tuple[Tensor, Tensor | None]:
+def _values(layer: TensorRef) -> tuple[Tensor, Tensor | None]:
     """Masked coefficients ``(outputs, inputs / groups, taps)``, and the basis."""
-    values = layer.coefficients.detach()
+    values = layer.parameter.detach()
     if layer.mask is not None:
         values = values * layer.mask
     interspace = layer.interspace

@@ -21,7 +21,7 @@ from ip_plugin.compare.cell import epochs_of, execute, train_and_prune
 from ip_plugin.compare.config import Cell, Settings
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
 
 #: Criteria as they are: some leave layers almost empty.
@@ -66,8 +66,10 @@ class Watched(Training):
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    coefficients = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
-    bases = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}
+    coefficients = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
+    bases = {
+        id(layer.interspace.basis): layer.interspace.basis for layer in prunable_tensors(model) if layer.interspace
+    }
     return coefficients | {f"basis {n}": basis.detach().clone() for n, basis in enumerate(bases.values())}
 
 
@@ -111,7 +113,7 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
 
     def watched(prune: Callable[..., object], model: nn.Module, number: int, training: Training) -> None:
         prune(model, number, training)
-        kept.extend(layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None)
+        kept.extend(layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None)
 
     host, _, criterion = name.partition(":")
     module: Any = {"torch": torch_criteria, "ip": builtin_criteria}[host]
@@ -125,7 +127,9 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
 def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> None:
     model = network("spatial")  # torch's seed is the one that has made the weights
     CRITERIA["random"].prune(model, 50000, Watched(model))
-    kept = torch.cat([layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None])
+    kept = torch.cat(
+        [layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None]
+    )
     assert 0.45 < float((kept > 0).float().mean()) < 0.55
 
 

@@ -15,7 +15,7 @@ from ip_plugin.compare import config, criteria
 from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Cell, Settings
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import movement
 from ip_plugin.methods.filter_variety import removal_order
 
@@ -124,8 +124,8 @@ def test_movement_removes_the_filters_of_least_movement(space: str, varied: bool
     reference.load_state_dict(training.ended[0])
     reference.eval()
     scores = movement(reference, training.batches(10), training.loss)
-    first = next(layers(reference))
-    worth, values = scores[first.target].flatten(1).sum(1), first.coefficients.detach()
+    first = next(prunable_tensors(reference))
+    worth, values = scores[first.target].flatten(1).sum(1), first.parameter.detach()
     assert len(worth.unique()) == 32
     order = removal_order(worth, values, strength=float(varied))
     kept = order[16:].sort().values
@@ -181,7 +181,7 @@ def test_the_residual_network_gets_the_same_shape_in_both_spaces(name: str) -> N
         training, images, labels = Acted(model), torch.randn(4, 3, 32, 32), torch.arange(4)
         training.batches = lambda count: [(images, labels)] * count  # type: ignore[method-assign]
         criteria.load(name).prune(model, 0.5, training)
-        shapes.append([tuple(layer.coefficients.shape) for layer in layers(model)])
+        shapes.append([tuple(layer.parameter.shape) for layer in prunable_tensors(model)])
         assert model(images).isfinite().all()
     assert shapes[0] == shapes[1]
     assert [shape[0] for shape in shapes[0]] == [16, 16, 16, 32, 32, 32, 64, 64, 64, 10]

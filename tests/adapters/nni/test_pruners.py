@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ip_plugin import bake, errors, interspace, join_optimizer, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters.shared import batch_norms
-from ip_plugin.core.parametrization import held
+from ip_plugin.core.tensor_ref import parametrized_tensors
 
 pytest.importorskip("nni")
 
@@ -212,7 +212,7 @@ def same_masks(first: Any, second: Any) -> bool:
 
 
 def agree(pipeline: Any, entries: Any, **options: Any) -> nn.Module:
-    """The host on the plain twin and the adapter on the other choose the same; returns the latter's model, finished."""
+    """NNI on the plain model and the adapter in the interspace choose the same; returns the model, finished."""
     torch.manual_seed(1)
     _, expected = pipeline(host, network(), copy.deepcopy(entries))
     model = interspace(network(), **options)
@@ -318,12 +318,12 @@ def moved(model: nn.Sequential) -> nn.Sequential:
 def test_magnitudes_are_read_in_unit_gauge(name: str, config: str) -> None:
     model = moved(network())
     values = {n: p.detach().clone() for n, p in model.named_parameters()}
-    twin = network()
+    reference = network()
     for layer in ("0", "3"):
         chain = model.get_submodule(layer).parametrizations.weight  # type: ignore[union-attr]
         norms = chain[0].basis.norm(dim=1).reshape(chain.original.shape[2:])  # type: ignore[union-attr, operator, index]
-        twin.get_submodule(layer).weight.data = chain.original.detach() * norms  # type: ignore[union-attr, operator]
-    _, expected = DATA_FREE[name](host, twin, CONFIGS[config])
+        reference.get_submodule(layer).weight.data = chain.original.detach() * norms  # type: ignore[union-attr, operator]
+    _, expected = DATA_FREE[name](host, reference, CONFIGS[config])
     raw = network()
     for layer in ("0", "3"):
         raw.get_submodule(layer).weight.data = values[f"{layer}.parametrizations.weight.original"]  # type: ignore[union-attr]
@@ -338,8 +338,8 @@ def test_magnitudes_are_read_in_unit_gauge(name: str, config: str) -> None:
 def by_plain_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters by the names that they have without masks on spatial tensors."""
     spatial = {
-        f"{each.layer}.parametrizations.{each.tensor_name}.original": f"{each.layer}.{each.tensor_name}"
-        for each in held(model)
+        f"{each.module_name}.parametrizations.{each.tensor_name}.original": f"{each.module_name}.{each.tensor_name}"
+        for each in parametrized_tensors(model)
         if not hasattr(each.parametrization, "basis")
     }
     for name, parameter in model.named_parameters():
@@ -484,9 +484,11 @@ def test_unstructured_masks_leave_biases_and_norms_as_the_host_does() -> None:
     pruner, _ = once("LevelPruner")(nni, model, entries)
     nni.finish(pruner)
     assert not bool(masks(model)["0"][2].any())
-    assert [(each.layer, each.tensor_name) for each in held(model) if each.parametrization.mask is not None] == [
-        ("0", "weight")
-    ]
+    assert [
+        (each.module_name, each.tensor_name)
+        for each in parametrized_tensors(model)
+        if each.parametrization.mask is not None
+    ] == [("0", "weight")]
 
 
 class Branching(nn.Module):
@@ -616,8 +618,8 @@ def test_bases_train_along_wherever_the_optimizer_was_built(built: str, sharing:
     elif built == "groups":
         optimizer = traced(param_groups(model, weight_decay=1e-2), momentum=0.9)
     elif built == "by keyword":
-        optimizer = nni_host.trace(torch.optim.SGD)(params=[prunable(model)[0].module.original], lr=0.1, momentum=0.9)
-    bases = {id(each.parametrization.basis): each.parametrization.basis for each in held(model)}  # type: ignore[union-attr]
+        optimizer = nni_host.trace(torch.optim.SGD)(params=[prunable(model)[0][0].original], lr=0.1, momentum=0.9)
+    bases = {id(each.parametrization.basis): each.parametrization.basis for each in parametrized_tensors(model)}  # type: ignore[union-attr]
     pruner = nni.TaylorPruner(model, HALF, nni.TorchEvaluator(watching, optimizer, step), training_steps=3)
     pruner.compress()
     params = [p for group in seen[0].param_groups for p in group["params"]]
@@ -804,22 +806,22 @@ Refused = tuple[Callable[[nn.Module], Any], type[Exception], str | None]
 REFUSED: dict[str, Refused] = {
     "a type that is not there": (
         lambda m: nni.LevelPruner(m, [*HALF, {"op_types": ["Conv3d"], "sparse_ratio": 0.5}]),
-        errors.NoModuleMatchedError,
+        errors.SelectionError,
         r"no module of the model for \{'op_types': \['Conv3d'\]",
     ),
     "a regular expression that matches nothing": (
         lambda m: nni.config_list(m, [{"op_names_re": ["layer.*"], "sparse_ratio": 0.5}]),
-        errors.NoModuleMatchedError,
+        errors.SelectionError,
         "layer",
     ),
     "everything excluded": (
         lambda m: nni.config_list(m, [{"op_names": ["0"], "exclude_op_types": ["Conv2d"], "sparse_ratio": 0.5}]),
-        errors.NoModuleMatchedError,
+        errors.SelectionError,
         "exclude_op_types",
     ),
     "a name that is not there": (
         lambda m: nni.config_list(m, [{"op_names": ["0", "00"], "sparse_ratio": 0.5}]),
-        errors.NoModuleMatchedError,
+        errors.SelectionError,
         "no module '00' for",
     ),
     "arguments that the host refuses late": (
@@ -832,7 +834,7 @@ REFUSED: dict[str, Refused] = {
         AssertionError,
         None,
     ),
-    "not a pruner": (lambda m: nni.finish(m), errors.NotAPrunerError, "a Sequential"),
+    "not a pruner": (lambda m: nni.finish(m), errors.HostError, "a Sequential"),
 }
 
 
@@ -852,15 +854,15 @@ def test_finish_refuses_and_changes_nothing(space: str) -> None:
     model = interspace(network()) if space == "interspace" else network()
     pruner, _ = once("LevelPruner")(nni, model, HALF)
     before = snapshot(model)
-    with pytest.raises(errors.AlreadyWrappedError, match="wrapped already: '(0|0.parametrizations.weight)'"):
+    with pytest.raises(errors.HostError, match="wrapped already: '(0|0.parametrizations.weight)'"):
         nni.L1NormPruner(model, HALF)
-    with pytest.raises(errors.OptimizerMismatchError, match="a SGD with other"):
+    with pytest.raises(errors.OptimizerError, match="a SGD with other"):
         nni.finish(pruner, torch.optim.SGD(network().parameters(), lr=0.1))
     with pytest.raises(AssertionError):
         nni.AGPPruner(pruner, 1, 1)  # no evaluator
     assert same(snapshot(model), before)
     nni.finish(pruner)
-    with pytest.raises(errors.NotAPrunerError, match="LevelPruner that was finished before"):
+    with pytest.raises(errors.HostError, match="LevelPruner that was finished before"):
         nni.finish(pruner)
     nni.finish(once("L1NormPruner")(nni, model, HALF)[0])  # another one may take over now
 
@@ -869,7 +871,7 @@ def test_masks_of_torch_prune_must_be_taken_over_first() -> None:
     for model, pair in ((network(), None), (interspace(network()), None)):
         pair = prunable(model)[1]
         torch_host.l1_unstructured(*pair, amount=3)
-        with pytest.raises(errors.UnadoptedMaskError, match="module '3'"):
+        with pytest.raises(errors.HostError, match="module '3'"):
             nni.LevelPruner(model, HALF)
         nni.LevelPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
 
@@ -877,12 +879,12 @@ def test_masks_of_torch_prune_must_be_taken_over_first() -> None:
 def test_a_parametrization_of_someone_else_is_left_to_the_host() -> None:
     model = interspace(network(), layers=["0"])
     parametrizations.weight_norm(model[3])
-    with pytest.raises(errors.NoModuleMatchedError):
+    with pytest.raises(errors.SelectionError):
         nni.config_list(model, [{"op_names": ["3"], "op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     PruningSetting.register("ParametrizationList", {"original1": {"sparse_ratio": 0.5}})
     entry = {"op_names": ["3.parametrizations.weight"], "target_names": ["original1"], "sparse_ratio": 0.5}
     pruner, _ = once("L1NormPruner")(nni, model, [entry])
-    with pytest.raises(errors.AlreadyParametrizedError, match="3.parametrizations.weight"):
+    with pytest.raises(errors.ConversionError, match="3.parametrizations.weight"):
         nni.finish(pruner)
     assert isinstance(model[3].parametrizations.weight, ParametrizationList)
 
@@ -893,7 +895,7 @@ def test_pruners_that_follow_each_other_keep_all_masks() -> None:
     trainer = evaluator(model)
     first = nni.L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     first.compress()
-    with pytest.raises(errors.NoModuleMatchedError):
+    with pytest.raises(errors.SelectionError):
         nni.TaylorPruner.from_compressor(first, [{"op_names": ["-"], "sparse_ratio": 0.5}], 2)
     assert first._is_wrapped
     second = nni.TaylorPruner.from_compressor(first, [{"op_names": ["3"], "sparse_ratio": 0.25}], 2, evaluator=trainer)
@@ -962,7 +964,10 @@ def test_a_norm_of_something_else_than_the_channels_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5))  # of inputs (N, 5, 4)
     pruner, _ = once("L1NormPruner")(nni, model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     nni.finish(pruner)
-    assert [(each.layer, each.tensor_name) for each in held(model)] == [("0", "weight"), ("0", "bias")]
+    assert [(each.module_name, each.tensor_name) for each in parametrized_tensors(model)] == [
+        ("0", "weight"),
+        ("0", "bias"),
+    ]
     assert model(torch.ones(2, 5, 4)).shape == (2, 5, 6)
 
 
@@ -1015,11 +1020,11 @@ def test_criteria_are_exact_among_equals(name: str) -> None:
 
 
 def test_the_level_criterion_ranks_all_layers_together() -> None:
-    model, twin = interspace(network()), network()
+    model, reference = interspace(network()), network()
     CRITERIA["level"].prune(model, 300)
-    magnitudes = torch.cat([getattr(*where).detach().abs().flatten() for where in prunable(twin)])
+    magnitudes = torch.cat([getattr(*where).detach().abs().flatten() for where in prunable(reference)])
     threshold = magnitudes.sort().values[300]
-    for layer, (module, tensor_name) in zip(LAYERS, prunable(twin)):
+    for layer, (module, tensor_name) in zip(LAYERS, prunable(reference)):
         assert torch.equal(masks(model)[layer], getattr(module, tensor_name).abs() >= threshold)
 
 
@@ -1090,7 +1095,7 @@ def test_the_lightning_evaluator(name: str, space: str) -> None:
         f"net.{layer}": 4 for layer in LAYERS
     }
     assert int((model.net[1].bias == 0).sum()) == 4  # the BatchNorm behind the first convolution
-    for each in held(model):
+    for each in parametrized_tensors(model):
         basis = getattr(each.parametrization, "basis", None)
         assert basis is None or not torch.equal(basis, torch.eye(len(basis)))
     assert copy.deepcopy(model)(X).shape == (60, 8)

@@ -18,16 +18,12 @@ from ip_plugin.adapters import torch_prune, torch_pruning
 from ip_plugin.basis import dictionary
 from ip_plugin.basis.fitting import fit
 from ip_plugin.compare import builtin_criteria
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import (
-    AlreadyPrunedError,
-    InvalidAmountError,
-    InvalidBatchError,
-    InvalidFloorError,
-    InvalidScheduleError,
-    InvalidScopeError,
-    NoBatchesError,
-    NonFiniteWeightError,
+    AmountError,
+    ArgumentError,
+    BatchError,
+    ConversionError,
 )
 from ip_plugin.methods import (
     apply_masks,
@@ -67,7 +63,7 @@ def network() -> nn.Sequential:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {layer.name: layer.module.weight.detach().clone() for layer in layers(model)}  # type: ignore[operator]
+    return {layer.module_name: layer.module.weight.detach().clone() for layer in prunable_tensors(model)}  # type: ignore[operator]
 
 
 def error(model: nn.Module, original: dict[str, Tensor]) -> float:
@@ -109,12 +105,12 @@ def test_every_kind_of_layer(kind: str) -> None:
 def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
     model = interspace(network(), layers=["0", "3"], basis="orthonormal", sharing="model")
     original = weights(model)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     prune_fitted(model, sparsity=0.8)
-    assert [layer.name for layer in layers(model) if layer.interspace] == ["0", "3"]
+    assert [layer.module_name for layer in prunable_tensors(model) if layer.interspace] == ["0", "3"]
     assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
-    apply_masks(twin, select(magnitude(twin), sparsity=0.8))
-    assert error(model, original) < 0.95 * error(twin, original)
+    apply_masks(reference, select(magnitude(reference), sparsity=0.8))
+    assert error(model, original) < 0.95 * error(reference, original)
 
 
 def test_masks_of_a_model_in_the_interspace_are_applied_before() -> None:
@@ -139,7 +135,7 @@ def test_bases_are_fitted_in_the_scope_in_which_is_pruned(monkeypatch: pytest.Mo
     assert kept == [[0, 10], [5, 5]]
 
 
-def test_the_floor_and_equal_calls() -> None:
+def test_min_per_layer_and_equal_calls() -> None:
     models = [prune_fitted(network(), sparsity=0.99, min_per_layer=2) for _ in range(2)]
     assert all(int(mask.sum()) >= 2 for mask in masks(models[0]).values())
     assert all(torch.equal(tensor, models[1].state_dict()[key]) for key, tensor in models[0].state_dict().items())
@@ -147,7 +143,7 @@ def test_the_floor_and_equal_calls() -> None:
 
 def test_the_network_can_be_fine_tuned() -> None:
     model = prune_fitted(network(), sparsity=0.8)
-    before, bases = masks(model), [layer.interspace.basis for layer in layers(model) if layer.interspace]
+    before, bases = masks(model), [layer.interspace.basis for layer in prunable_tensors(model) if layer.interspace]
     assert not any(basis.requires_grad for basis in bases)
     optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0), lr=0.1, momentum=0.9)
     losses = []
@@ -176,9 +172,9 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "scope": ({"sparsity": 0.5, "scope": "erk"}, InvalidScopeError, "erk"),
-    "sparsity": ({"sparsity": 1.5}, InvalidAmountError, "1.5"),
-    "min_per_layer": ({"sparsity": 0.99, "min_per_layer": 1000}, InvalidFloorError, "1000"),
+    "scope": ({"sparsity": 0.5, "scope": "erk"}, ArgumentError, "erk"),
+    "sparsity": ({"sparsity": 1.5}, AmountError, "1.5"),
+    "min_per_layer": ({"sparsity": 0.99, "min_per_layer": 1000}, AmountError, "1000 for each of 5 layers"),
 }
 
 
@@ -194,22 +190,22 @@ def test_bad_input_is_refused_and_changes_nothing(name: str) -> None:
 
 def test_a_masked_convolution_of_a_plain_model_is_refused() -> None:
     model = set_masks(network(), {"0": torch.rand(16, 3, 3, 3) > 0.5})
-    with pytest.raises(AlreadyPrunedError):
+    with pytest.raises(ConversionError, match="mask of ip_plugin"):
         prune_fitted(model, sparsity=0.9)
     assert masks(model).keys() == {"0"}
 
 
 def test_the_criterion_of_studies_is_magnitude_pruning_in_the_plain_network() -> None:
     criterion: Any = builtin_criteria.CRITERIA["fitted"]
-    model, twin = network(), network()
+    model, reference = network(), network()
     criterion.prune(model, 3000)
-    apply_masks(twin, select(magnitude(twin), count=3000, min_per_layer=1))
-    assert all(torch.equal(mask, masks(twin)[name]) for name, mask in masks(model).items())
+    apply_masks(reference, select(magnitude(reference), count=3000, min_per_layer=1))
+    assert all(torch.equal(mask, masks(reference)[name]) for name, mask in masks(model).items())
     inter = interspace(network(), basis="orthonormal", sharing="model")
     original = weights(inter)
     criterion.prune(inter, 3000)
     assert sum(int((~mask).sum()) for mask in masks(inter).values()) == 3000
-    assert error(inter, original) < error(twin, original)
+    assert error(inter, original) < error(reference, original)
 
 
 BATCHES = [(torch.rand(16, 3, 10, 10, generator=torch.Generator().manual_seed(n)), None) for n in range(3)]
@@ -230,9 +226,9 @@ def test_with_data_the_outputs_are_nearer_and_the_counts_as_exact(score: Any) ->
     once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
     assert distance(model, dense) < 0.5 * distance(free, dense)
     assert distance(model, dense) < distance(once, dense) < 0.7 * distance(free, dense)
-    twin = copy.deepcopy(model)
-    reestimate_batch_norm(twin, BATCHES)
-    assert torch.equal(twin[1].running_var, model[1].running_var)
+    reference = copy.deepcopy(model)
+    reestimate_batch_norm(reference, BATCHES)
+    assert torch.equal(reference[1].running_var, model[1].running_var)
 
 
 def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +251,9 @@ def test_bases_are_refined_towards_the_dense_kernels_with_the_seed(monkeypatch: 
     dense = reestimate_batch_norm(network(), BATCHES)
     seen: list[tuple[dict[str, Tensor], int]] = []
 
-    def watched(model: Any, twin: Any, *, seed: int, **options: Any) -> Any:
-        seen.append((weights(twin), seed))
-        return refine(model, twin, seed=seed, **options)
+    def watched(model: Any, reference: Any, *, seed: int, **options: Any) -> Any:
+        seen.append((weights(reference), seed))
+        return refine(model, reference, seed=seed, **options)
 
     monkeypatch.setattr(fitted, "refine", watched)
     prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=BATCHES, seed=7)
@@ -274,7 +270,7 @@ def test_bases_are_orthonormal_and_trained_if_asked_for(batches: Any) -> None:
     assert counts[0] == counts[1]
     if batches is None:
         assert error(model, weights(dense)) < 0.97 * error(other, weights(dense))
-    for one, another in zip(layers(model), layers(other), strict=True):
+    for one, another in zip(prunable_tensors(model), prunable_tensors(other), strict=True):
         if one.interspace is not None and another.interspace is not None:
             basis, orthonormal = one.interspace.basis.detach(), another.interspace.basis
             torch.testing.assert_close(orthonormal @ orthonormal.mT, torch.eye(len(basis)))
@@ -283,20 +279,20 @@ def test_bases_are_orthonormal_and_trained_if_asked_for(batches: Any) -> None:
             assert float(torch.linalg.matrix_norm(basis, 2)) == pytest.approx(1)
 
 
-BAD_DATA: dict[str, tuple[dict[str, Any], type[Exception]]] = {
-    "no batches": ({"batches": []}, NoBatchesError),
-    "no pairs": ({"batches": [X]}, InvalidBatchError),
-    "inputs that it does not take": ({"batches": [*BATCHES, (X[:, :2], None)]}, RuntimeError),
-    "rounds": ({"batches": BATCHES, "rounds": 0}, InvalidScheduleError),
+BAD_DATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no batches": ({"batches": []}, BatchError, "empty"),
+    "no pairs": ({"batches": [X]}, BatchError, "a Tensor"),
+    "inputs that it does not take": ({"batches": [*BATCHES, (X[:, :2], None)]}, RuntimeError, "channels"),
+    "rounds": ({"batches": BATCHES, "rounds": 0}, ArgumentError, "`rounds`"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data_is_refused_and_changes_nothing(name: str) -> None:
-    options, kind = BAD_DATA[name]
+    options, kind, text = BAD_DATA[name]
     model = network()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(kind):
+    with pytest.raises(kind, match=text):
         prune_fitted(model, sparsity=0.5, **options)
     now = model.state_dict()
     assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)
@@ -305,9 +301,9 @@ def test_bad_data_is_refused_and_changes_nothing(name: str) -> None:
 def test_infinite_values_are_refused_in_linear_layers_too() -> None:
     model = network()
     model[9].weight.data[0, 0] = math.inf
-    with pytest.raises(NonFiniteWeightError, match="layer '9'"):
+    with pytest.raises(ConversionError, match="layer '9'"):
         prune_fitted(model, sparsity=0.5)
-    assert not masks(model) and not any(layer.interspace for layer in layers(model))
+    assert not masks(model) and not any(layer.interspace for layer in prunable_tensors(model))
 
 
 @pytest.mark.parametrize("batches", [None, BATCHES])

@@ -124,7 +124,7 @@ def test_movement_removes_the_filters_of_least_movement(space: str, varied: bool
     reference.load_state_dict(training.ended[0])
     reference.eval()
     scores = movement(reference, training.batches(10), training.loss)
-    first = next(prunable_tensors(reference))
+    first = prunable_tensors(reference)[0]
     worth, values = scores[first.target].flatten(1).sum(1), first.parameter.detach()
     assert len(worth.unique()) == 32
     order = removal_order(worth, values, strength=float(varied))

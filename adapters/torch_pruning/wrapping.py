@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import (
     AlreadyParametrizedError,
+    BatchError,
     CompiledModelError,
-    ExampleInputError,
     ForeignModuleError,
     InterspaceError,
     InvalidPrunerError,
@@ -87,7 +87,7 @@ def pruner(
         InvalidPrunerError: `cls` is no pruner of Torch-Pruning.
         InvalidRatioError: a ratio is not in [0, 1].
         ForeignModuleError: an argument names a module that the model does not have.
-        ExampleInputError: the model does not run on the example inputs.
+        BatchError: the model does not run on the example inputs.
         CompiledModelError: the model is compiled or scripted.
         AlreadyParametrizedError: the weight of a layer is parametrized by someone else.
         OptimizerMismatchError: the optimizer trains nothing of the model.
@@ -130,7 +130,7 @@ def pruner(
         if arguments.get("forward_fn") is None:  # if the model does not run on the example inputs, say that instead
             try:
                 run(model, tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
-            except ExampleInputError as reason:
+            except BatchError as reason:
                 raise reason from error
         raise
     return found

@@ -16,7 +16,13 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import AlreadySparserError, InvalidAmountError, InvalidLossError, InvalidScheduleError
+from ip_plugin.errors import (
+    AlreadySparserError,
+    AmountError,
+    InvalidAmountError,
+    InvalidLossError,
+    InvalidScheduleError,
+)
 from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
 
 pytestmark = [
@@ -405,10 +411,10 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda m: prune(m, sparsity=1.5), InvalidAmountError, "1.5"),
-        (lambda m: prune(m, sparsity=math.nan), InvalidAmountError, "nan"),
+        (lambda m: prune(m, sparsity=1.5), AmountError, "1.5"),
+        (lambda m: prune(m, sparsity=math.nan), AmountError, "nan"),
         (lambda m: prune(m, sparsity=0.5, rounds=0), InvalidScheduleError, "rounds"),
-        (lambda m: Gradual(m, sparsity=2, end_step=3), InvalidAmountError, "2"),
+        (lambda m: Gradual(m, sparsity=2, end_step=3), AmountError, "2"),
         (lambda m: Gradual(m, sparsity=0.5, end_step=3, begin_step=3), InvalidScheduleError, "`end_step`.*4"),
         (lambda m: Gradual(m, sparsity=0.5, end_step=3, update_every=0), InvalidScheduleError, "every"),
         (lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=0.6), InvalidScheduleError, "initial"),
@@ -416,12 +422,12 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
         (lambda m: SET(m, sgd(m), end_step=3), InvalidAmountError, "no layer of the model has a mask"),
         (
             lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=-1),
-            InvalidAmountError,
+            AmountError,
             "`initial` must be a fraction",
         ),
         (lambda m: SET(m, sgd(m), sparsity=0.5, end_step=0), InvalidScheduleError, "end"),
         (lambda m: RigL(m, sgd(m), sparsity=0.5, end_step=5, drop_fraction=True), InvalidScheduleError, "fraction"),
-        (lambda m: RigL(m, sgd(m), sparsity=-1, end_step=5), InvalidAmountError, "-1"),
+        (lambda m: RigL(m, sgd(m), sparsity=-1, end_step=5), AmountError, "-1"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make: Callable[[Any], Any], error: Any, message: str) -> None:

@@ -564,7 +564,7 @@ BAD: dict[str, tuple[Callable[[nn.Module, Tensor], Any], type[Exception], str]] 
         errors.InvalidTemperatureError,
         "0",
     ),
-    "an input that does not fit": (lambda m, x: methods.synflow(m, x[:, :2]), errors.ExampleInputError, "channels"),
+    "an input that does not fit": (lambda m, x: methods.synflow(m, x[:, :2]), errors.BatchError, "channels"),
     "nothing to prune": (lambda m, x: methods.magnitude(nn.ReLU()), errors.NothingToPruneError, "empty"),
     "nothing to rank": (lambda m, x: methods.ranks({}), errors.NothingToPruneError, "empty"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune as prune
-from ip_plugin.errors import ChangedOutputError, ExampleInputError
+from ip_plugin.errors import BatchError, ChangedOutputError
 
 pytest.importorskip("torch_pruning")
 
@@ -152,7 +152,7 @@ def test_an_output_that_would_change_is_refused_and_nothing_changes() -> None:
     assert torch.equal(model(x), before)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert masks(model)["3"].all()
-    with pytest.raises(ExampleInputError):
+    with pytest.raises(BatchError):
         cut_masked_channels(model, torch.randn(1, 5, 8, 8))
 
 

@@ -20,8 +20,8 @@ from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report
 from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 from ip_plugin.errors import (
     AlreadyParametrizedError,
+    BatchError,
     CompiledModelError,
-    ExampleInputError,
     ForeignModuleError,
     InvalidPrunerError,
     InvalidRatioError,
@@ -909,8 +909,8 @@ def test_what_a_host_writes_is_scaled_back() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"x": torch.zeros(1, 5, 8, 8)}, ExampleInputError, r"on \(1, 5, 8, 8\)"),
-        ({"x": "image"}, ExampleInputError, "on str"),
+        ({"x": torch.zeros(1, 5, 8, 8)}, BatchError, r"on \(1, 5, 8, 8\)"),
+        ({"x": "image"}, BatchError, "on str"),
         ({"pruning_ratio": 1.5}, InvalidRatioError, "`pruning_ratio`.*\n.*1.5"),
         ({"pruning_ratio": -0.1}, InvalidRatioError, "-0.1"),
         ({"pruning_ratio": float("nan")}, InvalidRatioError, "nan"),

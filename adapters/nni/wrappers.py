@@ -6,7 +6,6 @@ keeps the Parameters, `put_back` restores them with the trained values, and `fin
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,8 +25,8 @@ from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.core.channels import output_filters
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import restore_order
-from ip_plugin.core.tensor_ref import Model, TensorRef
-from ip_plugin.errors import ConversionError, HostError, MaskError, OptimizerError, SelectionError, listed
+from ip_plugin.core.tensor_ref import Model, TensorRef, parametrized_by_another, unknown_layer
+from ip_plugin.errors import HostError, MaskError, OptimizerError, listed
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
@@ -159,11 +158,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     tensors = [tensor for wrapper in wrappers for tensor in _pruned(wrapper, model)]
     for tensor in tensors:
         if tensor.ref.is_foreign:
-            raise ConversionError(
-                "The weight of a layer must not be parametrized by someone else.",
-                f"layer {tensor.ref.module_name!r}: parametrized by another package",
-                "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before NNI prunes",
-            )
+            raise parametrized_by_another(tensor.ref.module_name, "another package")
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
 
@@ -244,12 +239,7 @@ def _checked_masks(
     modules = dict(model.named_modules())
     for name, by_tensor in masks.items():
         if name not in modules:
-            close = difflib.get_close_matches(name, modules, cutoff=0.4)
-            raise SelectionError(
-                "Every name in `masks` must be the name of a module of the model.",
-                f"no module {name!r}",
-                f"use names from `model.named_modules()`; the closest are {listed(close)}",
-            )
+            raise unknown_layer(name, modules, argument="masks")
         for tensor_name, mask in by_tensor.items():
             if mask is None or tensor_name.startswith((INPUT_PREFIX, OUTPUT_PREFIX)):
                 continue  # NNI has None for biases that do not exist

@@ -22,8 +22,8 @@ from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
 from ip_plugin.core.parametrization import Interspace, Mask, parametrizations, restore_order
-from ip_plugin.core.tensor_ref import Target, TensorRef, own_tensors
-from ip_plugin.errors import ConversionError, HostError
+from ip_plugin.core.tensor_ref import Target, TensorRef, own_tensors, parametrized_by_another
+from ip_plugin.errors import HostError
 
 Rows: TypeAlias = "slice | types.EllipsisType"
 _COMPARED_AT_ONCE = 1 << 18
@@ -287,12 +287,12 @@ def _refuse_foreign(ref: TensorRef) -> None:
     for tensor_name, chain in parametrizations(ref.module).items():
         others = [type(parametrization).__name__ for parametrization in chain if not isinstance(parametrization, Mask)]
         if others:
-            raise ConversionError(
-                "The weight of a layer must not be parametrized by someone else.",
-                f"layer {ref.module_name!r}: {tensor_name} parametrized by {', '.join(others)}, "
-                "besides that of ip_plugin",
+            raise parametrized_by_another(
+                ref.module_name,
+                f"{', '.join(others)}, besides that of ip_plugin",
                 "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
                 "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
+                tensor_name,
             )
 
 

@@ -23,7 +23,7 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
     saved = [_Saved(value) for value in {id(value): value for value in objects if hasattr(value, "__dict__")}.values()]
     groups = [] if optimizer is None else optimizer.param_groups
     lists = [value for group in groups for value in group.values() if isinstance(value, list)]
-    containers = [] if optimizer is None else [optimizer.state, *groups, *lists]
+    containers: list[Any] = [] if optimizer is None else [optimizer.state, *groups, *lists]
     contents = [(container, container.copy()) for container in containers]
     try:
         yield

@@ -54,13 +54,12 @@ def follow(
     }
     orders = entry_order or {}
     with view.exact(parameters) as tensors:
-        marked = {parameter: orders[target] for target, parameter in parameters.items() if target in orders}
-        for tensor in tensors:
-            if tensor.parametrization.mask is not None:
-                marked.setdefault(tensor.parameter)
-        for parameter in parameters.values():
-            if optimizer is not None and optimizer.state.get(parameter):
-                marked.setdefault(parameter)
+        masked = {id(exposed.parameter) for exposed in tensors if exposed.parametrization.mask is not None}
+        marked = {
+            parameter: orders.get(target)
+            for target, parameter in parameters.items()
+            if target in orders or id(parameter) in masked or (optimizer and optimizer.state.get(parameter))
+        }
         with _positions_instead_of_values(marked):
             remove()
         successors: dict[nn.Parameter, list[tuple[nn.Parameter, Tensor | None]]] = {}
@@ -75,9 +74,9 @@ def follow(
                 new.grad = None if old.grad is None else _select(old.grad, kept)
             new.requires_grad_(old.requires_grad)
             successors.setdefault(old, []).append((new, kept))
-            tensor = view.tensors.get((module, name))
-            if tensor is not None:
-                _inherit(tensor, new, kept)
+            exposed = view.tensors.get((module, name))
+            if exposed is not None:
+                _inherit(exposed, new, kept)
         if optimizer is not None:
             live = {id(parameter) for module in view.model.modules() for parameter in module._parameters.values()}
             for old, new_ones in successors.items():

@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from torch_pruning.pruner import BasePruner
 from torch_pruning.utils import count_ops_and_params as host_count
 
-from ip_plugin.core.tensor_ref import TensorRef
-from ip_plugin.errors import ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
+from ip_plugin.core.tensor_ref import TensorRef, parametrized_by_another
+from ip_plugin.errors import BatchError, ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.preserved_state import preserved_state
 from ip_plugin.utils.validation import check_fraction
@@ -123,7 +123,7 @@ def pruner(
         if arguments.get("forward_fn") is None:  # if the model does not run on the example inputs, say that instead
             try:
                 run(model, tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
-            except InterspaceError as reason:
+            except BatchError as reason:
                 raise reason from error
         raise
     return made
@@ -322,11 +322,7 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
             )
         prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or TensorRef(module).is_prunable
         if not prunable and parametrize.is_parametrized(module, "weight"):
-            raise ConversionError(
-                "The weight of a layer must not be parametrized by someone else.",
-                f"layer {name!r}: weight parametrized by another package",
-                "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first",
-            )
+            raise parametrized_by_another(name, "another package")
     if optimizer is not None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in model.parameters()):

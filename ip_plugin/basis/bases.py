@@ -1,4 +1,4 @@
-"""Filter bases: making them, and writing kernels in them.
+"""Filter bases: construction, constraints, and conversion of kernels to coefficients and back.
 
 A basis of a kernel with ``N = prod(kernel)`` elements is an ``(N, N)`` matrix whose rows are the filters, flattened in
 row-major order. A kernel is ``h = sum_n coefficient[n] * basis[n]`` (interspace pruning, after Wimmer, Mehnert and
@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidBasisError
+from ..errors import BasisError
 
 BasisSpec: TypeAlias = Literal["standard", "orthonormal", "dct"] | Tensor
 Constraint: TypeAlias = Literal["none", "unit", "orthonormal"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
-#: A basis whose condition number, in unit gauge, is above this is refused: with float32 weights the relative error of
-#: converting is about 6e-8 times the condition number.
+#: Largest condition number of a basis, its filters scaled to unit norm: with float32 weights the relative error of a
+#: conversion is about 6e-8 times the condition number.
 MAX_CONDITION = 1e4
 
-_ROWS_AT_ONCE = 1 << 15
 _SINGULAR = 1e12
+_NAMED_BASES = 'use "standard", "orthonormal" or "dct"'
 
 
 def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """A basis for kernels of shape `kernel`, float64 on the CPU.
+    """Make a basis for kernels of shape `kernel`, float64 on the CPU.
 
     Args:
         basis: ``"standard"`` (one filter for each kernel position), ``"orthonormal"`` (random, uniformly distributed,
@@ -42,7 +42,7 @@ def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | N
         Tensor ``(N, N)``, ``N = prod(kernel)``; row ``n`` is filter ``n``.
 
     Raises:
-        InvalidBasisError: unknown name, wrong shape, not real, not finite, singular or ill-conditioned.
+        BasisError: unknown name, wrong shape, not real, not finite, singular or ill-conditioned.
 
     >>> make("standard", (1, 3))
     tensor([[1., 0., 0.],
@@ -57,17 +57,15 @@ def make(basis: BasisSpec, kernel: Sequence[int], generator: torch.Generator | N
         return _orthonormal(math.prod(kernel), generator)
     if basis == "dct":
         return _dct(kernel)
-    raise InvalidBasisError(
-        '`basis` must be "standard", "orthonormal", "dct" or a tensor of shape (N, N).',
-        f"{basis!r}",
-    )
+    rule = '`basis` must be "standard", "orthonormal", "dct" or a tensor of shape (N, N).'
+    raise BasisError(rule, f"{basis!r}", _NAMED_BASES)
 
 
 def _orthonormal(n: int, generator: torch.Generator | None) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu", generator=generator))
-    # Signs of R's diagonal made positive, Q is uniformly distributed (Mezzadri 2007, arXiv math-ph/0609050).
-    found: Tensor = q * r.diagonal().sign()
-    return found.contiguous()
+    # Q is uniformly distributed if the diagonal of R is positive (Mezzadri 2007, arXiv math-ph/0609050).
+    basis: Tensor = q * r.diagonal().sign()
+    return basis.contiguous()
 
 
 def _dct(kernel: Sequence[int]) -> Tensor:
@@ -82,10 +80,10 @@ def _dct(kernel: Sequence[int]) -> Tensor:
 
 
 def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
-    """The filters that kernels are composed of: the rows of a trained basis, under a constraint.
+    """Apply a constraint to a trained basis: the filters that kernels are composed of.
 
-    Differentiable any number of times. The standard basis stays what it is bit for bit, and the scale of a row of
-    `basis` does not matter under ``"unit"`` and ``"orthonormal"``: neither weight decay nor a large step can change it.
+    Differentiable any number of times. The standard basis is returned bit for bit. Under ``"unit"`` and
+    ``"orthonormal"`` the norm of a row of `basis` has no effect, so neither weight decay nor a large step matters.
 
     Args:
         basis: ``(N, N)``, the Parameter that is trained.
@@ -105,8 +103,8 @@ def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
     if constraint == "none":
         return basis
     wide = basis.float() if basis.dtype == torch.float16 else basis
-    # By the largest entry first: the squares of what weight decay leaves of a filter, or of a very large one, are out
-    # of range. (`torch._weight_norm` is one operation instead of all this, but its second derivative is wrong.)
+    # Divide by the largest entry first: squares of the entries of a very small filter (after weight decay) or of a very
+    # large one are out of range. (`torch._weight_norm` is a single operation, but its second derivative is wrong.)
     largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=1, keepdim=True)
     scaled = wide / torch.where(largest > 0, largest, 1.0)
     unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(0.5)
@@ -117,29 +115,29 @@ def constrained(basis: Tensor, constraint: Constraint) -> Tensor:
 
 
 def normalized(basis: Tensor, constraint: Constraint) -> Tensor:
-    """A basis to begin with under a constraint.
+    """Scale an initial basis to fulfil a constraint.
 
     Raises:
-        InvalidBasisError: it is to be orthonormal, and its filters are not orthogonal.
+        BasisError: the constraint is ``"orthonormal"``, and the filters are not orthogonal.
     """
     if constraint == "none":
         return basis
-    found = constrained(basis, "unit")
-    if constraint == "orthonormal" and not bool((found @ found.mT - torch.eye(len(found))).abs().max() < 1e-5):
-        raise InvalidBasisError(
+    unit = constrained(basis, "unit")
+    if constraint == "orthonormal" and not bool((unit @ unit.mT - torch.eye(len(unit))).abs().max() < 1e-5):
+        raise BasisError(
             'The filters of a basis must be orthogonal for constraint="orthonormal".',
             "filters that are not",
             'use constraint="unit", or another basis',
         )
-    return found
+    return unit
 
 
 def _checked(basis: Tensor, kernel: Sequence[int]) -> Tensor:
     n = math.prod(kernel)
     if not basis.is_floating_point():
-        raise InvalidBasisError("A basis must be a real floating point tensor.", f"{basis.dtype}")
+        raise BasisError("A basis must be a real floating point tensor.", f"{basis.dtype}", _NAMED_BASES)
     if tuple(basis.shape) not in {(n, n), (n, *kernel)}:
-        raise InvalidBasisError(
+        raise BasisError(
             f"A basis for kernels of shape {tuple(kernel)} must have shape {(n, n)} or {(n, *kernel)}.",
             f"shape {tuple(basis.shape)}",
             "select layers of one kernel shape with `layers=`, or pass a basis of the right shape",
@@ -150,49 +148,46 @@ def _checked(basis: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def check_condition(basis: Tensor) -> None:
-    """Raise InvalidBasisError unless every kernel can be written in `basis` with little loss of precision."""
+    """Raise BasisError unless every kernel can be written in `basis` with little loss of precision."""
     if basis.is_meta:
-        raise InvalidBasisError(
-            "A basis must have values.", "a basis on the meta device", "load the weights before the model is converted"
-        )
+        remedy = "load the weights before the model is converted"
+        raise BasisError("A basis must have values.", "a basis on the meta device", remedy)
     if not bool(basis.isfinite().all()):
-        raise InvalidBasisError("A basis must be finite.", "NaN or infinite values")
+        raise BasisError("A basis must be finite.", "NaN or infinite values", _NAMED_BASES)
     norm = norms(basis)
     if not bool((norm > 0).all()):
         zero = int((norm == 0).nonzero()[0])
-        raise InvalidBasisError("No filter of a basis may be zero.", f"filter {zero} has norm 0")
-    # The scale of a filter is free (the gauge), so it must not count.
+        raise BasisError("No filter of a basis may be zero.", f"filter {zero} has norm 0", _NAMED_BASES)
+    # At unit norm: the scale of a filter is arbitrary (the gauge).
     condition = float(torch.linalg.cond(basis.double() / norm.double()[:, None]))
     if not condition <= MAX_CONDITION:
-        raise InvalidBasisError(
-            f"The condition number of a basis (its filters at unit norm) must be at most {MAX_CONDITION:g}.",
-            f"{condition:.3g}: its filters are linearly dependent, or nearly so",
-        )
+        rule = f"The condition number of a basis (its filters at unit norm) must be at most {MAX_CONDITION:g}."
+        raise BasisError(rule, f"{condition:.3g}: its filters are linearly dependent, or nearly so", _NAMED_BASES)
 
 
 def check_regular(basis: Tensor, layer: str) -> None:
-    """Raise InvalidBasisError for the basis of a layer that is not finite, or singular as far as float64 can tell.
+    """Raise BasisError if the basis of a layer is not finite, or singular in float64.
 
-    Less than `check_condition` asks for: training may lead to a basis that is ill-conditioned.
+    Weaker than `check_condition`: training may lead to an ill-conditioned basis.
     """
     rule = "The basis of a layer must be finite and not singular."
     remedy = "go back to an earlier state of the training; `model.state_dict()` holds anything"
     if not bool(basis.isfinite().all()):
-        raise InvalidBasisError(rule, f"NaN or infinite values in that of {layer!r}", remedy)
+        raise BasisError(rule, f"NaN or infinite values in that of {layer!r}", remedy)
     norm = norms(basis.detach().double())
     if not bool((norm > 0).all()) or float(torch.linalg.cond(basis.detach().double() / norm[:, None])) > _SINGULAR:
-        raise InvalidBasisError(rule, f"filters in that of {layer!r} that depend on each other, or are zero", remedy)
+        raise BasisError(rule, f"filters in that of {layer!r} that are linearly dependent, or zero", remedy)
 
 
 def is_standard(basis: Tensor) -> bool:
-    """Whether coefficients in `basis` are weights: each filter is one kernel position."""
+    """Whether `basis` is the standard basis, in which coefficients equal the weights."""
     return torch.equal(basis.detach(), torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
 
 
 def norms(basis: Tensor) -> Tensor:
-    """Norm of every filter, shape ``(N,)``: what `coefficient[n]` is multiplied by in unit gauge."""
-    found: Tensor = torch.linalg.vector_norm(basis, dim=1)
-    return found
+    """Norm of every filter, shape ``(N,)``: `coefficient[n]` times it is the coefficient of the unit-norm filter."""
+    norm: Tensor = torch.linalg.vector_norm(basis, dim=1)
+    return norm
 
 
 def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
@@ -216,8 +211,8 @@ def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
         composed = basis.mT @ last.reshape(last.shape[0], n, last.shape[-1])
         return composed.reshape(last.shape).movedim(-1, 1)
     if coefficients.device.type == "cpu" and coefficients.dtype == torch.float32:
-        # The same product as below, but as a 1x1 convolution: on a CPU six times faster than a matrix product that is
-        # this narrow (benchmarks/training_step.py).
+        # The same product as below, as a 1x1 convolution: on a CPU six times faster than a matrix product with so few
+        # columns (benchmarks/training_step.py).
         pixels = coefficients.reshape(1, 1, -1, n).permute(0, 3, 1, 2)
         composed = F.conv2d(pixels, basis.mT.reshape(n, n, 1, 1)).permute(0, 2, 3, 1)
     else:
@@ -226,15 +221,15 @@ def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def transform_(tensor: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the flattened kernels of `tensor` by `matrix` from the right, in place and a few rows at a time.
+def transform_(tensor: Tensor, matrix: Tensor, rows_at_once: int = 1 << 15) -> Tensor:
+    """Multiply the flattened kernels of `tensor` by `matrix` from the right, in place.
 
-    With the inverse of a basis this turns weights into coefficients; with its transpose, gradients by weights into
-    gradients by coefficients. Works in float64, whatever the tensor's dtype.
+    With the inverse of a basis this turns weights into coefficients; with its transpose, gradients of weights into
+    gradients of coefficients. Computed in float64, `rows_at_once` at a time.
     """
     n = matrix.shape[0]
     matrix = matrix.to(tensor.device, torch.float64)
-    step = max(1, _ROWS_AT_ONCE // max(1, tensor.shape[1]))
+    step = max(1, rows_at_once // max(1, tensor.shape[1]))
     for start in range(0, tensor.shape[0], step):
         part = tensor[start : start + step]
         kernels = part.reshape(part.shape[0], part.shape[1], n)
@@ -246,8 +241,8 @@ def inverse(basis: Tensor) -> Tensor:
     """The matrix that turns flattened kernels into coefficients, float64.
 
     Raises:
-        InvalidBasisError: the basis is singular or ill-conditioned.
+        BasisError: the basis is singular or ill-conditioned.
     """
     check_condition(basis.detach())
-    found: Tensor = torch.linalg.inv(basis.detach().double())
-    return found
+    inverted: Tensor = torch.linalg.inv(basis.detach().double())
+    return inverted

@@ -1,4 +1,4 @@
-"""Bases that need not be orthonormal, fitted to kernels of which each layer keeps a given number of coefficients."""
+"""Dictionary learning: bases that need not be orthonormal, fitted to kernels with a given number of coefficients."""
 
 from __future__ import annotations
 
@@ -13,25 +13,22 @@ from . import bases
 from .fitting import Kernels, sampled
 from .sparse_coding import Code, code
 
-#: Rows that the search looks at; it ends when a round lowers the squared error by less than this part of it.
-_SAMPLE = 1 << 14
+#: The search ends when a round lowers the squared error by less than this fraction.
 _TOLERANCE = 1e-4
 _MOST_ROUNDS = 500
-#: How much a filter is worth where it is, as a part of what the filter that is used most is worth to the kernels.
+#: Ridge towards the present filters, relative to the second moment of the filter that is used most.
 _PULL = 1e-12
-#: Codes of float32 kernels are exact to about 1e-4 then. What is found has 20 to 110 for trained 3x3 kernels.
-_MOST_CONDITION = 1e3
-#: The search ends, too, where only shorter steps than this leave the filters well conditioned.
+#: The search also ends where only shorter steps than this would keep the filters well conditioned.
 _SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """What `learn` found.
+    """The result of `learn`.
 
     Attributes:
         basis: ``(N, N)``, float64 on the CPU, filters at unit norm, well conditioned.
-        codes: of each layer, with as many coefficients as it keeps.
+        codes: the sparse code of each layer.
         error: ``||W - C G||^2`` of all layers.
     """
 
@@ -46,54 +43,64 @@ def learn(
     counts: Sequence[int],
     start: Tensor,
     *,
+    sample: int = 1 << 14,
+    max_condition: float = 1e3,
     seed: int = 0,
     round_done: Callable[[int, float], None] = lambda number, error: None,  # noqa: ARG005
 ) -> Dictionary:
-    """A basis in which layers that share it lose little with so many coefficients, and these coefficients.
+    """Learn a basis for layers that share it, and sparse codes of their kernels with given numbers of coefficients.
 
-    By turns: `code` of every layer, and filters by least squares, at unit norm (the method of optimal directions:
-    Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. The error is never above
-    that of the start, on the sample of kernels that is looked at where there are many. A good start is
-    orthonormal and fitted (`fit`).
+    Alternates between `code` of every layer and unit-norm filters by least squares (the method of optimal directions:
+    Engan, Aase and Husoy 1999); steps towards those filters are lengthened while that helps. On the kernels that the
+    search uses (a sample, if there are many), the error never exceeds that of the start. A good start is an
+    orthonormal basis from `fit`.
 
     Args:
         layers: of one group.
-        counts: how many coefficients each layer keeps.
-        start: ``(N, N)``, finite. One that is ill-conditioned is replaced by the orthonormal one that is nearest to it.
+        counts: number of coefficients of each layer.
+        start: ``(N, N)``, finite. An ill-conditioned one is replaced by the nearest orthonormal basis.
+        sample: number of kernels that the search uses.
+        max_condition: largest condition number of the basis: by default, float32 codes are exact to about 1e-4.
+            (Trained 3x3 kernels lead to 20 to 110.)
         seed: of the sample.
-        round_done: called after each round with its number and the relative error of what was looked at.
+        round_done: called after each round with its number and the relative error of the sample.
 
     >>> kernels = Kernels(torch.tensor([[3.0, 4.0], [6.0, 8.0], [1.0, 0.0]]), 0, (2,))
     >>> learn([kernels], [3], torch.eye(2, dtype=torch.float64)).basis.abs()  # its second filter along (3, 4)
     tensor([[1.0000, 0.0000],
             [0.6000, 0.8000]], dtype=torch.float64)
     """
-    some = sampled(layers, seed, _SAMPLE)
+    some = sampled(layers, seed, sample)
     rates = [len(part.rows) / max(1, len(whole.rows)) for part, whole in zip(some, layers, strict=True)]
     fewer = [round(rate * count) for rate, count in zip(rates, counts, strict=True)]
-    basis = _searched(some, fewer, _well_conditioned(start.detach().to("cpu", torch.float64)), round_done)
+    first = _well_conditioned(start.detach().to("cpu", torch.float64), max_condition)
+    basis = _search(some, fewer, first, max_condition, round_done)
     codes = [code(layer.rows, basis, count) for layer, count in zip(layers, counts, strict=True)]
-    return Dictionary(basis, codes, _error(layers, [each.coefficients for each in codes], basis))
+    return Dictionary(basis, codes, _error(layers, [layer_code.coefficients for layer_code in codes], basis))
 
 
-def _searched(
-    layers: Sequence[Kernels], counts: Sequence[int], start: Tensor, round_done: Callable[[int, float], None]
+def _search(
+    layers: Sequence[Kernels],
+    counts: Sequence[int],
+    start: Tensor,
+    max_condition: float,
+    round_done: Callable[[int, float], None],
 ) -> Tensor:
-    """Take turns until a plain round gains too little."""
-    total = sum(float(each.rows.square().sum(dtype=torch.float64)) for each in layers)
+    """Alternate until a round with the full step gains too little; the best basis."""
+    total = sum(float(layer.rows.square().sum(dtype=torch.float64)) for layer in layers)
     best, step, rounds = start, 1.0, 1
     error, goal = _round(layers, counts, best)
     while rounds < _MOST_ROUNDS:
         round_done(rounds, math.sqrt(error / total) if total else 0.0)
         rounds += 1
-        while not _is_regular(candidate := _unit(best + step * (goal - best))) and step > _SHORTEST:
+        while _condition(candidate := _unit(best + step * (goal - best))) > max_condition and step > _SHORTEST:
             step /= 2
         if step <= _SHORTEST:
             break
-        found, following = _round(layers, counts, candidate)
-        enough = found < error * (1 - _TOLERANCE)
-        if found < error:
-            error, goal, best = found, following, candidate
+        candidate_error, next_goal = _round(layers, counts, candidate)
+        enough = candidate_error < error * (1 - _TOLERANCE)
+        if candidate_error < error:
+            error, goal, best = candidate_error, next_goal, candidate
         if not enough and step <= 1:
             break
         step = 2 * step if enough else 1.0
@@ -101,13 +108,13 @@ def _searched(
 
 
 def _round(layers: Sequence[Kernels], counts: Sequence[int], basis: Tensor) -> tuple[float, Tensor]:
-    """The squared error in a basis, and the filters that would be best for these codes, at unit norm."""
+    """The squared error of the codes in a basis, and the best unit-norm filters for these codes."""
     codes = [code(layer.rows, basis, count).coefficients for layer, count in zip(layers, counts, strict=True)]
     moment, product = torch.zeros_like(basis), torch.zeros_like(basis)
     for layer, coefficients in zip(layers, codes, strict=True):
         moment += (coefficients.mT @ coefficients).double().cpu()
         product += (coefficients.mT @ layer.rows).double().cpu()
-    # Filters that no kernel uses stay where they are.
+    # The ridge keeps filters that no kernel uses as they are.
     most = float(moment.diagonal().max())
     pull = _PULL * (most or 1.0) * torch.eye(len(basis), dtype=torch.float64, device="cpu")
     best = torch.linalg.solve(moment + pull, product + pull @ basis)
@@ -122,18 +129,17 @@ def _error(layers: Sequence[Kernels], codes: Sequence[Tensor], basis: Tensor) ->
 
 
 def _unit(basis: Tensor) -> Tensor:
-    found: Tensor = basis / bases.norms(basis)[:, None]
-    return found
+    unit: Tensor = basis / bases.norms(basis)[:, None]
+    return unit
 
 
-def _well_conditioned(start: Tensor) -> Tensor:
-    lengths = bases.norms(start)
-    if bool((lengths > 0).all()) and _is_regular(_unit(start)):
+def _well_conditioned(start: Tensor, max_condition: float) -> Tensor:
+    if bool((bases.norms(start) > 0).all()) and _condition(_unit(start)) <= max_condition:
         return _unit(start)
     left, _, right = torch.linalg.svd(start)
     nearest: Tensor = left @ right
     return nearest
 
 
-def _is_regular(basis: Tensor) -> bool:
-    return float(torch.linalg.cond(basis)) <= _MOST_CONDITION
+def _condition(basis: Tensor) -> float:
+    return float(torch.linalg.cond(basis))

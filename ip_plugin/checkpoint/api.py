@@ -1,22 +1,24 @@
-"""Compact checkpoints: `save` and `load`."""
+"""Compact checkpoints of pruned models: `save` and `load`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..basis.bases import check_regular
 from ..core.optimizer import watch
-from ..core.tensor_ref import Model, inner, tensors_of
-from ..errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
+from ..core.tensor_ref import Model, TensorRef, by_basis, inner, parametrized_by_another, tensors_of
+from ..errors import CheckpointError
 from .container import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
-from .contents import check_modules, packed
+from .contents import Packed, check_modules, not_storable, owners, packed
 from .reader import Plan
 from .schema import Basis, Description, Record
 
@@ -25,30 +27,29 @@ FilePath: TypeAlias = str | os.PathLike[str]
 
 @torch.no_grad()
 def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, resumable: bool = False) -> None:
-    """Save a pruned model in a compact file: non-zero values, their positions, each basis once.
+    """Save a compressed checkpoint: non-zero values, their positions, each basis once.
 
-    For models in either space, with masks of ours or of `torch.nn.utils.prune`, or baked with zeros in the weights; of
-    prunable layers and of masked tensors only what counts is stored, everything else as it is. Save before you bake:
+    For models in either space, with masks of ours or of `torch.nn.utils.prune`, or baked with zeros in the weights.
+    Zeros of prunable layers and masked values are left out; everything else is stored as it is. Save before you bake:
     `bake` makes the kernels of the interspace dense. Inverse: `load`.
 
-    The file is one of safetensors, with a description in JSON and a checksum: nothing in it is ever executed. It is
-    written beside `path` and renamed, so that the old file or the new one is there at any moment.
+    A compact file is a safetensors file with a JSON description and a checksum. Loading executes no code; corrupt or
+    inconsistent files are rejected with a diagnostic; writes are atomic.
 
     Args:
-        model: not changed. DistributedDataParallel, DataParallel and what torch.compile has made are looked into.
-        path: what is there is replaced.
-        dtype: None stores every value bit for bit (a zero of a prunable layer that no mask keeps loses its sign);
+        model: not changed. Wrappers (DistributedDataParallel, DataParallel, torch.compile) are removed.
+        path: an existing file is replaced.
+        dtype: None stores every value bit for bit (except that an unmasked zero of a prunable layer loses its sign);
             torch.float16 or torch.bfloat16 rounds the weights and coefficients of prunable layers (not bases, biases,
-            norms and buffers). They are loaded in the dtype that they had.
-        resumable: store what is behind masks as well, and every sign of a zero, so that training goes on bit for bit
-            (save the optimizer's own state_dict beside it). Without it, values behind masks are zeros when loaded.
+            norms and buffers). They are loaded in their original dtype.
+        resumable: store pruned values and the signs of zeros as well, so that training continues bit for bit (save the
+            optimizer's state_dict separately). Without it, pruned values are loaded as zeros.
 
     Raises:
-        NotStorableError: something in the model is no tensor with values.
-        InvalidBasisError: a basis that is not finite, or singular.
-        AlreadyParametrizedError: someone else's parametrization sits on top of ours.
-        StoredDtypeError: `dtype` is another one, the values do not fit into it, or it is to be resumable.
-            In all cases the file that was there is as it was.
+        CheckpointError: the model contains something that is no tensor with values, or `dtype` is not supported, cannot
+            hold the values, or is combined with `resumable`.
+        BasisError: a basis is not finite, or singular.
+        ConversionError: someone else's parametrization sits on top of ours. In all cases an existing file is kept.
 
     >>> import tempfile
     >>> from ip_plugin import interspace, prunable
@@ -65,62 +66,72 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
     (True, True)
     """
     if dtype not in (None, torch.float16, torch.bfloat16):
-        raise StoredDtypeError(f"dtype={dtype}")
+        raise _stored_dtype_error(f"dtype={dtype}")
     if dtype is not None and resumable:
-        raise StoredDtypeError(f"dtype={dtype}, and resumable=True, which keeps every bit")
+        raise _stored_dtype_error(f"dtype={dtype}, and resumable=True, which keeps every bit")
     model = inner(model)
     _check(model)
-    tensors: dict[str, Tensor] = {}
+    refs = tensors_of(model)
+    owner = owners(refs)
+    spaces = [ref.interspace for ref, *_ in by_basis(refs).values() if ref.interspace is not None]
+    numbers = {space.basis: number for number, space in enumerate(spaces)}
+    tensors = {basis_name(number): native(basis) for basis, number in numbers.items()}
     records: dict[str, Record] = {}
-    owners: dict[int, str] = {}
-    numbers: dict[int, int] = {}
-    known: list[Basis] = []
-    for ref, stored in packed(model, resumable=resumable):
-        values, space = stored.values, ref.interspace
-        number = None
-        if space is not None:
-            number = numbers.setdefault(id(space.basis), len(known))
-            if number == len(known):
-                known.append(Basis(space.basis.requires_grad, space.constraint))
-                tensors[basis_name(number)] = native(space.basis)
-        parts: dict[str, Tensor] = {}
-        stored_dtype = ""
-        if values is not None:
-            if dtype is not None and ref.is_prunable and values.dtype in (torch.float32, torch.float64):
-                values, stored_dtype = _rounded(values, dtype, ref.name), dtype_name(dtype)
-            parts["" if stored.positions is None else "values"] = values
-        if stored.positions is not None:
-            parts["positions"] = stored.positions.data
-        if stored.mask is not None and stored.mask is not stored.positions:
-            parts["mask"] = stored.mask.data
-        owner = owners.setdefault(id(ref.parameter), ref.name)
-        records[ref.name] = Record(
-            shape=tuple(ref.parameter.shape),
-            dtype=dtype_name(ref.parameter.dtype),
-            stored=stored_dtype,
-            buffer=ref.is_buffer,
-            tied="" if owner == ref.name else owner,
-            positions="" if stored.positions is None else stored.positions.coding,
-            mask="" if stored.mask is None else "positions" if stored.mask is stored.positions else stored.mask.coding,
-            basis=number,
-        )
-        for what, tensor in parts.items():
-            key = part(ref.name, what) if what else ref.name
-            if what in ("positions", "mask") and not tensor.numel() and getattr(records[ref.name], what) == "all":
-                continue
+    for ref, packed_tensor in packed(model, resumable=resumable):
+        if dtype is not None and ref.is_prunable:
+            packed_tensor = _rounded(packed_tensor, dtype, ref.name)
+        records[ref.name] = _record(ref, packed_tensor, owner[ref.name], numbers)
+        for what, tensor in packed_tensor.parts().items():
+            key = part(ref.name, what)
             if key in tensors:
-                raise NotStorableError(key, "two tensors of this name", "rename the module or parameter")
+                raise not_storable(key, "two tensors of this name", "rename the module or parameter")
             tensors[key] = native(tensor)
+    bases = tuple(Basis(space.basis.requires_grad, space.constraint) for space in spaces)
     convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd))
     groups = {name: module.groups for name, module in convolutions if module.groups > 1}
-    write(Path(path), tensors, Description(records, tuple(known), groups))
+    write(Path(path), tensors, Description(records, bases, groups))
 
 
-def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _record(ref: TensorRef, stored: Packed, owner: str, numbers: Mapping[nn.Parameter, int]) -> Record:
+    """The record of a tensor.
+
+    Args:
+        ref: the tensor.
+        stored: what the file holds of it.
+        owner: the name of the tensor that has its values.
+        numbers: of the bases.
+    """
+    values, positions, mask = stored.values, stored.positions, stored.mask
+    dtype = ref.parameter.dtype
+    return Record(
+        shape=tuple(ref.parameter.shape),
+        dtype=dtype_name(dtype),
+        stored="" if values is None or values.dtype == dtype else dtype_name(values.dtype),
+        buffer=ref.is_buffer,
+        tied="" if owner == ref.name else owner,
+        positions="" if positions is None else positions.coding,
+        mask="" if mask is None else "positions" if mask is positions else mask.coding,
+        basis=None if ref.interspace is None else numbers[ref.interspace.basis],
+    )
+
+
+def _rounded(stored: Packed, dtype: torch.dtype, name: str) -> Packed:
+    """A tensor with its float32 or float64 values in another dtype."""
+    values = stored.values
+    if values is None or values.dtype not in (torch.float32, torch.float64):
+        return stored
     rounded = values.to(dtype)
     if bool((rounded.isinf() & values.isfinite()).any()):
-        raise StoredDtypeError(f"{dtype}, and {name!r} has values up to {float(values.abs().max()):.3g}")
-    return rounded
+        raise _stored_dtype_error(f"{dtype}, and {name!r} has values up to {float(values.abs().max()):.3g}")
+    return replace(stored, values=rounded)
+
+
+def _stored_dtype_error(found: str) -> CheckpointError:
+    return CheckpointError(
+        "`dtype` must be None, torch.float16 or torch.bfloat16, hold the values, and go without `resumable`.",
+        found,
+        "leave `dtype` out to store the values as they are; bfloat16 reaches as far as float32",
+    )
 
 
 def _check(model: nn.Module) -> None:
@@ -129,42 +140,41 @@ def _check(model: nn.Module) -> None:
     for ref in tensors_of(model):
         tensor = ref.parameter
         if is_lazy(tensor):
-            raise NotStorableError(ref.name, "not initialised yet", "run the model once before")
+            raise not_storable(ref.name, "not initialised yet", "run the model once before")
         if tensor.is_meta:
-            raise NotStorableError(ref.name, "on the meta device, without values", "load values before")
+            raise not_storable(ref.name, "on the meta device, without values", "load values before")
         if tensor.layout != torch.strided:
-            raise NotStorableError(ref.name, f"of layout {tensor.layout}", "make it dense with .to_dense()")
+            raise not_storable(ref.name, f"of layout {tensor.layout}", "make it dense with .to_dense()")
         if dtype_name(tensor.dtype) not in (*NATIVE, *AS_BYTES):
-            raise NotStorableError(ref.name, f"of dtype {tensor.dtype}", "convert it to another dtype")
+            raise not_storable(ref.name, f"of dtype {tensor.dtype}", "convert it to another dtype")
         if ref.is_foreign and ref.mask is not None:
-            raise AlreadyParametrizedError(ref.name, "another package, and pruned beneath")
+            raise parametrized_by_another(ref.name, "another package, and pruned beneath")
         if ref.interspace is not None:
             check_regular(ref.interspace.basis, ref.name)
 
 
 @torch.no_grad()
 def load(model: Model, path: FilePath) -> Model:
-    """Load a compact file into a model of the same architecture, freshly built: afterwards it is what was saved.
+    """Load a compressed checkpoint into a model of the same architecture, for example a freshly built one.
 
-    Every value is the one that was saved, bit for bit; layers are in the space that they were in, bases that were
-    shared are shared, and masks (the hosts' too) are masks of ours. Layers whose channels were cut get the sizes of the
-    file. Tensors have the dtype of the file, and the device and the memory format of the model. Inverse: `save`.
+    Restores every saved value bit for bit, the space of every layer, shared bases, and masks (those of a pruning
+    library become masks of ours). Layers whose channels were removed get the sizes in the file. Tensors get the dtype
+    in the file, and keep the device and the memory format of the model. Inverse: `save`.
 
     Args:
-        model: changed in place; plain, or in the interspace and masked in any way: then what the file does not have is
-            taken off. Parameter objects stay, so an optimizer goes on; but for Parameters on the meta device, which
-            give way to ones on the CPU, and for those that the file ties. Modes and requires_grad are left as they
-            are, except that of bases.
+        model: changed in place; plain, or in the interspace and masked in any way: parametrizations and masks that are
+            not in the file are removed. Parameter objects stay, so an optimizer goes on training them, except for
+            Parameters on the meta device, which are replaced by ones on the CPU, and for those that are tied in the
+            file. Training modes and requires_grad do not change, except for bases.
         path: of a file that `save` has written.
 
     Returns:
         The model.
 
     Raises:
-        InvalidFileError: the file is damaged, is none of ours, or contradicts itself.
-        WrongModelError: the model has other tensors, or smaller ones. It is an InvalidFileError, too.
-        NotStorableError, AlreadyParametrizedError: the model is one that `save` would refuse.
-            In all cases the model is as it was.
+        CheckpointError: the file is corrupt, inconsistent, or no compact file; or the model has other tensors, smaller
+            ones, or some that cannot be saved.
+        ConversionError: someone else's parametrization sits on top of ours. In all cases the model is as it was.
 
     >>> import tempfile
     >>> from ip_plugin import interspace, masks, set_masks

@@ -1,4 +1,4 @@
-"""A compact file: safetensors, with a description and a checksum of everything in it."""
+"""The file format of compact files: safetensors with a JSON description and a checksum of the whole file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..basis.bases import check_regular
-from ..errors import InvalidBasisError, InvalidFileError
+from ..errors import BasisError
 from ..utils.atomic import replacing
-from .index_encoding import Positions, decode
+from .index_encoding import Positions, decode, invalid_file, require
 from .schema import Description, Record
 
 #: Dtypes that safetensors has a name for.
@@ -25,32 +25,32 @@ NATIVE = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
 }  # fmt: skip
-#: Dtypes that are stored as bytes: not all versions of safetensors have names for them.
+#: Dtypes that are stored as bytes, because not all versions of safetensors have names for them.
 AS_BYTES = ("complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 _KEY = "ip_plugin"
-#: Before the digits of the checksum, in a JSON text within a JSON text.
+#: What precedes the digits of the checksum, in a JSON text within a JSON text.
 _MARK = rb"{\"crc32\":\""
 _DIGITS = 8
 _READ_AT_ONCE = 1 << 22
 
 
 def part(name: str, what: str) -> str:
-    """What a part of a tensor is called in a file: its values, positions or mask."""
-    return f"{name}/{what}"
+    """The key of a part of a tensor in a file: "values", "positions", "mask", or "" for the whole tensor."""
+    return f"{name}/{what}" if what else name
 
 
 def basis_name(number: int) -> str:
-    """What a basis is called in a file."""
+    """The key of a basis in a file."""
     return f"/basis/{number}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As torch names it, without ``torch.``."""
+    """Torch's name of a dtype, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
 def native(values: Tensor) -> Tensor:
-    """Values as safetensors takes them: on the CPU, row-major, and as bytes if it has no name for their dtype."""
+    """Values as safetensors accepts them: on the CPU, row-major, and as bytes if it has no name for their dtype."""
     values = values.detach().cpu()
     if dtype_name(values.dtype) not in NATIVE:
         return values.reshape(-1).view(torch.uint8)
@@ -58,12 +58,12 @@ def native(values: Tensor) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    """Write a compact file, whole or not at all.
+    """Write a compact file atomically.
 
     Args:
-        path: what is there is replaced.
-        tensors: as `native` gives them.
-        description: what they are.
+        path: an existing file is replaced.
+        tensors: by key, as `native` returns them.
+        description: of the tensors.
     """
     save_file = safetensors().torch.save_file
     text = json.dumps({"crc32": "0" * _DIGITS, **description.to_json()}, separators=(",", ":"))
@@ -76,27 +76,32 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Description) -
         seen.add(storage.data_ptr())
     with replacing(path) as temporary:
         save_file(apart, temporary, metadata={_KEY: text})
-        with open(temporary, "r+b") as file:
-            start = _digits_at(file)
-            assert start is not None
-            digits = _checksum(file, start)
-            file.seek(start)
-            file.write(digits)
+        seal(temporary)
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a compact file into its description, which has zeros in its place."""
+    with open(path, "r+b") as file:
+        start = _digits_at(file)
+        assert start is not None
+        digits = _checksum(file, start)
+        file.seek(start)
+        file.write(digits)
 
 
 def _digits_at(file: IO[bytes]) -> int | None:
-    """Where the digits of the checksum stand; None if the file has none."""
+    """The offset of the digits of the checksum; None if the file has none."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         return None
-    found = file.read(length).find(_MARK)
-    return None if found < 0 or found + len(_MARK) + _DIGITS > length else 8 + found + len(_MARK)
+    mark = file.read(length).find(_MARK)
+    return None if mark < 0 or mark + len(_MARK) + _DIGITS > length else 8 + mark + len(_MARK)
 
 
 def _checksum(file: IO[bytes], start: int) -> bytes:
-    """Of the whole file, with zeros where the digits of the checksum are."""
+    """The checksum of the whole file, with zeros in place of the digits at `start`."""
     file.seek(0)
     checksum = zlib.crc32(b"0" * _DIGITS, zlib.crc32(file.read(start)))
     file.seek(start + _DIGITS)
@@ -106,11 +111,11 @@ def _checksum(file: IO[bytes], start: int) -> bytes:
 
 
 class CompactFile:
-    """An open compact file whose checksum is right, and whose description fits its tensors.
+    """An open compact file with a valid checksum, whose description fits its tensors.
 
     Attributes:
-        description: what it says of them.
-        size: bytes of the file.
+        description: of the tensors.
+        size: of the file, in bytes.
     """
 
     def __init__(self, content: Any, size: int) -> None:
@@ -120,141 +125,133 @@ class CompactFile:
         self._check()
 
     def _check(self) -> None:
-        """Refuse a file whose tensors are not those of the description."""
+        """Raise CheckpointError if the tensors do not match the description."""
         expected = {basis_name(i) for i in range(len(self.description.bases))}
         for i in range(len(self.description.bases)):
-            dtype, shape = self._found(basis_name(i))
-            if dtype not in ("F16", "BF16", "F32", "F64") or len(shape) != 2 or shape[0] != shape[1]:
-                raise InvalidFileError(f"basis {i}: {dtype} of shape {shape}")
+            dtype, shape = self._header(basis_name(i))
+            square = len(shape) == 2 and shape[0] == shape[1]
+            require(square and dtype in ("F16", "BF16", "F32", "F64"), f"basis {i}: {dtype} of shape {shape}")
         for name, record in self.description.tensors.items():
-            for what, kind, wanted in _parts(record):
-                key = part(name, what) if what else name
+            for what, required_dtype, required_shape in _parts(record):
+                key = part(name, what)
                 expected.add(key)
-                dtype, size = self._found(key)
-                if dtype != kind or (size != wanted if wanted is not None else len(size) != 1):
-                    raise InvalidFileError(f"{key!r}: {dtype} of shape {size} for {record.dtype} of {record.shape}")
-            if record.positions and self.count(name) > record.numel:
-                raise InvalidFileError(f"{name!r}: {self.count(name)} values for {record.numel} entries")
-        if self._names != expected:
-            raise InvalidFileError(f"tensors that nothing describes: {', '.join(sorted(self._names - expected))[:200]}")
+                dtype, shape = self._header(key)
+                fits = len(shape) == 1 if required_shape is None else shape == required_shape
+                wrong = f"{dtype} of shape {shape} for {record.dtype} of {record.shape}"
+                require(fits and dtype == required_dtype, wrong, key)
+            count = self.count(name) if record.positions else 0
+            require(count <= record.numel, f"{count} values for {record.numel} entries", name)
+        others = ", ".join(sorted(self._names - expected))[:200]
+        require(self._names == expected, f"tensors without a description: {others}")
 
-    def _found(self, key: str) -> tuple[str, tuple[int, ...]]:
-        if key not in self._names:
-            raise InvalidFileError(f"no tensor {key!r}")
+    def _header(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype (in the name of safetensors) and the shape of a tensor of the file."""
+        require(key in self._names, f"no tensor {key!r}")
         piece = self._content.get_slice(key)
         return piece.get_dtype(), tuple(piece.get_shape())
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor of the file by its own name, in the file's memory: copy it before the file is closed."""
-        found: Tensor = self._content.get_tensor(key)
-        return found
+        """A tensor of the file by its key, in the file's memory: copy it before the file is closed."""
+        tensor: Tensor = self._content.get_tensor(key)
+        return tensor
 
     def basis(self, number: int) -> Tensor:
-        """A basis, ``(N, N)``: finite and not singular; a copy."""
-        found = self.tensor(basis_name(number)).clone()
+        """A copy of a basis, ``(N, N)``, finite and not singular."""
+        basis = self.tensor(basis_name(number)).clone()
         try:
-            check_regular(found, basis_name(number))
-        except InvalidBasisError:
-            raise InvalidFileError(f"basis {number}, which is not finite, or is singular") from None
-        return found
+            check_regular(basis, basis_name(number))
+        except BasisError:
+            raise invalid_file(f"basis {number}, which is not finite, or is singular") from None
+        return basis
 
     def basis_size(self, number: int) -> int:
-        """How many filters a basis has."""
-        return self._found(basis_name(number))[1][0]
+        """The number of filters of a basis."""
+        return self._header(basis_name(number))[1][0]
 
     def count(self, name: str) -> int:
-        """How many values of a tensor the file holds."""
+        """The number of values of a tensor in the file."""
         record = self.description.tensors[name]
         if record.tied:
             return self.count(record.tied)
         if not record.positions:
             return record.numel
-        (found,) = self._found(part(name, "values"))[1]
+        (size,) = self._header(part(name, "values"))[1]
         stored = record.stored or record.dtype
-        return found if stored in NATIVE else found // dtype_of(stored).itemsize
+        return size if stored in NATIVE else size // dtype_of(stored).itemsize
 
     def stored_values(self, name: str) -> Tensor:
-        """The values of a tensor that the file holds, in the file's memory and of the dtype there."""
+        """The values of a tensor in the file, in its memory and with the dtype that they have there."""
         record = self.description.tensors[name]
-        found = self.tensor(part(name, "values") if record.positions else name)
+        values = self.tensor(part(name, "values" if record.positions else ""))
         stored = record.stored or record.dtype
         if stored not in NATIVE:
-            found = found.clone().view(dtype_of(stored))  # a copy: bytes of a file may lie anywhere
-        return found if record.positions else found.reshape(record.shape)
+            values = values.clone().view(dtype_of(stored))  # a copy, which is aligned
+        return values if record.positions else values.reshape(record.shape)
 
     def positions(self, name: str) -> Tensor | None:
-        """Where the values of a tensor are, int64; None if they are all there."""
+        """The positions of the values of a tensor, int64; None if all values are stored."""
         record = self.description.tensors[name]
         return self._index(name, "positions", record.positions, self.count(name))
 
     def kept(self, name: str) -> Tensor | None:
-        """What a mask that is not where the values are keeps, int64; None if that is everything."""
+        """The positions that a mask keeps, int64, if they are not those of the values; None if it keeps everything."""
         return self._index(name, "mask", self.description.tensors[name].mask, None)
 
     def _index(self, name: str, what: str, coding: str, count: int | None) -> Tensor | None:
         numel = self.description.tensors[name].numel
         if coding in ("", "all"):
-            if count not in (None, numel):
-                raise InvalidFileError(f"{name!r}: {count} values for {numel} entries")
+            require(count in (None, numel), f"{count} values for {numel} entries", name)
             return None
         return decode(Positions(coding, self.tensor(part(name, what))), count, numel, name)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor's parts."""
-        total = 0
-        for what, _, _ in _parts(self.description.tensors[name]):
-            found = self.tensor(part(name, what) if what else name)
-            total += found.numel() * found.element_size()
-        return total
+        """Bytes of all parts of a tensor."""
+        return sum(self.tensor(part(name, what)).nbytes for what, _, _ in _parts(self.description.tensors[name]))
 
 
 def _parts(record: Record) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
-    """What a file holds of a tensor: which part (empty: the whole tensor), its dtype there, its shape (None: any)."""
+    """The parts of a tensor in a file: (name of the part, its dtype, its shape or None for any vector)."""
     if not record.tied:
         stored = record.stored or record.dtype
-        is_native = stored in NATIVE
-        kind = NATIVE.get(stored, "U8")
         itemsize = dtype_of(stored).itemsize
-        dtype_of(record.dtype)
+        dtype_of(record.dtype)  # is checked
         if record.positions:
-            yield "values", kind, None
+            yield "values", NATIVE.get(stored, "U8"), None
         else:
-            yield "", kind, record.shape if is_native else (record.numel * itemsize,)
+            yield "", NATIVE.get(stored, "U8"), record.shape if stored in NATIVE else (record.numel * itemsize,)
     for what in ("positions", "mask"):
         if getattr(record, what) not in ("", "all", "positions"):
             yield what, "U8", None
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name, if a file can hold it."""
-    if name not in NATIVE and name not in AS_BYTES:
-        raise InvalidFileError(f"dtype {name[:80]!r}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    """The dtype of this name, if a file can hold it."""
+    require(name in NATIVE or name in AS_BYTES, f"dtype {name[:80]!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[CompactFile]:
-    """Open a compact file; its tensors are read when they are asked for.
+    """Open a compact file; its tensors are read on demand.
 
     Raises:
-        InvalidFileError: it is none, is damaged, or contradicts itself.
+        CheckpointError: it is corrupt, inconsistent, or no compact file.
         OSError: there is no such file, or it cannot be read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = _digits_at(file)
         if start is None:
-            raise InvalidFileError(f"{path}, which `ip_plugin.save` has not written", "pass a file that it has written")
+            raise invalid_file(f"{path}, which `ip_plugin.save` has not written", "pass a file that it has written")
         file.seek(start)
         digits = file.read(_DIGITS)
-        if digits != _checksum(file, start):
-            raise InvalidFileError(f"{path}, whose checksum is wrong: it was damaged or cut off")
+        require(digits == _checksum(file, start), f"{path}, whose checksum is wrong: it is corrupt or truncated")
     module = safetensors()
     try:
         content = module.safe_open(path, framework="pt")
     except module.SafetensorError as error:
-        raise InvalidFileError(f"{path}, which safetensors cannot read: {error}") from None
+        raise invalid_file(f"{path}, which safetensors cannot read: {error}") from None
     with content:
         yield CompactFile(content, size)
 

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from ..core.parametrization import Interspace
 from ..core.tensor_ref import TensorRef, check_no_other, parametrized_tensors, tensors_of
-from ..errors import NotStorableError
+from ..errors import CheckpointError
 from .index_encoding import Positions, encode
 
 
 def check_modules(model: nn.Module) -> None:
-    """Raise if a model has state that is in no Parameter and no buffer, or someone else's parametrization on ours."""
+    """Raise if a model has state outside of Parameters and buffers, or another parametrization on top of ours."""
     check_no_other(parametrized_tensors(model))
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state and not isinstance(module, Interspace):
-            raise NotStorableError(name, f"the extra state of a {type(module).__name__}", "keep it in buffers")
+            raise not_storable(name, f"the extra state of a {type(module).__name__}", "keep it in buffers")
+
+
+def not_storable(name: str, found: str, remedy: str) -> CheckpointError:
+    """The error for something in a model that a compact file cannot hold."""
+    rule = "A compact file holds tensors with values: parameters and buffers."
+    return CheckpointError(rule, f"{name!r}: {found}", remedy)
 
 
 def owners(refs: Iterable[TensorRef]) -> dict[str, str]:
@@ -30,37 +36,46 @@ def owners(refs: Iterable[TensorRef]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor as it is stored.
+    """A tensor as a file stores it.
 
     Attributes:
-        values: all of them in the shape of the tensor, or (1-D) those at `positions`; None if a tied tensor has them.
-        positions: where the values are; None if they are all there.
-        mask: what the mask keeps; None without a mask. The same object as `positions` if that says it.
+        values: all values in the shape of the tensor, or (1-D) those at `positions`; None if a tied tensor has them.
+        positions: of the values; None if all values are stored.
+        mask: the positions that the mask keeps; None without a mask; the same object as `positions` if they are equal.
     """
 
     values: Tensor | None
     positions: Positions | None = None
     mask: Positions | None = None
 
+    def parts(self) -> dict[str, Tensor]:
+        """What a file holds: "values", "positions" and "mask"; "" is the whole tensor."""
+        parts: dict[str, Tensor] = {}
+        if self.values is not None:
+            parts["" if self.positions is None else "values"] = self.values
+        if self.positions is not None and self.positions.coding != "all":
+            parts["positions"] = self.positions.data
+        if self.mask is not None and self.mask is not self.positions and self.mask.coding != "all":
+            parts["mask"] = self.mask.data
+        return parts
+
     @property
     def nbytes(self) -> int:
         """Bytes of values, positions and mask."""
-        parts = {} if self.values is None else {id(self.values): self.values}
-        parts |= {id(each.data): each.data for each in (self.positions, self.mask) if each is not None}
-        return sum(part.numel() * part.element_size() for part in parts.values())
+        return sum(part.nbytes for part in self.parts().values())
 
 
 def pack(
     values: Tensor, mask: Tensor | None = None, *, sparse: bool = True, whole: bool = False, signs: bool = False
 ) -> Packed:
-    """Store a tensor in few bytes, without losing a bit of what counts.
+    """Choose the smallest lossless representation of a tensor.
 
     Args:
         values: any strided tensor.
         mask: bools of its shape, False = pruned.
-        sparse: whether zeros may be left out where no mask says what counts.
-        whole: keep what is behind the mask.
-        signs: keep -0.0 as well, which pruning by a product leaves of negative values, about half of all.
+        sparse: whether zeros may be left out if there is no mask.
+        whole: store pruned values, too.
+        signs: keep the sign of zeros; products with masks turn pruned negative values into -0.0.
 
     >>> packed = pack(torch.tensor([0.0, 7.0, -0.0, 0.0]))
     >>> packed.values, packed.positions.coding, packed.nbytes
@@ -75,16 +90,16 @@ def pack(
         nonzero = nonzero_entries(values.reshape(-1), signs=signs)
         if not bool(nonzero.all()):
             positions, index = encode(nonzero)
-            found = Packed(_at(values, index), positions, masked)
-            if found.nbytes < Packed(values, None, masked).nbytes:
-                return found
+            packed = Packed(_at(values, index), positions, masked)
+            if packed.nbytes < Packed(values, None, masked).nbytes:
+                return packed
     return Packed(values, None, masked)
 
 
 def nonzero_entries(flat: Tensor, *, signs: bool = False) -> Tensor:
-    """Which entries of a 1-D tensor are not zero (nor -0.0, without `signs`).
+    """A mask of the entries of a 1-D tensor that are not zero (with `signs`, -0.0 is not zero).
 
-    Told by their bits: a denormal number counts, whatever the processor makes of it.
+    By their bits, so denormal numbers are not zero, even if the processor flushes them.
     """
     parts = torch.view_as_real(flat) if flat.is_complex() else flat
     bits = parts.view(_INTEGERS[parts.element_size()])
@@ -102,20 +117,20 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_integers(flat: Tensor) -> Tensor:
-    """A 1-D tensor as integers of the same bits, one row an entry: they can be moved whatever the dtype is."""
+    """A 1-D tensor as integers of the same bits, one row for each entry: these can be indexed, whatever the dtype."""
     if flat.element_size() == 16:  # complex128
         return torch.view_as_real(flat).view(torch.int64)
     return flat.view(_INTEGERS[flat.element_size()])
 
 
 def packed(model: nn.Module, *, resumable: bool = False) -> Iterator[tuple[TensorRef, Packed]]:
-    """Each tensor of a model as a compact file holds it; bases, which are stored as they are, are not among them.
+    """Each tensor of a model as a compact file stores it, except bases, which are stored as they are.
 
     Values of tied tensors are stored with the first of them, masks with each.
 
     Args:
         model: not changed.
-        resumable: keep what is behind masks, and the signs of zeros.
+        resumable: keep pruned values and the signs of zeros.
     """
     refs = tensors_of(model)
     owner = owners(refs)

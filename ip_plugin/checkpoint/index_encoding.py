@@ -1,8 +1,8 @@
-"""Where the stored entries of a sparse tensor are, in few bytes.
+"""Compact encoding of the positions of the stored entries of a sparse tensor.
 
-Positions count the entries of the flattened tensor. They are coded as nothing at all (every entry is stored), as a bit
-mask, or as gaps of 4 or 8 bits: the zeros before each entry, where the largest number of a gap means that many zeros
-and that the gap goes on.
+Positions are indices into the flattened tensor. Codings: ``"all"`` (every entry is stored, no data), a bit mask, or
+gaps of 4 or 8 bits: the number of skipped entries before each stored one. The largest number that fits means that many
+skipped entries, and that the gap goes on.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InvalidFileError
+from ..errors import CheckpointError
 
-#: Bits of a gap by the name of the coding.
+#: Bits per gap, by coding.
 GAP_BITS = {"gaps4": 4, "gaps8": 8}
 CODINGS = ("all", "bits", *GAP_BITS)
 
 
 class Positions(NamedTuple):
-    """Coded positions: the name of the coding, and its bytes."""
+    """Encoded positions: the name of the coding, and its bytes."""
 
     coding: str
     data: Tensor
 
 
 def encode(kept: Tensor) -> tuple[Positions, Tensor]:
-    """The positions of the True entries, in the coding that takes the fewest bytes.
+    """Encode the positions of the True entries in the coding that takes the fewest bytes.
 
     Args:
         kept: bools, any shape.
 
     Returns:
-        The coded positions, and the positions themselves (int64, 1-D), both on the device of `kept`.
+        The encoded positions, and the positions (int64, 1-D), both on the device of `kept`.
 
     >>> positions, index = encode(torch.tensor([[False, False, True], [True, False, False]]))
     >>> positions.coding, positions.data, index
@@ -54,7 +54,7 @@ def encode(kept: Tensor) -> tuple[Positions, Tensor]:
 
 
 def _codes(gaps: Tensor, bits: int) -> Tensor:
-    """Each gap as so many largest codes and one smaller one, packed into bytes; what is left of a byte is ones."""
+    """Pack gaps into bytes, each as a run of largest codes and one smaller code; the last byte is filled with ones."""
     largest = 2**bits - 1
     ends = (1 + gaps // largest).cumsum(0) - 1
     codes = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), largest, dtype=torch.uint8, device=gaps.device)
@@ -63,20 +63,20 @@ def _codes(gaps: Tensor, bits: int) -> Tensor:
 
 
 def _pack(numbers: Tensor, bits: int, fill: int = 0) -> Tensor:
-    """Numbers of a few bits as bytes, the first in the lowest bits."""
+    """Pack numbers of a few bits into bytes, the first in the lowest bits."""
     numbers = numbers.to(torch.uint8)
-    each = 8 // bits
-    missing = -len(numbers) % each
+    per_byte = 8 // bits
+    missing = -len(numbers) % per_byte
     if missing:
         numbers = torch.cat([numbers, numbers.new_full((missing,), fill)])
-    packed = numbers[0::each].clone()
-    for i in range(1, each):
-        packed |= numbers[i::each] << (i * bits)
+    packed = numbers[0::per_byte].clone()
+    for i in range(1, per_byte):
+        packed |= numbers[i::per_byte] << (i * bits)
     return packed
 
 
 def _unpack(data: Tensor, bits: int) -> Tensor:
-    """The numbers that `_pack` has packed, those of the last byte that were filled up included."""
+    """Inverse of `_pack`; includes the numbers that fill up the last byte."""
     if bits == 8:
         return data
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -84,44 +84,50 @@ def _unpack(data: Tensor, bits: int) -> Tensor:
 
 
 def decode(positions: Positions, count: int | None, total: int, name: str = "") -> Tensor:
-    """The positions that `encode` has coded: int64, ascending.
+    """Decode what `encode` has encoded: positions as int64, ascending.
 
-    Takes memory in proportion to the bytes given (or to `count`, if all entries are kept), whatever `total` claims.
+    Memory is proportional to the number of bytes (or to `count`, if all entries are kept), whatever `total` claims.
 
     Args:
-        positions: on the CPU; the data may be anything.
-        count: how many positions there must be; None if that is not known.
-        total: entries of the tensor.
-        name: of the tensor, for errors.
+        positions: on the CPU; the data is untrusted.
+        count: the number of positions; None if it is not known.
+        total: number of entries of the tensor.
+        name: name of the tensor, for errors.
 
     Raises:
-        InvalidFileError: the data does not code `count` positions below `total`.
+        CheckpointError: the data does not encode `count` positions below `total`.
 
     >>> decode(Positions("gaps4", torch.tensor([0x2F, 0xF0], dtype=torch.uint8)), 2, 30)
     tensor([17, 18])
     """
     coding, data = positions
     if coding == "all":
-        _require(len(data) == 0 and count in (None, total), name, f"{count} of {total} entries, which are to be all")
+        require(len(data) == 0 and count in (None, total), f"{count} of {total} entries, coded as all of them", name)
         return torch.arange(total)
     if coding == "bits":
-        _require(len(data) == (total + 7) // 8, name, f"a bit mask of {len(data)} bytes for {total} entries")
+        require(len(data) == (total + 7) // 8, f"a bit mask of {len(data)} bytes for {total} entries", name)
         numbers = _unpack(data, 1)
-        _require(not bool(numbers[total:].any()), name, "a position past the end")
+        require(not bool(numbers[total:].any()), "a position past the end", name)
         index = numbers.nonzero().squeeze(1)
-        _require(count in (None, len(index)), name, f"positions of {len(index)} entries, and {count} values")
+        require(count in (None, len(index)), f"positions of {len(index)} entries, and {count} values", name)
         return index
     bits = GAP_BITS[coding]
     codes = _unpack(data, bits)
     ends = (codes != 2**bits - 1).nonzero().squeeze(1)
-    _require(count in (None, len(ends)), name, f"positions of {len(ends)} entries, and {count} values")
+    require(count in (None, len(ends)), f"positions of {len(ends)} entries, and {count} values", name)
     needed = int(ends[-1]) + 1 if len(ends) else 0
-    _require((needed * bits + 7) // 8 == len(data), name, "bytes behind the last position")
+    require((needed * bits + 7) // 8 == len(data), "bytes behind the last position", name)
     index = codes.cumsum(0, dtype=torch.int64).index_select(0, ends) + torch.arange(len(ends))
-    _require(len(index) == 0 or int(index[-1]) < total, name, "a position past the end")
+    require(len(index) == 0 or int(index[-1]) < total, "a position past the end", name)
     return index
 
 
-def _require(condition: bool, name: str, found: str) -> None:
+def invalid_file(found: str, remedy: str = "save the model again, or use another copy of the file") -> CheckpointError:
+    """The error for a file that is corrupt, inconsistent, or no compact file."""
+    return CheckpointError("A compact file must be complete, and as `ip_plugin.save` writes it.", found, remedy)
+
+
+def require(condition: bool, found: str, name: str | None = None) -> None:
+    """Raise CheckpointError unless a condition on a file (on its tensor `name`) is met."""
     if not condition:
-        raise InvalidFileError(f"{name!r}: {found}")
+        raise invalid_file(found if name is None else f"{name!r}: {found}")

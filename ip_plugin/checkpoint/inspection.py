@@ -1,4 +1,4 @@
-"""What is in a compact file, without the model that it was saved from."""
+"""Inspection of a compact file, without the model that it was saved from."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One tensor of a compact file, or several together.
+    """One tensor of a compact file.
 
     Attributes:
         name: in the state_dict of the plain model.
-        shape: of the tensor; empty for several.
-        dtype: that it is loaded in, and the one that it is stored in, where that is another.
-        entries: numbers in it.
-        nonzeros: those that are neither masked nor zero.
-        nbytes: of its values, positions and mask in the file; its basis is not among them.
-        positions: how the places of its values are coded: all (none is left out), bits, gaps4, gaps8.
+        shape: of the tensor.
+        dtype: of the loaded tensor, and the stored dtype if it differs.
+        entries: number of entries.
+        nonzeros: number of entries that are neither masked nor zero.
+        nbytes: of its values, positions and mask in the file, without its basis.
+        positions: coding of the positions of its values: all (every value is stored), bits, gaps4, gaps8.
         masked: whether it has a mask.
         basis: number of its basis, None without one.
-        tied: name of the tensor that has its values, empty if it has them itself.
+        tied: name of the tied tensor that has its values, empty if it has values itself.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. Prints as a table.
+    """The content of a compact file. Prints as a table.
 
     Attributes:
         lines: one for each tensor, in model order.
         bases: bytes of each basis.
         nbytes: of the file.
-        nbytes_dense: of all values, if they were stored as they are, without bases and masks.
+        nbytes_dense: of all values stored densely, without bases and masks.
     """
 
     lines: tuple[Line, ...]
@@ -63,13 +63,13 @@ class Inspection:
 
     @property
     def header(self) -> int:
-        """Bytes of the file that are no tensors: names, shapes, checksum."""
+        """Bytes of the file besides the tensors: names, shapes, checksum."""
         return self.nbytes - sum(self.bases) - sum(line.nbytes for line in self.lines)
 
     def __rich__(self) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title="What is in the file")
+        table = Table(title="Compact file")
         table.add_column("tensor", overflow="fold")
         for header in ("shape", "dtype", "entries", "non-zeros", "sparsity", "bytes", "positions", "mask", "basis"):
             table.add_column(header, justify="right")
@@ -88,7 +88,7 @@ class Inspection:
             table.add_row(f"{len(self.bases)} bases", *[""] * 5, f"{sum(self.bases):,}")
         table.add_row("names, shapes, checksum", *[""] * 5, f"{self.header:,}")
         _sum(table, "file", self.lines, f"{self.nbytes:,}")
-        table.caption = f"{self.nbytes_dense:,} bytes if every value were stored"
+        table.caption = f"{self.nbytes_dense:,} bytes if stored densely"
         return table
 
 
@@ -97,34 +97,33 @@ def _counts(entries: int, nonzeros: int) -> tuple[str, str, str]:
 
 
 def _sum(table: Any, name: str, lines: Iterable[Line], nbytes: str = "") -> None:
-    alone = [line for line in lines if not line.tied]
-    counts = _counts(sum(line.entries for line in alone), sum(line.nonzeros for line in alone))
-    table.add_row(name, "", "", *counts, nbytes or f"{sum(line.nbytes for line in alone):,}")
+    owners = [line for line in lines if not line.tied]
+    counts = _counts(sum(line.entries for line in owners), sum(line.nonzeros for line in owners))
+    table.add_row(name, "", "", *counts, nbytes or f"{sum(line.nbytes for line in owners):,}")
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into a compact file, and check all of it.
+    """Read and check a whole compact file.
 
     Args:
         path: of a file that `ip_plugin.save` has written.
 
     Raises:
-        InvalidFileError: the file is damaged, is none of ours, or contradicts itself.
+        CheckpointError: the file is corrupt, inconsistent, or no compact file.
 
     >>> import tempfile, torch, ip_plugin
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     ip_plugin.save(torch.nn.Linear(4, 2), Path(folder, "linear.safetensors"))
-    ...     found = inspect(Path(folder, "linear.safetensors"))
-    >>> [(line.name, line.entries, line.nbytes) for line in found.lines]
+    ...     inspection = inspect(Path(folder, "linear.safetensors"))
+    >>> [(line.name, line.entries, line.nbytes) for line in inspection.lines]
     [('weight', 8, 32), ('bias', 2, 8)]
     """
     with opened(path) as file:
         records = file.description.tensors
         lines = tuple(_line(file, name) for name in records)
         bases = [file.basis(number) for number in range(len(file.description.bases))]
-        sizes = tuple(basis.numel() * basis.element_size() for basis in bases)
-        alone = [record for record in records.values() if not record.tied]
-        dense = sum(record.numel * dtype_of(record.dtype).itemsize for record in alone)
+        sizes = tuple(basis.nbytes for basis in bases)
+        dense = sum(record.numel * dtype_of(record.dtype).itemsize for record in records.values() if not record.tied)
         return Inspection(lines, sizes, file.size, dense)
 
 

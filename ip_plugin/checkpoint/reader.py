@@ -1,4 +1,4 @@
-"""A compact file on its way into a model: everything is read and checked before anything changes."""
+"""Loading a compact file into a model: everything is read and checked before the model changes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ..core import torch_masks
 from ..core.optimizer import note_conversion
 from ..core.parametrization import Interspace, Mask, enter, leave
 from ..core.tensor_ref import TensorRef, tensors_of
-from ..errors import InvalidFileError, NotStorableError, WrongModelError
+from ..errors import CheckpointError
 from .container import CompactFile, dtype_name
-from .contents import as_integers, check_modules, owners
+from .contents import as_integers, check_modules, not_storable, owners
+from .index_encoding import require
 from .resizing import resized
 from .schema import Record
 
 
 class Plan:
-    """What a file makes of a model.
+    """The changes that load a file into a model.
 
     Args:
         model: not changed before `carry_out`.
-        file: open until `carry_out` is done: values are copied from its memory.
+        file: open until `carry_out` returns: values are copied from its memory.
 
     Raises:
-        InterspaceError: file and model do not go together, or the file is broken.
+        InterspaceError: the file does not fit the model, or is inconsistent.
     """
 
     def __init__(self, model: nn.Module, file: CompactFile) -> None:
@@ -54,36 +55,33 @@ class Plan:
         self._constraints = [basis.constraint for basis in file.description.bases]
 
     def _match(self) -> None:
-        """Names, kinds, dtypes and ties of the model's tensors are those of the file."""
+        """Check the names, kinds, dtypes and ties of the tensors."""
         missing = [name for name in self._refs if name not in self._records]
         unknown = [name for name in self._records if name not in self._refs]
         if missing or unknown:
             of_model = f"{len(missing)} tensors of the model that are not in the file ({', '.join(missing[:3])})"
             of_file = f"{len(unknown)} tensors of the file that are not in the model ({', '.join(unknown[:3])})"
-            raise WrongModelError(" and ".join(([of_model] if missing else []) + ([of_file] if unknown else [])))
+            raise _wrong_model(" and ".join(([of_model] if missing else []) + ([of_file] if unknown else [])))
         owner = owners(self._refs.values())
         for name, record in self._records.items():
             ref = self._refs[name]
             if is_lazy(ref.parameter):
-                raise NotStorableError(name, "not initialised yet", "run the model once before")
+                raise not_storable(name, "not initialised yet", "run the model once before")
             kinds = [_kind(is_buffer) for is_buffer in (record.buffer, ref.is_buffer)]
             if kinds[0] != kinds[1]:
-                raise WrongModelError(f"{name!r}, {kinds[0]} in the file and {kinds[1]} in the model")
+                raise _wrong_model(f"{name!r}, {kinds[0]} in the file and {kinds[1]} in the model")
             dtype: torch.dtype = getattr(torch, record.dtype)
             if dtype != ref.parameter.dtype and not (dtype.is_floating_point and ref.parameter.is_floating_point()):
-                raise WrongModelError(
-                    f"{name!r}, {record.dtype} in the file and {dtype_name(ref.parameter.dtype)} here"
-                )
-            others = self._records[owner[name]]
-            if (record.tied or name) != (others.tied or owner[name]):
-                raise WrongModelError(f"{name!r} and {owner[name]!r}, which are one tensor in the model alone")
-            if record.mask and ref.is_foreign:
-                raise InvalidFileError(f"{name!r}: a mask on what is not of a layer")
+                raise _wrong_model(f"{name!r}, {record.dtype} in the file and {dtype_name(ref.parameter.dtype)} here")
+            other = self._records[owner[name]]
+            if (record.tied or name) != (other.tied or owner[name]):
+                raise _wrong_model(f"{name!r} and {owner[name]!r}, which are one tensor in the model alone")
+            require(not (record.mask and ref.is_foreign), "a mask behind someone else's parametrization", name)
 
     def _sizes(self, groups: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """The attributes of layers that were cut."""
+        """The new attributes of layers whose tensors are smaller in the file."""
         shapes: dict[int, dict[str, tuple[int, ...]]] = {}
-        cut: dict[int, nn.Module] = {}
+        smaller_layers: set[int] = set()
         for name, record in self._records.items():
             ref = self._refs[name]
             here = tuple(ref.parameter.shape)
@@ -91,40 +89,39 @@ class Plan:
             if record.shape != here:
                 smaller = len(here) == len(record.shape) and all(map(int.__le__, record.shape, here))
                 if not smaller:
-                    raise WrongModelError(f"{name!r} of shape {record.shape} in the file and {here} in the model")
-                cut[id(ref.module)] = ref.module
+                    raise _wrong_model(f"{name!r} of shape {record.shape} in the file and {here} in the model")
+                smaller_layers.add(id(ref.module))
         known = {self._module_names[id(ref.module)]: ref.module for ref in self._refs.values()}
         for name in groups:
             if not isinstance(known.get(name), _ConvNd):
-                raise WrongModelError(f"groups of {name!r}, which is no convolution of the model")
-        found = []
+                raise _wrong_model(f"groups of {name!r}, which is no convolution of the model")
+        resized_layers = []
         for name, module in known.items():
             parts = groups.get(name, 1)
-            if id(module) not in cut:
+            if id(module) not in smaller_layers:
                 if isinstance(module, _ConvNd) and module.groups != parts:
-                    raise WrongModelError(f"{name!r} with {parts} groups in the file and {module.groups} in the model")
+                    raise _wrong_model(f"{name!r} with {parts} groups in the file and {module.groups} in the model")
                 continue
             attributes = resized(module, shapes[id(module)], parts)
             if isinstance(attributes, str):
-                raise WrongModelError(f"layer {name!r}, other sizes in the file: {attributes}")
-            found.append((module, attributes))
-        return found
+                raise _wrong_model(f"layer {name!r}, other sizes in the file: {attributes}")
+            resized_layers.append((module, attributes))
+        return resized_layers
 
     def _match_bases(self, file: CompactFile) -> None:
-        """Every basis belongs to convolutions of its size."""
+        """Check that every basis belongs to convolutions of its kernel size."""
         for name, record in self._records.items():
             if record.basis is None:
                 continue
             ref = self._refs[name]
             alone = not record.tied and all(other.tied != name for other in self._records.values())
-            if not (isinstance(ref.module, _ConvNd) and ref.tensor_name == "weight" and alone):
-                raise InvalidFileError(f"{name!r}: a basis on what is not the weight of one convolution")
+            fits = isinstance(ref.module, _ConvNd) and ref.tensor_name == "weight" and alone
+            require(fits, "a basis on something other than the weight of one convolution", name)
             size, elements = file.basis_size(record.basis), math.prod(record.shape[2:])
-            if size != elements or size == 1:
-                raise InvalidFileError(f"{name!r}: {size} filters in the basis of kernels of {elements} elements")
+            require(size == elements > 1, f"{size} filters in the basis of kernels of {elements} elements", name)
 
     def carry_out(self) -> None:
-        """Make the model what the file says."""
+        """Change the model."""
         for module, attributes in self._attributes:
             for name, value in attributes.items():
                 setattr(module, name, value)
@@ -148,7 +145,7 @@ class Plan:
                 ref.parametrization.mask = None
 
     def _strip(self, ref: TensorRef, record: Record) -> None:
-        """Take off a tensor what the file does not put on it."""
+        """Remove the mask of the host, and a parametrization of ours that the file does not have."""
         if ref.is_buffer:
             return
         torch_masks.take_off(*ref.target)
@@ -157,19 +154,19 @@ class Plan:
             leave(ref.module, ref.tensor_name, ref.parameter.detach())
 
     def _set_basis(self, number: int) -> None:
-        """Give the layers of a basis one Parameter: that which they share already, if they alone do."""
+        """Set the basis of its layers; the Parameter that they share stays, unless other layers share it, too."""
         members = [self._refs[name] for name, record in self._records.items() if record.basis == number]
         parameter, values = self._bases[number], self._bases[number].data
-        there = [ref.interspace.basis for ref in members if ref.interspace is not None]
-        elsewhere = [
+        present = [ref.interspace.basis for ref in members if ref.interspace is not None]
+        others = [
             ref.interspace.basis
             for name, ref in self._refs.items()
             if ref.interspace is not None and self._records[name].basis != number
         ]
         like = members[0].parameter
         values = values.to(like.device)
-        if len({id(each) for each in there}) == 1 and all(each is not there[0] for each in elsewhere):
-            parameter = there[0]
+        if len(set(present)) == 1 and all(basis is not present[0] for basis in others):
+            parameter = present[0]
             parameter.requires_grad_(self._bases[number].requires_grad)
         _replace(parameter, values)
         for ref in members:
@@ -182,20 +179,28 @@ class Plan:
             note_conversion(ref.parameter, changed=False)
 
 
+def _wrong_model(found: str) -> CheckpointError:
+    return CheckpointError(
+        "The model must have the architecture of the file: the same tensors, with sizes at least as large.",
+        found,
+        "build the model as it was built before it was saved; `ip-plugin inspect FILE` shows what is in the file",
+    )
+
+
 def _kind(is_buffer: bool) -> str:
     return "a buffer" if is_buffer else "a parameter"
 
 
 class _Content(NamedTuple):
-    """What a tensor is filled with: values, at some positions or at all of them; or another one that replaces it."""
+    """The new content of a tensor: values for some positions or for all, or a tensor that replaces it."""
 
     values: Tensor
-    at: Tensor | None
+    positions: Tensor | None
     replaces: bool
 
 
 def _content(values: Tensor, index: Tensor | None, record: Record, tensor: Tensor) -> _Content:
-    """Values in the dtype of the record and on the device of a tensor, whose own memory takes them if it can."""
+    """The new content of a tensor: written into its memory if dtype, shape and layout fit, else a replacement."""
     dtype: torch.dtype = getattr(torch, record.dtype)
     values = values.to(dtype)
     if tensor.dtype == dtype and tensor.shape == record.shape and tensor.is_contiguous() and not tensor.is_meta:
@@ -206,7 +211,7 @@ def _content(values: Tensor, index: Tensor | None, record: Record, tensor: Tenso
 
 
 def _fill(tensor: Tensor, values: Tensor, index: Tensor | None) -> None:
-    """Write values into a contiguous tensor, zeros where there are none; as they are, bit for bit."""
+    """Write values bit for bit into a contiguous tensor, and zeros elsewhere."""
     if index is None:
         tensor.copy_(values.reshape(tensor.shape))
     else:
@@ -215,33 +220,33 @@ def _fill(tensor: Tensor, values: Tensor, index: Tensor | None) -> None:
 
 
 def _filled(tensor: Tensor, content: _Content) -> Tensor:
-    """A tensor with its content: the same object, unless it is on the meta device."""
+    """Write the content into a tensor, and return it: the same object, unless it is on the meta device."""
     if tensor.is_meta:
         values = content.values
         return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
     if content.replaces:
         _replace(tensor, content.values)
     else:
-        _fill(tensor.detach(), content.values, content.at)
+        _fill(tensor.detach(), content.values, content.positions)
     return tensor
 
 
 def _replace(tensor: Tensor, values: Tensor) -> None:
-    """Give a tensor other memory; a gradient that does not fit it goes."""
+    """Replace the memory of a tensor; a gradient that does not fit is dropped."""
     if tensor.grad is not None and (tensor.grad.shape != values.shape or tensor.grad.dtype != values.dtype):
         tensor.grad = None
     tensor.data = values
 
 
 def _mask(record: Record, index: Tensor | None) -> Tensor:
-    """A mask that keeps the entries at some positions; None stands for all of them."""
+    """A mask that keeps the given positions; None keeps all entries."""
     if index is None:
         return torch.ones(record.shape, dtype=torch.bool)
     return torch.zeros(record.numel, dtype=torch.bool).index_fill_(0, index, True).reshape(record.shape)
 
 
 def _like(values: Tensor, tensor: Tensor) -> Tensor:
-    """Values on the device and in the memory format of a tensor that they will replace."""
+    """Values on the device and in the memory format of the tensor that they replace."""
     if tensor.is_meta:
         return values
     values = values.to(tensor.device)

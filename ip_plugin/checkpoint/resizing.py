@@ -1,4 +1,4 @@
-"""What the sizes of a layer's tensors mean for its attributes: layers that were cut are built as they were not."""
+"""Infer layer attributes from tensor shapes, so that channel-pruned checkpoints load into the unpruned architecture."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def resized(module: nn.Module, shapes: Shapes, groups: int) -> dict[str, Any] | 
 
     Args:
         module: not changed.
-        shapes: of its Parameters and buffers by name; as many dimensions as they have now, each at most as large.
+        shapes: {name: shape} of its Parameters and buffers: the present number of dimensions, each at most as large.
         groups: of a convolution.
 
     Returns:
-        {attribute: value}, or what is wrong.
+        {attribute: value}, or a description of what is wrong.
 
     >>> resized(nn.Conv2d(8, 16, 3), {"weight": (12, 6, 3, 3), "bias": (12,)}, 1)
     {'out_channels': 12, 'in_channels': 6, 'groups': 1}
@@ -33,7 +33,7 @@ def resized(module: nn.Module, shapes: Shapes, groups: int) -> dict[str, Any] | 
     for kind, attributes in _KINDS.items():
         if isinstance(module, kind):
             return attributes(module, shapes)
-    return f"a {type(module).__name__}, and how its sizes depend on each other is not known"
+    return f"a {type(module).__name__}, whose attributes cannot be inferred from its shapes"
 
 
 def _convolution(module: Any, shapes: Shapes, groups: int) -> dict[str, Any] | str:
@@ -78,7 +78,7 @@ def _embedding(module: Any, shapes: Shapes) -> dict[str, Any] | str:
 
 
 def _others(shapes: Shapes, channels: int) -> str:
-    """What is wrong with the vectors of a layer, which have one entry for each channel."""
+    """What is wrong with the vectors of a layer, which must have one entry for each channel; empty if nothing is."""
     for name, shape in shapes.items():
         if name != "weight" and shape not in ((channels,), ()):
             return f"{name} has shape {shape} beside {channels} channels"

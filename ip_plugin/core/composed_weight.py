@@ -1,4 +1,4 @@
-"""The composed weight of a layer as code outside of a forward pass gets it: writes in place reach the coefficients."""
+"""The composed weight of a layer outside of a forward pass: in-place writes to it reach the coefficients."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class _RelatedToAnyTensor(torch._C._TensorMeta):
-    """`torch.testing.assert_close` compares related classes only, and people compare weights with Parameters."""
+    """Relates the class to every Tensor: `torch.testing.assert_close` compares only tensors of related classes."""
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Tensor)
 
 
 class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
-    """A weight that a parametrization of this package computed, or a view of one.
+    """A weight that was composed by a parametrization of this package, or a view of one.
 
-    ``nn.init.zeros_(conv.weight)`` and ``conv.weight.data[:4] *= 0`` would write into a temporary tensor. Here every
-    operation that may write is followed by a comparison, and kernels that have changed get coefficients of what was
-    written. Other kernels keep their coefficients bit for bit, and pruned entries stay pruned. What is computed from a
-    composed weight is an ordinary tensor, and so are its copies and what is saved of it.
+    Without this class, ``nn.init.zeros_(conv.weight)`` and ``conv.weight.data[:4] *= 0`` would write into a temporary
+    tensor. Here every operation that may write is followed by a comparison, and kernels that have changed get new
+    coefficients. All other kernels keep their coefficients bit for bit, and pruned entries stay pruned. Results of
+    operations, copies and saved tensors are ordinary tensors.
 
-    What numpy and other libraries write into its memory is not seen.
+    Writes by numpy and other libraries are not noticed.
 
     >>> from ip_plugin import interspace
     >>> conv = interspace(nn.Conv2d(3, 8, 3), basis="dct")
@@ -45,28 +45,28 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation of ordinary tensors; take over what it has written; hand out views as views."""
+        """Run an operation on the ordinary tensors, pass writes on to the coefficients, and return views as views."""
         kwargs = kwargs or {}
         if func in _COUNTS_ZEROS:
             _warn_of_counted_zeros(func, args)
-        mine = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls]
+        weights = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls]
         with torch._C.DisableTorchFunctionSubclass():
-            before = [each._whole.clone() for each in mine] if _may_write(func, kwargs) else []
+            before = [weight._whole.clone() for weight in weights] if _may_write(func, kwargs) else []
             result = func(*args, **kwargs)
             if func == Tensor.data.__set__ and type(args[0]) is cls:  # type: ignore[attr-defined]
-                _write(mine[0]._chain, torch.ones_like(mine[0]._whole, dtype=torch.bool), _plain(args[1]))
+                _write(weights[0]._chain, torch.ones_like(weights[0]._whole, dtype=torch.bool), _plain(args[1]))
                 return result
-            for each, values in zip(mine, before, strict=False):
-                written = each._whole != values
+            for weight, values in zip(weights, before, strict=False):
+                written = weight._whole != values
                 if bool(written.any()):
-                    _write(each._chain, written, each._whole)
+                    _write(weight._chain, written, weight._whole)
             if type(result) in (tuple, list):
-                return type(result)(_linked(leaf, mine) for leaf in result)
-            return _linked(result, mine)
+                return type(result)(_linked(leaf, weights) for leaf in result)
+            return _linked(result, weights)
 
     @property
     def _is_param(self) -> bool:
-        """What torch asks and sets: ``nn.Parameter(conv.weight)`` is an ordinary Parameter."""
+        """Read and set by torch: makes ``nn.Parameter(conv.weight)`` an ordinary Parameter."""
         return False
 
     @_is_param.setter
@@ -114,7 +114,7 @@ def _warn_of_counted_zeros(func: Callable[..., Any], args: tuple[Any, ...]) -> N
 
 
 def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """By its name: ``mul_``, ``__setitem__``, ``__imul__``; or it was given ``out=`` or ``inplace=True``."""
+    """Whether a function may write: by its name (``mul_``, ``__setitem__``, ``__imul__``), ``out=`` or ``inplace=``."""
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
@@ -128,12 +128,12 @@ def _plain(leaf: Any) -> Any:
         return leaf.as_subclass(Tensor)
 
 
-def _linked(leaf: Any, mine: list[ComposedWeight]) -> Any:
-    """A result that shares memory with a composed weight, as one."""
+def _linked(leaf: Any, weights: list[ComposedWeight]) -> Any:
+    """A result as a composed weight, if it shares memory with one."""
     if type(leaf) is Tensor:
-        for each in mine:
-            if leaf.untyped_storage()._cdata == each._whole.untyped_storage()._cdata:
-                return _as_composed(leaf, each._chain, each._whole)
+        for weight in weights:
+            if leaf.untyped_storage()._cdata == weight._whole.untyped_storage()._cdata:
+                return _as_composed(leaf, weight._chain, weight._whole)
     return leaf
 
 
@@ -145,7 +145,13 @@ def _as_composed(tensor: Tensor, chain: parametrize.ParametrizationList, whole: 
 
 @torch.no_grad()
 def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tensor) -> None:
-    """Give kernels that were written coefficients of what they are now."""
+    """Set the coefficients of kernels that were written.
+
+    Args:
+        chain: torch's list of the parametrizations of the weight.
+        written: bool, the entries that were written.
+        values: the weight with the new values.
+    """
     goal = torch.where(written, values, chain())
     if len(chain) > 1:
         chain.right_inverse(goal)
@@ -157,19 +163,19 @@ def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tens
     original.copy_(torch.where(written, parametrization.right_inverse(goal), original))  # type: ignore[operator]
 
 
-def serve(module: nn.Module, tensor_name: str) -> None:
-    """Let a parametrized tensor of `module` be written and assigned in every way in which a Parameter can be.
+def make_writable(module: nn.Module, tensor_name: str) -> None:
+    """Let a parametrized tensor of `module` be written and assigned like a Parameter.
 
     Args:
-        module: of a class of its own, which torch's `register_parametrization` has made.
-        tensor_name: what is parametrized.
+        module: its class is the one that torch's `register_parametrization` has created for it.
+        tensor_name: name of the parametrized tensor.
     """
     cls: Any = type(module)
     base, composed = cls.__bases__[0], vars(cls)[tensor_name]
     compute = composed.fget
 
     def get(self: nn.Module) -> Tensor:
-        """The tensor; in a forward pass nothing but the tensor."""
+        """The tensor: an ordinary one in a forward pass, else a `ComposedWeight`."""
         value: Tensor = compute(self)
         if torch.compiler.is_compiling() or type(value) is not Tensor or _in_forward(sys._getframe(1)):
             return value
@@ -177,7 +183,7 @@ def serve(module: nn.Module, tensor_name: str) -> None:
         return _as_composed(value, chain[tensor_name], value.detach())
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
-        """``conv.weight = nn.Parameter(...)`` assigns its values; torch refuses to replace what is computed."""
+        """Let ``conv.weight = nn.Parameter(...)`` assign the values; torch refuses to replace a parametrized tensor."""
         if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
             value = value.detach()
         base.__setattr__(self, name, value)
@@ -187,6 +193,6 @@ def serve(module: nn.Module, tensor_name: str) -> None:
 
 
 def _in_forward(caller: FrameType) -> bool:
-    """Whether a layer computes: it is its `forward` that reads the weight, or a part of it."""
+    """Whether the caller is the `forward` of a layer, or a part of it."""
     name = caller.f_code.co_name
     return name.startswith(("forward", "_forward", "_conv_forward")) or torch._C._get_tracing_state() is not None

@@ -1,9 +1,9 @@
-"""Verbs on whole models: `interspace`, `bake`, `prunable`."""
+"""Conversion of whole models: `interspace`, `bake`, and `prunable`, which lists what to prune."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,25 +15,22 @@ from torch.optim import Optimizer
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, BasisSpec, Constraint
 from ..basis.fitting import Kernels, fit, kernel_rows, largest
-from ..errors import (
-    AlreadyInterspaceError,
-    AlreadyParametrizedError,
-    AlreadyPrunedError,
-    InvalidBasisError,
-    LayerSelectionError,
-    NoLayerMatchedError,
-    NotConvertibleError,
-    SharingError,
-    TiedWeightError,
-    UnknownLayerError,
-    UnsupportedDtypeError,
-    WrappedModelError,
-)
+from ..errors import ArgumentError, BasisError, ConversionError, SelectionError, listed
 from ..utils.validation import check_fraction
 from . import torch_masks
 from .optimizer import check_trains, join_optimizer, note_conversion, watch
 from .parametrization import Interspace, enter, leave, parametrizations
-from .tensor_ref import Model, Target, TensorRef, check_finite, check_no_other, parametrized_tensors, prunable_tensors
+from .tensor_ref import (
+    Model,
+    Target,
+    TensorRef,
+    check_finite,
+    check_no_other,
+    parametrized_by_another,
+    parametrized_tensors,
+    prunable_tensors,
+    unknown_layer,
+)
 
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]
@@ -53,9 +50,9 @@ def interspace(
 ) -> Model:
     """Move convolutions to the interspace: write their kernels as linear combinations of a trainable filter basis.
 
-    The network computes what it computed before, bit for bit with the standard basis. The Parameter that was a layer's
+    The outputs of the network do not change, bit for bit with the standard basis. The Parameter that was a layer's
     ``weight`` holds the coefficients from now on (same object, same shape), so pruners act on them and an optimizer
-    goes on training them; the bases must join that optimizer, which `optimizer` does. Inverse: `bake`.
+    goes on training them. The bases must join that optimizer: pass it as `optimizer`. Inverse: `bake`.
 
     After Wimmer, Mehnert and Condurache, "Interspace Pruning: Using Adaptive Filter Representations to Improve
     Training of Sparse CNNs", CVPR 2022, arXiv 2203.07808; an independent implementation.
@@ -64,33 +61,35 @@ def interspace(
         model: changed in place. Conv1d/2d/3d and ConvTranspose1d/2d/3d and their subclasses are converted, except
             where the kernel has one element (1x1), whose basis would be one number.
         basis: ``"standard"`` (coefficients equal the weights), ``"orthonormal"`` (random), ``"dct"`` (DCT-II),
-            ``"fitted"`` (orthonormal, made for the present kernels: few large coefficients), or a tensor ``(N, N)`` or
-            ``(N, *kernel)`` whose rows are filters, ``N = prod(kernel)``.
+            ``"fitted"`` (orthonormal, fitted to the present kernels so that few coefficients are large), or a tensor
+            ``(N, N)`` or ``(N, *kernel)`` whose rows are filters, ``N = prod(kernel)``.
         sharing: which layers share one basis: ``"layer"`` (none do), ``"model"`` (all of one kernel shape), or a
             callable (name, module) -> hashable; layers with equal values share.
-        layers: names of the layers to convert, or a predicate (name, module) -> bool that is asked for each of the
-            convolutions that can be converted; None converts them all.
-        constraint: what holds of the filters however they are trained: ``"unit"`` norm, ``"orthonormal"``, or
-            ``"none"``. Without one, a free scale between coefficients and filters moves as they are trained, and
-            magnitudes of coefficients cannot be compared with those of weights, nor with each other.
+        layers: names of the layers to convert, or a predicate (name, module) -> bool, called for each convolution that
+            can be converted; None converts them all.
+        constraint: of the filters during training: ``"unit"`` norm, ``"orthonormal"``, or ``"none"``. With ``"none"``
+            the filter scale (see `normalize`) drifts, so magnitudes of coefficients are not comparable.
         train_basis: whether bases require gradients; the basis of frozen coefficients never does.
-        seed: seed of ``"orthonormal"``, and of the sample that ``"fitted"`` looks at first.
+        seed: of ``"orthonormal"``, and of the sample of kernels that ``"fitted"`` uses first.
         sparsity: what ``"fitted"`` is fitted for; nothing is pruned (`ip_plugin.methods.prune_fitted` does both).
-        optimizer: one that was built before and trains the model: the bases join it at once, as by `join_optimizer`.
+        optimizer: an existing optimizer of the model; the bases join it, as by `join_optimizer`.
 
     Returns:
         The model.
 
     Raises:
-        InterspaceError: one of its subclasses says what is wrong; the model is as it was.
+        SelectionError: `layers` matches nothing, or names a layer that cannot be converted.
+        ConversionError: a layer is converted, parametrized, pruned, tied, wrapped, not initialised or not finite.
+        BasisError: a basis that cannot represent every kernel, or layers that cannot share one.
+        ArgumentError, AmountError, OptimizerError: another argument is invalid. In all cases the model is as it was.
 
     Warns:
-        UserWarning: later, once, if an optimizer steps the coefficients and none has the bases that should be trained.
+        UserWarning: later, once, if an optimizer steps coefficients whose trainable bases are in no optimizer.
 
     Note:
-        The weight of a layer is computed, and can be written all the same: ``conv.weight = value``,
-        ``nn.init.zeros_(conv.weight)``, ``conv.weight.data[0] *= 2`` and ``conv.reset_parameters()`` give the layer
-        coefficients of what was written. What numpy writes into its memory is lost.
+        The weight of a layer is computed, but can be written: ``conv.weight = value``, ``nn.init.zeros_(conv.weight)``,
+        ``conv.weight.data[0] *= 2`` and ``conv.reset_parameters()`` set the coefficients that give these weights.
+        Writes through numpy are lost.
 
     Note:
         ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
@@ -107,7 +106,7 @@ def interspace(
     )
     """
     if (isinstance(basis, str) and basis == "fitted") != (sparsity is not None):
-        raise InvalidBasisError(
+        raise ArgumentError(
             'basis="fitted" and `sparsity` belong together.',
             f"{basis!r} and sparsity {sparsity}",
             "give both, or neither",
@@ -115,28 +114,25 @@ def interspace(
     if sparsity is not None:
         check_fraction(sparsity)
     if constraint not in CONSTRAINTS:
-        raise InvalidBasisError(
-            '`constraint` must be "unit", "orthonormal" or "none".', f"{constraint!r}", 'leave it out: "unit"'
-        )
+        rule = '`constraint` must be "unit", "orthonormal" or "none".'
+        raise ArgumentError(rule, f"{constraint!r}", 'leave it out: "unit"')
     groups = groups_of(model, sharing, layers)
     if optimizer is not None:
         check_trains(optimizer, [layer for members in groups for layer in members])
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
     for members in groups:
-        values = bases.normalized(_basis(members, basis, sparsity, generator), constraint).to(
-            members[0].parameter.dtype
-        )
+        values = bases.normalized(_basis(members, basis, sparsity, generator), constraint)
+        values = values.to(members[0].parameter.dtype)
         filters = bases.constrained(values, constraint)
         plans.append((members, values, filters, None if bases.is_standard(filters) else bases.inverse(filters)))
-    # Everything that can be wrong has been refused; from here on the model changes.
+    # All arguments have been checked; from here on the model changes.
     for members, values, filters, inverse in plans:
         weights = [layer.parameter for layer in members]
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
-            space = Interspace(parameter, _kernel(layer), constraint)
-            enter(layer.module, "weight", space)
+            enter(layer.module, "weight", Interspace(parameter, _kernel(layer), constraint))
             if inverse is not None:
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
@@ -147,7 +143,7 @@ def interspace(
 
 
 def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[TensorRef]]:
-    """The layers that `interspace` would convert, those together that would share a basis; raises what it raises."""
+    """The layers that `interspace` would convert, grouped by shared basis. Raises what `interspace` raises."""
     chosen = _select(model, selection)
     _check(model, chosen)
     return _grouped(chosen, sharing)
@@ -156,12 +152,12 @@ def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -
 def _basis(
     members: list[TensorRef], basis: BasisSpec | Literal["fitted"], sparsity: float | None, generator: torch.Generator
 ) -> Tensor:
-    """The basis that some layers share, float64."""
+    """The initial basis of layers that share one, float64."""
     if not isinstance(basis, str) or basis != "fitted":
         return bases.make(basis, _kernel(members[0]), generator)
     assert sparsity is not None
     if any(layer.parameter.is_meta for layer in members):
-        raise InvalidBasisError(
+        raise BasisError(
             "A basis must have kernels to be fitted to.", "weights on the meta device", "load the weights before"
         )
     kernels = [Kernels(kernel_rows(layer.parameter), 0, _kernel(layer)) for layer in members]
@@ -179,25 +175,38 @@ def _select(model: nn.Module, selection: Selection) -> list[TensorRef]:
     if selection is None:
         chosen = candidates
     elif isinstance(selection, str) or not (callable(selection) or isinstance(selection, Iterable)):
-        raise LayerSelectionError(selection)
+        raise SelectionError(
+            "`layers` must be None, an iterable of module names, or a predicate (name, module) -> bool.",
+            f"{type(selection).__name__} {selection!r}",
+            f"write layers=[{selection!r}]" if isinstance(selection, str) else "pass a list of names",
+        )
     elif callable(selection):
         chosen = [layer for layer in candidates if selection(layer.module_name, layer.module)]
     else:
         names = dict.fromkeys(selection)
         for name in names:
             if not isinstance(name, str) or name not in modules:
-                raise UnknownLayerError(str(name), modules)
+                raise unknown_layer(str(name), modules)
             obstacle = _obstacle(modules[name])
             if obstacle is not None:
-                raise NotConvertibleError(name, obstacle)
+                raise SelectionError(
+                    "Only convolutions whose kernel has more than one element have a filter basis.",
+                    f"layer {name!r}: {obstacle}",
+                    f"leave {name!r} out of `layers`; it stays spatial and can be pruned all the same",
+                )
         chosen = [layer for layer in candidates if layer.module_name in names]
     if not chosen:
-        raise NoLayerMatchedError(len(candidates), selection is not None)
+        raise SelectionError(
+            "At least one convolution whose kernel has more than one element must be selected.",
+            f"{len(candidates)} such convolutions in the model, none of them "
+            f"{'there to convert' if selection is None else 'selected by `layers`'}",
+            "pass a model with convolutions larger than 1x1, or widen `layers`",
+        )
     return chosen
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why a module cannot be in the interspace; None if it can."""
+    """The reason why a module cannot be in the interspace; None if it can."""
     if not isinstance(module, _ConvNd):
         return f"a {type(module).__name__}, not a convolution"
     weight = _raw_weight(module)
@@ -211,50 +220,85 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _raw_weight(module: nn.Module) -> Tensor | None:
-    """The weight if it is stored as such; None if it is computed. Asking a parametrization could change its state."""
-    if parametrize.is_parametrized(module, "weight"):
-        return None
-    found = getattr(module, "weight", None)
-    return found if isinstance(found, Tensor) else None
+    """The weight, or None if a parametrization computes it: computing it could change the parametrization's state."""
+    weight = None if parametrize.is_parametrized(module, "weight") else getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _check(model: nn.Module, chosen: list[TensorRef]) -> None:
-    """Refuse what cannot be converted, before anything has changed."""
+    """Raise unless every chosen layer can be converted."""
     for module in model.modules():
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise WrappedModelError(type(module).__name__)
+            wrapper = type(module).__name__
+            raise ConversionError(
+                "A model must be converted before it is wrapped: the wrapper would not see the new bases.",
+                f"the model is or contains a {wrapper}",
+                f"call interspace(model) first, then {wrapper}(model)",
+            )
     converted = [layer.module_name for layer in chosen if layer.interspace is not None]
     if converted:
-        raise AlreadyInterspaceError(converted)
+        raise ConversionError(
+            "A layer can be moved to the interspace once.",
+            f"already there: {listed(converted)}",
+            "select the other layers with `layers=`, or call `ip_plugin.bake(model)` first",
+        )
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for layer in chosen:
-        if layer.parametrization is not None:
-            raise AlreadyPrunedError(layer.module_name, "by a mask of ip_plugin")
-        if "weight" in torch_masks.pruned_names(layer.module):
-            raise AlreadyPrunedError(layer.module_name, "by torch.nn.utils.prune")
-        if parametrize.is_parametrized(layer.module, "weight"):
-            found = parametrizations(layer.module).weight
-            raise AlreadyParametrizedError(layer.module_name, ", ".join(type(p).__name__ for p in found))
-        weight = layer.parameter
-        if not isinstance(weight, nn.Parameter):
-            raise AlreadyParametrizedError(layer.module_name, "a hook: it is a plain tensor, not a Parameter")
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise NotConvertibleError(layer.module_name, "its weight is not initialised yet; run the model once")
-        if len(owners[id(weight)]) > 1:
-            raise TiedWeightError(owners[id(weight)])
-        if not weight.is_floating_point():
-            raise UnsupportedDtypeError(layer.module_name, weight.dtype)
-        if not weight.is_meta:
-            check_finite(layer.module_name, weight)
+        _check_layer(layer, owners)
+
+
+def _check_layer(layer: TensorRef, owners: Mapping[int, list[str]]) -> None:
+    """Raise unless a layer can be converted.
+
+    Args:
+        layer: with a kernel of more than one element.
+        owners: {id of a Parameter: names of the modules that have it}.
+    """
+    name, pruned_by_host = layer.module_name, "weight" in torch_masks.pruned_names(layer.module)
+    if layer.parametrization is not None or pruned_by_host:
+        how = "by torch.nn.utils.prune" if pruned_by_host else "by a mask of ip_plugin"
+        raise ConversionError(
+            "A weight that moves to the interspace must not be pruned: its mask is one of weights, not coefficients.",
+            f"layer {name!r}: pruned {how}",
+            "convert first and prune then, or make the zeros permanent with ip_plugin.bake(model) before",
+        )
+    if parametrize.is_parametrized(layer.module, "weight"):
+        others = parametrizations(layer.module).weight
+        raise parametrized_by_another(name, ", ".join(type(other).__name__ for other in others))
+    weight = layer.parameter
+    if not isinstance(weight, nn.Parameter):
+        raise parametrized_by_another(name, "a hook: it is a plain tensor, not a Parameter")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ConversionError(
+            "A layer must be initialised before it is converted.",
+            f"layer {name!r}: its weight is not initialised yet",
+            "run the model once, or leave the layer out with `layers=`",
+        )
+    if len(owners[id(weight)]) > 1:
+        raise ConversionError(
+            "The weight of a layer that moves to the interspace must belong to that layer alone.",
+            f"one Parameter is the weight of {listed(owners[id(weight)])}",
+            "untie the weights, or leave these layers out with `layers=`",
+        )
+    if not weight.is_floating_point():
+        raise ConversionError(
+            "Weights must be real floating point tensors (float16, bfloat16, float32, float64).",
+            f"layer {name!r}: {weight.dtype}",
+            f"convert the layer with .float(), or leave {name!r} out of `layers`",
+        )
+    if not weight.is_meta:
+        check_finite(name, weight)
 
 
 def _grouped(chosen: list[TensorRef], sharing: Sharing) -> list[list[TensorRef]]:
-    """Layers that share a basis, together; every group has one kernel shape, dtype and device."""
+    """The layers grouped by shared basis; every group has one kernel shape, dtype and device."""
+    rule = '`sharing` must be "layer", "model" or a callable (name, module) -> hashable.'
+    remedy = 'pass one of these; "layer" gives every layer a basis of its own'
     if sharing != "layer" and sharing != "model" and not callable(sharing):
-        raise SharingError.unknown(repr(sharing))
+        raise ArgumentError(rule, repr(sharing), remedy)
     groups: dict[Hashable, list[TensorRef]] = {}
     for layer in chosen:
         weight = layer.parameter
@@ -268,9 +312,8 @@ def _grouped(chosen: list[TensorRef], sharing: Sharing) -> list[list[TensorRef]]
         try:
             members = groups.setdefault(key, [])
         except TypeError:
-            raise SharingError.unknown(
-                f"it returned {key!r} for layer {layer.module_name!r}, which is not hashable"
-            ) from None
+            unhashable = f"it returned {key!r} for layer {layer.module_name!r}, which is not hashable"
+            raise ArgumentError(rule, unhashable, remedy) from None
         if members:
             first = members[0].parameter
             for what, its, other in (
@@ -279,18 +322,23 @@ def _grouped(chosen: list[TensorRef], sharing: Sharing) -> list[list[TensorRef]]
                 ("device", first.device, weight.device),
             ):
                 if its != other:
-                    raise SharingError.mismatch(what, members[0].module_name, its, layer.module_name, other)
+                    raise BasisError(
+                        f"Layers that share a basis must have the same {what}.",
+                        f"layer {members[0].module_name!r} has {what} {its}, "
+                        f"layer {layer.module_name!r} has {what} {other}",
+                        f"let `sharing` return different keys for them, for example (key, {what})",
+                    )
         members.append(layer)
     return list(groups.values())
 
 
 def bake(model: Model) -> Model:
-    """Make a model ordinary again: compose its weights, apply every mask, remove what was added.
+    """Make a model ordinary again: compose its weights, apply every mask, remove all parametrizations of ours.
 
     Classes, Parameter objects and the order of parameters are those from before `interspace`; a plain model without
-    masks stays as it is. Masks of `torch.nn.utils.prune` are applied and removed too. Kernels that were sparse in the
-    interspace are dense afterwards: measure with `report` and save compactly before. Gradients of coefficients are
-    dropped, and optimizer state of them belongs to the coefficients, not to the weights. Inverse: `interspace`.
+    masks stays as it is. Masks of `torch.nn.utils.prune` are applied and removed, too. Kernels that were sparse in the
+    interspace become dense: call `report` and `save` before. Gradients of coefficients are dropped; optimizer state
+    that was gathered for coefficients does not fit the weights. Inverse: `interspace`.
 
     Args:
         model: changed in place.
@@ -299,7 +347,7 @@ def bake(model: Model) -> Model:
         The model.
 
     Raises:
-        AlreadyParametrizedError: someone else's parametrization sits on top of ours; the model is as it was.
+        ConversionError: someone else's parametrization sits on top of ours; the model is as it was.
 
     >>> conv = nn.Conv2d(3, 16, 3)
     >>> weight = conv.weight
@@ -322,7 +370,7 @@ def bake(model: Model) -> Model:
 
 
 def prunable(model: nn.Module) -> list[Target]:
-    """What a pruner should act on: every target of a model, in either space.
+    """List what a pruner should act on, in either space.
 
     Args:
         model: not changed.
@@ -330,7 +378,7 @@ def prunable(model: nn.Module) -> list[Target]:
     Returns:
         (module, tensor name) pairs as `torch.nn.utils.prune` takes them: the coefficients of interspace layers, the
         ``weight`` of other convolutions and linear layers, in the order of ``named_modules``. A weight that several
-        layers share is listed once. Biases, norms and embeddings are no targets.
+        layers share is listed once. Biases, norms and embeddings are not listed.
 
     >>> from torch.nn.utils import prune
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10)))

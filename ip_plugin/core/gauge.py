@@ -1,7 +1,8 @@
-"""The gauge: the free scale between coefficients and basis filters.
+"""The filter scale (gauge): scaling a filter and its coefficients inversely does not change the network.
 
-``coefficient[n] * a`` with ``basis[n] / a`` is the same network, but magnitudes of coefficients change. They can be
-compared where every filter has unit norm: `unit_gauge` reads them so and changes nothing, `normalize` makes it so.
+``coefficient[n] * a`` with ``basis[n] / a`` gives the same kernels, but other magnitudes of coefficients. They are
+comparable if every filter has unit norm (unit gauge): `unit_gauge` returns such coefficients without changing the
+model, `normalize` rescales the model.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from ..basis import bases
-from ..errors import InvalidBasisError
+from ..errors import BasisError
 from .parametrization import Interspace, Mask
 from .tensor_ref import Model, by_basis, prunable_tensors
 
-#: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
+#: What the similarity of filters in the interspace is computed from: their coefficients, or the composed kernels.
 Similarity: TypeAlias = Literal["coefficients", "weights"]
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-#: The power of the gradient with which state of torch's optimizers scales.
+#: How state of torch's optimizers scales with the gradient: {name: power}.
 _POWERS: dict[type[Optimizer], dict[str, int]] = {
     optim.SGD: {"momentum_buffer": 1},
     optim.Adam: _ADAM,
@@ -36,11 +37,11 @@ _POWERS: dict[type[Optimizer], dict[str, int]] = {
 
 
 def unit_gauge(coefficients: Tensor, parametrization: Mask | None) -> Tensor:
-    """Coefficients as they are when every basis filter has unit norm.
+    """The coefficients for unit-norm filters.
 
     Args:
-        coefficients: ``(out, in, *kernel)``, or any tensor that is not in the interspace.
-        parametrization: what the tensor is under; without a basis the tensor is returned as it is.
+        coefficients: ``(out, in, *kernel)``, or any spatial tensor.
+        parametrization: that of the tensor; without a basis the tensor is returned unchanged.
     """
     norms = parametrization.filter_norms if isinstance(parametrization, Interspace) else None
     return coefficients if norms is None else coefficients * norms.reshape(1, 1, *coefficients.shape[2:])
@@ -48,11 +49,11 @@ def unit_gauge(coefficients: Tensor, parametrization: Mask | None) -> Tensor:
 
 @torch.no_grad()
 def compared(coefficients: Tensor, parametrization: Mask | None, similarity: Similarity) -> Tensor:
-    """What filters are compared by: coefficients in unit gauge, or the kernels that they make.
+    """What the similarity of filters is computed from: coefficients in unit gauge, or composed kernels.
 
     Args:
-        coefficients: ``(out, in, *kernel)``, masked; or any tensor that is not in the interspace, returned as it is.
-        parametrization: what the tensor is under.
+        coefficients: ``(out, in, *kernel)``, masked; a spatial tensor is returned unchanged.
+        parametrization: that of the tensor.
         similarity: "coefficients" or "weights".
     """
     if similarity == "weights" and isinstance(parametrization, Interspace):
@@ -62,22 +63,21 @@ def compared(coefficients: Tensor, parametrization: Mask | None, similarity: Sim
 
 @torch.no_grad()
 def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
-    """Give the filters of bases without a constraint unit norm, for good; the function that is computed stays.
+    """Scale the filters of unconstrained bases to unit norm; the outputs of the model do not change.
 
-    For bases of ``constraint="none"``, from a checkpoint or from `ip_plugin.methods.refine`; they have the constraint
-    ``"unit"`` afterwards. Coefficients of all layers that share a basis are scaled with it. Gradients are scaled the
-    other way, and so is the state of `optimizer`; state of an optimizer that is not torch's own is reset with a
-    warning.
+    For bases with ``constraint="none"``, from a checkpoint or from `ip_plugin.methods.refine`; afterwards they have the
+    constraint ``"unit"``. The coefficients of all layers that share a basis are scaled inversely. Gradients and the
+    state of `optimizer` are scaled accordingly; state of an optimizer that is not torch's own is reset with a warning.
 
     Args:
         model: changed in place. A plain model stays as it is.
-        optimizer: one that trains the model.
+        optimizer: the optimizer that trains the model.
 
     Returns:
         The model.
 
     Raises:
-        InvalidBasisError: a filter of norm zero (or NaN); the model is as it was.
+        BasisError: the norm of a filter is zero or NaN; the model is as it was.
 
     >>> from ip_plugin import interspace
     >>> model = interspace(nn.Conv2d(3, 16, 3), basis=2 * torch.eye(9), constraint="none")
@@ -92,10 +92,10 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
     for basis, norm in norms.items():
         if not bool((norm > 0).all() & norm.isfinite().all()):
             worst = int((~((norm > 0) & norm.isfinite())).nonzero()[0])
-            raise InvalidBasisError(
-                "A filter must have a finite norm above zero to be given unit norm.",
+            raise BasisError(
+                "A filter must have a finite norm above zero to be scaled to unit norm.",
                 f"filter {worst} of the basis of layer {sharers[basis][0].module_name!r} has norm {float(norm[worst])}",
-                "set its coefficients and the filter anew, or train without letting it vanish",
+                "assign new values to the filter and its coefficients, or train so that it does not vanish",
             )
     reset: set[str] = set()
     for basis, norm in norms.items():
@@ -108,18 +108,18 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
             scale = norm.reshape(1, 1, *ref.parameter.shape[2:])
             reset |= _rescale(ref.parameter, scale, optimizer)
         reset |= _rescale(basis, 1 / norm[:, None], optimizer)
-        if basis.grad is not None:  # what would change a norm has no effect any more
+        if basis.grad is not None:  # under the new constraint, the gradient along a filter is zero
             basis.grad -= (basis.grad * basis).sum(1, keepdim=True) * basis
     if reset:
-        warnings.warn(f"optimizer state was reset, its meaning is not known: {', '.join(sorted(reset))}", stacklevel=2)
+        warnings.warn(f"unknown optimizer state was reset: {', '.join(sorted(reset))}", stacklevel=2)
     return model
 
 
 def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None) -> set[str]:
-    """Multiply a parameter by `scale`, its gradient and what grew from it accordingly.
+    """Multiply a parameter by `scale`, and scale its gradient and its optimizer state accordingly.
 
     Returns:
-        The names of state that was reset.
+        The names of the state that was reset.
     """
     parameter.mul_(scale)
     if parameter.grad is not None:
@@ -127,12 +127,12 @@ def _rescale(parameter: nn.Parameter, scale: Tensor, optimizer: Optimizer | None
     if optimizer is None or parameter not in optimizer.state:
         return set()
     state = optimizer.state[parameter]
-    grown = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    names = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
     powers = _POWERS.get(type(optimizer), {})
-    unknown = {name for name in grown if name not in powers}
+    unknown = {name for name in names if name not in powers}
     if unknown:
         del optimizer.state[parameter]
         return unknown
-    for name in grown:
+    for name in names:
         state[name].div_(scale ** powers[name])
     return set()

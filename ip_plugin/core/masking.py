@@ -1,4 +1,4 @@
-"""Masks of whole models: reading them, setting them, taking them over from `torch.nn.utils.prune`."""
+"""Masks of whole models: read them, set them, adopt those of `torch.nn.utils.prune`."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import AlreadyParametrizedError, InvalidMaskError, LayerCollapseWarning, UnknownLayerError
+from ..errors import LayerCollapseWarning, MaskError
 from . import torch_masks
-from .tensor_ref import Model, TensorRef, prunable_tensors
+from .tensor_ref import Model, TensorRef, parametrized_by_another, prunable_tensors, unknown_layer
 
-#: Of the share of its entries that a layer keeps, to the share that all layers keep together.
+#: A layer is thin if its density is below this fraction of the density of all layers together.
 THIN = 0.1
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The mask of every pruned layer: ours, `torch.nn.utils.prune`'s, or what both keep.
+    """The mask of every pruned layer: ours, that of `torch.nn.utils.prune`, or what both keep.
 
     Args:
         model: not changed.
 
     Returns:
-        {layer name: bool tensor of the shape of its coefficients}, True = kept; copies. Layers without a mask are
-        left out. Inverse: `set_masks`.
+        {layer name: bool tensor of the shape of its coefficients}, True = kept; copies. Only of layers that have a
+        mask. Inverse: `set_masks`.
 
     >>> from torch.nn.utils import prune
     >>> model = prune.l1_unstructured(nn.Linear(2, 2, bias=False), "weight", amount=3)
     >>> int(masks(model)[""].sum())
     1
     """
-    found = {layer.module_name: layer.mask for layer in prunable_tensors(model)}
-    return {name: mask.clone() for name, mask in found.items() if mask is not None}
+    by_layer = {layer.module_name: layer.mask for layer in prunable_tensors(model)}
+    return {name: mask.clone() for name, mask in by_layer.items() if mask is not None}
 
 
 def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
-    """Set masks of layers, in either space, instead of the masks that these layers had.
+    """Set masks of layers, in either space; they replace the masks that these layers have.
 
-    A masked entry contributes nothing and gets no gradient; the Parameter behind it keeps its value. Masks are bool
-    buffers of the layer's parametrization: they move, copy and save with the model.
+    A masked entry contributes nothing and gets no gradient; its value stays in the Parameter. Masks are bool buffers of
+    the layer's parametrization: they move, copy and save with the model.
 
     Args:
         model: changed in place.
         masks: {layer name: tensor of the shape of its coefficients, of bools or of zeros and ones}, True = kept.
-            Layers that are not named keep the masks that they have.
+            Other layers keep their masks.
 
     Returns:
         The model.
 
     Raises:
-        UnknownLayerError: a name that is not a prunable layer of the model; the model is as it was.
-        InvalidMaskError: a mask of the wrong shape or with other values; the model is as it was.
-        AlreadyParametrizedError: the weight is parametrized by someone else; the model is as it was.
+        SelectionError: a name that is not a prunable layer of the model.
+        MaskError: a mask of the wrong shape or with other values.
+        ConversionError: the weight is parametrized by someone else. In all cases the model is as it was.
 
     >>> import torch
     >>> model = set_masks(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
@@ -64,8 +64,8 @@ def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     for name, mask in masks.items():
         if name not in known:
             if name in others and hasattr(others[name], "parametrizations"):
-                raise AlreadyParametrizedError(name, "another package")
-            raise UnknownLayerError(name, known, argument="masks")
+                raise parametrized_by_another(name, "another package")
+            raise unknown_layer(name, known, argument="masks")
         checked.append((known[name], _checked(name, mask, known[name].parameter)))
     for layer, mask in checked:
         layer.set_mask(mask)
@@ -73,25 +73,30 @@ def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
 
 
 def _checked(name: str, mask: object, coefficients: Tensor) -> Tensor:
-    shape = coefficients.shape
+    """A mask as bools."""
     if not isinstance(mask, Tensor):
-        raise InvalidMaskError(name, f"a {type(mask).__name__}", shape)
-    if mask.shape != shape:
-        raise InvalidMaskError(name, f"shape {tuple(mask.shape)}", shape)
-    kept = mask.detach() != 0
-    if not bool((mask == kept.to(mask.dtype)).all()):
-        raise InvalidMaskError(name, "values other than 0 and 1", shape)
-    return kept
+        wrong = f"a {type(mask).__name__}"
+    elif mask.shape != coefficients.shape:
+        wrong = f"shape {tuple(mask.shape)}"
+    elif bool((mask == (mask != 0).to(mask.dtype)).all()):
+        return mask.detach() != 0
+    else:
+        wrong = "values other than 0 and 1"
+    raise MaskError(
+        f"The mask of layer {name!r} must be a tensor of shape {tuple(coefficients.shape)} of bools or zeros and ones.",
+        wrong,
+        "make it like the tensor that `ip_plugin.prunable(model)` names; True keeps an entry",
+    )
 
 
 def adopt_masks(model: Model) -> Model:
-    """Take over the masks that `torch.nn.utils.prune` has put on targets: its hooks go, our masks stay.
+    """Replace the masks of `torch.nn.utils.prune` on prunable tensors by masks of ours, and remove its hooks.
 
-    Afterwards the model copies with ``copy.deepcopy``, its weights can be assigned, and its Parameters have their
-    names back, with the values that they had (the host's ``weight_orig``).
+    Afterwards the model can be copied with ``copy.deepcopy``, its weights can be assigned, and its Parameters have
+    their plain names again, with the unmasked values (of ``weight_orig``).
 
     Args:
-        model: changed in place; masks of tensors that are no targets (biases) stay with the host.
+        model: changed in place; masks of tensors that `prunable` does not list (biases) stay as they are.
 
     Returns:
         The model.
@@ -110,10 +115,10 @@ def adopt_masks(model: Model) -> Model:
 
 
 def warn_of_thin_layers(masks: Sequence[tuple[str, Tensor]], stacklevel: int = 3) -> None:
-    """Warn once of layers that a common threshold leaves with less than a tenth of the share that all keep together.
+    """Warn about layers whose density is less than a tenth of that of all layers that were pruned together.
 
     Args:
-        masks: (name or description of a layer, what it keeps) of all that were pruned together.
+        masks: (name or description of the layer, mask) of all layers that were pruned together.
         stacklevel: of the warning.
 
     >>> import torch

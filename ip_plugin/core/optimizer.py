@@ -1,4 +1,4 @@
-"""Optimizers and bases: an existing one takes them in (`join_optimizer`), a new one gets groups (`param_groups`)."""
+"""Training of the bases: add them to an existing optimizer (`join_optimizer`) or build one (`param_groups`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import bases
-from ..errors import OptimizerMismatchError
+from ..errors import OptimizerError
 from .parametrization import Interspace
 from .tensor_ref import Model, TensorRef, by_basis, prunable_tensors
 
-#: Version of a layer's coefficients when `interspace` changed their values, until `join_optimizer` has been called.
+#: {coefficients: their version when `interspace` changed their values}, until `join_optimizer` is called.
 _converted = WeakTensorKeyDictionary()
 _watched: WeakSet[Any] = WeakSet()  # torch's ParametrizationLists, each with an Interspace
 _checked: WeakSet[Optimizer] = WeakSet()
@@ -28,22 +28,22 @@ _hook: RemovableHandle | None = None
 
 
 def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
-    """Let an optimizer that was built before `interspace` train the bases too.
+    """Add the bases to an optimizer that was built before `interspace`.
 
     Every trainable basis joins the parameter group that holds its coefficients, with that group's settings, weight
-    decay included. Where `interspace` changed the coefficients' values (a basis that is not standard), SGD momentum is
-    carried over exactly; other state of these coefficients is reset with a warning. To be called once, before the next
-    ``optimizer.step()``; a second call, or one for a plain model, changes nothing.
+    decay included. Where `interspace` changed the values (with a basis that is not standard), SGD momentum is
+    transformed exactly; state of other optimizers is reset for these coefficients, with a warning. Call it once, before
+    the next ``optimizer.step()``; a second call, or a call for a plain model, changes nothing.
 
     Args:
-        model: the model that `interspace` returned.
+        model: from `interspace`.
         optimizer: changed in place.
 
     Returns:
         The model.
 
     Raises:
-        OptimizerMismatchError: the optimizer trains none of the model's coefficients.
+        OptimizerError: the optimizer trains none of the model's coefficients.
 
     >>> import torch
     >>> from ip_plugin import interspace
@@ -56,10 +56,10 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     converted = [layer for layer in prunable_tensors(model) if layer.interspace is not None]
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     check_trains(optimizer, converted)
-    mine = [layer for layer in converted if id(layer.parameter) in group_of]
+    trained = [layer for layer in converted if id(layer.parameter) in group_of]
     names = {id(p): name for name, p in model.named_parameters()}
     joined: dict[int, tuple[TensorRef, dict[str, Any]]] = {}
-    for layer in mine:
+    for layer in trained:
         assert layer.interspace is not None
         basis = layer.interspace.basis
         group = group_of[id(layer.parameter)]
@@ -76,7 +76,7 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
                 group["param_names"].append(names[id(basis)])
             group_of[id(basis)] = group
             joined[id(basis)] = layer, group
-    outcomes = {layer.module_name: _carry_state(layer, optimizer) for layer in mine}
+    outcomes = {layer.module_name: _carry_state(layer, optimizer) for layer in trained}
     for outcome in dict.fromkeys(outcomes.values()):
         if outcome is not None:
             names_of = ", ".join(repr(name) for name, what in outcomes.items() if what == outcome)
@@ -85,29 +85,31 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
 
 
 def check_trains(optimizer: Optimizer, converted: Sequence[TensorRef]) -> None:
-    """Raise OptimizerMismatchError if an optimizer trains none of some layers."""
+    """Raise OptimizerError if an optimizer trains none of the given layers."""
     trained = _ids(optimizer)
     if converted and not any(id(layer.parameter) in trained for layer in converted):
-        raise OptimizerMismatchError(
-            f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups"
+        raise OptimizerError(
+            "The optimizer must train parameters of the model.",
+            f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups",
+            "pass the optimizer that was built from this model's parameters",
         )
 
 
 def note_conversion(coefficients: nn.Parameter, changed: bool = True) -> None:
-    """Note whether a layer that enters a basis has got other values, which state of optimizers does not belong to."""
+    """Record whether a conversion has changed values, so that state that optimizers have of them does not fit."""
     _converted.pop(coefficients, None)
     if changed:
         _converted[coefficients] = coefficients._version
 
 
 def inherit_conversion(old: nn.Parameter, new: nn.Parameter) -> None:
-    """Treat a Parameter that was selected from coefficients as these: not trained since the conversion, or trained."""
+    """Carry the record of `note_conversion` over to a Parameter that replaces another one, unless that was trained."""
     if _converted.get(old) == old._version:
         note_conversion(new)
 
 
 def _carry_state(layer: TensorRef, optimizer: Optimizer) -> str | None:
-    """Write state that was gathered for weights in the coefficients' basis; returns what could not be done."""
+    """Transform optimizer state of weights into the basis of the coefficients; returns a warning if that fails."""
     space, coefficients = layer.interspace, layer.parameter
     assert space is not None
     converted_at = _converted.pop(coefficients, None)
@@ -120,7 +122,7 @@ def _carry_state(layer: TensorRef, optimizer: Optimizer) -> str | None:
         return f"state of {type(optimizer).__name__} cannot be carried into another basis and was reset"
     momentum = optimizer.state[coefficients].get("momentum_buffer")
     if momentum is not None:
-        # Momentum is a sum of gradients, and d/dc = d/dh times the transposed basis.
+        # Momentum is a sum of gradients, and d/dc = d/dh @ basis.mT.
         bases.transform_(momentum, space.effective_basis.detach().mT)
     return None
 
@@ -128,16 +130,16 @@ def _carry_state(layer: TensorRef, optimizer: Optimizer) -> str | None:
 def param_groups(
     model: nn.Module, *, weight_decay: float, basis_weight_decay: float = 0.0, basis_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a new optimizer: bases get no weight decay unless told otherwise.
+    """Parameter groups for a new optimizer: bases get no weight decay by default.
 
     Args:
-        model: in either space; of a plain model there is one group.
-        weight_decay: of everything that is not a basis.
+        model: in either space; a plain model gives one group.
+        weight_decay: of all other parameters.
         basis_weight_decay: of the bases.
-        basis_lr: learning rate of the bases; None is the optimizer's.
+        basis_lr: learning rate of the bases; None uses the optimizer's.
 
     Returns:
-        A list that every ``torch.optim`` optimizer takes instead of parameters.
+        A list that every ``torch.optim`` optimizer accepts in place of parameters.
 
     >>> import torch
     >>> from ip_plugin import interspace
@@ -157,7 +159,7 @@ def param_groups(
 
 
 def watch(model: nn.Module) -> None:
-    """Warn once if an optimizer steps coefficients of a model whose trained bases no optimizer has."""
+    """Warn once if an optimizer steps coefficients of the model whose trainable bases are in no optimizer."""
     global _hook
     _watched.update(ref.chain for ref in prunable_tensors(model) if ref.interspace is not None)
     _checked.clear()
@@ -174,29 +176,29 @@ def _warn_of_bases_left_out(optimizer: Optimizer, *_: object) -> None:
         return
     for other in gc.get_objects():
         if issubclass(type(other), Optimizer):
-            held = _ids(other)
-            left_out = [chain for chain in left_out if id(chain[0].basis) not in held]
+            trained = _ids(other)
+            left_out = [chain for chain in left_out if id(chain[0].basis) not in trained]
     if left_out:
         _watched.difference_update(left_out)
         warnings.warn(
             f"{type(optimizer).__name__} trains the coefficients of {len(left_out)} layers in the interspace, and no "
-            "optimizer trains their filter bases, so they stay what they are: call "
+            "optimizer trains their filter bases: call "
             "`ip_plugin.join_optimizer(model, optimizer)`, or convert with `interspace(model, optimizer=optimizer)`; "
-            "bases that are held on purpose need `interspace(model, train_basis=False)`",
+            "to keep the bases fixed, convert with `interspace(model, train_basis=False)`",
             stacklevel=3,
         )
 
 
 def _left_out(optimizer: Optimizer) -> list[Any]:
-    """The watched layers of which an optimizer trains the coefficients, and not the basis that should be trained."""
-    held = _ids(optimizer)
+    """The watched layers of which an optimizer trains the coefficients, but not the trainable basis."""
+    trained = _ids(optimizer)
     return [
         chain
         for chain in _watched
         if isinstance(chain[0], Interspace)
         and chain[0].basis.requires_grad
-        and id(chain.original) in held
-        and id(chain[0].basis) not in held
+        and id(chain.original) in trained
+        and id(chain[0].basis) not in trained
     ]
 
 

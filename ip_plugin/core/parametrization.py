@@ -1,7 +1,7 @@
-"""The two parametrizations of this package, and how a tensor gets under one and out again.
+"""The two parametrizations of this package, `Interspace` and `Mask`; `enter` registers one, `leave` removes it.
 
-`Interspace` composes a convolution's weight from coefficients and a basis; `Mask` only masks, for tensors that stay
-spatial. Both keep the tensor's own Parameter object, so that an optimizer built before goes on training it.
+`Interspace` composes a convolution's weight from coefficients and a basis; `Mask` only masks, for spatial tensors. Both
+keep the Parameter object of the tensor, so that an existing optimizer goes on training it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, Constraint
-from .composed_weight import serve
+from .composed_weight import make_writable
 
 
 class Mask(nn.Module):
-    """Multiplies a tensor by a bool mask; without a mask it is the identity.
+    """Multiplies a tensor by a bool mask; the identity without a mask.
 
     Attributes:
         mask: bool buffer of the tensor's shape, False = pruned; None = nothing is pruned.
@@ -38,16 +38,16 @@ class Mask(nn.Module):
         """The masked tensor; a masked entry passes no gradient."""
         if self.mask is None:
             return original
-        # As int8: on a CPU the product of a float and a bool tensor takes twice as long, unless it is compiled (and
-        # the compiler of torch 2.5 cannot view a bool as int8).
+        # As int8: on a CPU the product of a float and a bool tensor takes twice as long, unless it is compiled (the
+        # compiler of torch 2.5 cannot view a bool as int8).
         return original * (self.mask if torch.compiler.is_compiling() else self.mask.view(torch.int8))
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """What `original` must be for `forward` to give `value` (its pruned entries excepted)."""
+        """The `original` for which `forward` returns `value`, except for pruned entries."""
         return value.clone()
 
     def extra_repr(self) -> str:
-        """How much is pruned, for ``print(model)``."""
+        """The number of pruned entries, for ``print(model)``."""
         if self.mask is None:
             return ""
         return f"pruned={int(self.mask.numel() - self.mask.sum())}/{self.mask.numel()}"
@@ -59,10 +59,10 @@ class Interspace(Mask):
     After Wimmer, Mehnert and Condurache, CVPR 2022 (arXiv 2203.07808).
 
     Args:
-        basis: Parameter ``(N, N)``, one filter a row; layers may share the object.
+        basis: Parameter ``(N, N)``, one filter per row; layers may share the object.
         kernel: spatial shape of the kernels, ``prod(kernel) == N``.
-        constraint: what holds of the filters that kernels are composed of, whatever `basis` is trained to; see
-            `ip_plugin.basis.constrained`. Part of the ``state_dict``, but no buffer: it is not cast or averaged.
+        constraint: applied to `basis` whenever kernels are composed; see `ip_plugin.basis.constrained`. Part of the
+            ``state_dict``, but no buffer: it is not cast or averaged.
 
     >>> space = Interspace(nn.Parameter(torch.eye(9)), (3, 3))
     >>> space(torch.ones(8, 4, 3, 3)).shape, space.filters.shape
@@ -77,32 +77,32 @@ class Interspace(Mask):
         self.constraint = constraint
 
     def get_extra_state(self) -> Tensor:
-        """The constraint as a number."""
+        """The constraint as a number, for the ``state_dict``."""
         return torch.tensor(CONSTRAINTS.index(self.constraint), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over a constraint from a ``state_dict``."""
+        """Set the constraint from a ``state_dict``."""
         self.constraint = CONSTRAINTS[int(state)]
 
     @property
     def effective_basis(self) -> Tensor:
-        """What kernels are composed of, ``(N, N)``: `basis` under the constraint, differentiable in it."""
+        """The filters that kernels are composed of, ``(N, N)``: `basis` under the constraint, differentiable."""
         return bases.constrained(self.basis, self.constraint)
 
     @property
     def filters(self) -> Tensor:
-        """The effective basis as a person looks at it: ``(N, *kernel)``."""
+        """The effective basis in the shape of kernels, ``(N, *kernel)``."""
         return self.effective_basis.detach().reshape(-1, *self.kernel)
 
     @property
     def filter_norms(self) -> Tensor | None:
-        """The norms of the filters, ``(N,)``; None where the constraint makes them 1."""
+        """The norms of the filters, ``(N,)``; None if the constraint makes them 1."""
         return bases.norms(self.basis.detach()) if self.constraint == "none" else None
 
     def forward(self, original: Tensor) -> Tensor:
         """Weights ``(out, in, *kernel)`` from coefficients of the same shape."""
         if torch.is_autocast_enabled(original.device.type):
-            # In the coefficients' own precision: the convolution that uses the weight rounds it once.
+            # Compose in the precision of the coefficients; the convolution rounds the weight once.
             with torch.autocast(original.device.type, enabled=False):
                 return bases.compose(super().forward(original), self.effective_basis)
         return bases.compose(super().forward(original), self.effective_basis)
@@ -112,7 +112,7 @@ class Interspace(Mask):
         return bases.transform_(value.detach().clone(), bases.inverse(self.effective_basis))
 
     def extra_repr(self) -> str:
-        """The basis and how much is pruned, for ``print(model)``."""
+        """The basis and the number of pruned entries, for ``print(model)``."""
         kernel = "x".join(map(str, self.kernel))
         constraint = "" if self.constraint == "none" else f", constraint={self.constraint}"
         frozen = "" if self.basis.requires_grad else ", frozen"
@@ -122,8 +122,8 @@ class Interspace(Mask):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        # `load_state_dict(assign=True)` would give every layer a basis of its own: copy the values instead, unless
-        # the model is on the meta device and has no memory to copy to.
+        # `load_state_dict(assign=True)` would untie a shared basis: copy the values instead, unless the model is on the
+        # meta device and has no memory to copy to.
         if not self.basis.is_meta:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -145,23 +145,23 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
         _own_class(module)
     parameter = module._parameters[tensor_name]
     assert parameter is not None
-    # Torch calls `set_` on what it registers, which would cut the Parameter off from its hooks, those of
-    # DistributedDataParallel among them: so it gets another one, and a module without `right_inverse`.
+    # Torch calls `set_` on the registered Parameter, which would disconnect it from its hooks, among them those of
+    # DistributedDataParallel. So register a placeholder, and a module without `right_inverse`.
     module._parameters[tensor_name] = nn.Parameter(parameter.detach().new_empty(0), parameter.requires_grad)
     parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
     chain = parametrizations(module)[tensor_name]
     chain.original = parameter
     chain[0] = parametrization
-    serve(module, tensor_name)
+    make_writable(module, tensor_name)
     parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
 
 
 @torch.no_grad()
 def leave(module: nn.Module, tensor_name: str, value: Tensor) -> None:
-    """Make a parametrized tensor an ordinary Parameter with the given value: the same object, at its old place.
+    """Make a parametrized tensor an ordinary Parameter with the given value: the same object, in its old order.
 
-    `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from a class that copies of the module
-    share, and puts the parameter last; so this does it without.
+    Replaces `torch.nn.utils.parametrize.remove_parametrizations`, which deletes the property from a class that copies
+    of the module share, and registers the parameter last. Inverse: `enter`.
     """
     tensors = parametrizations(module)
     parameter: nn.Parameter = tensors[tensor_name].original
@@ -177,19 +177,19 @@ def leave(module: nn.Module, tensor_name: str, value: Tensor) -> None:
         _own_class(module, without=tensor_name)
     module.register_parameter(tensor_name, parameter)
     restore_order(module, parametrization.order)
-    if isinstance(module, nn.RNNBase):  # torch keeps their weights in a list, too: there the computed ones still are
+    if isinstance(module, nn.RNNBase):  # replaces the computed tensors in the list that these modules keep, too
         module._init_flat_weights()
 
 
 def _own_class(module: nn.Module, without: str = "") -> None:
-    """Give a parametrized module a class that its copies do not share, before a property is added or left out."""
+    """Give a parametrized module a class that its copies do not share, so that a property can be added or removed."""
     cls = type(module)
     kept = {k: v for k, v in vars(cls).items() if k not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, kept)
 
 
 def order(module: nn.Module) -> tuple[str, ...]:
-    """The order in which the parameters of `module` were registered, those under our parametrizations included."""
+    """The names of the parameters of `module` in the order of registration, including parametrized ones."""
     if parametrize.is_parametrized(module):
         for tensors in parametrizations(module).values():
             if isinstance(tensors[0], Mask):
@@ -198,16 +198,16 @@ def order(module: nn.Module) -> tuple[str, ...]:
 
 
 def restore_order(module: nn.Module, names: Sequence[str]) -> None:
-    """Sort the parameters of `module` (not of its children) by `names`; the rest follows as it was."""
-    place = {name: i for i, name in enumerate(names)}
-    for name in sorted(module._parameters, key=lambda n: place.get(n, len(place))):
+    """Sort the parameters of `module` (not of its children) in the order of `names`; others follow."""
+    ranks = {name: rank for rank, name in enumerate(names)}
+    for name in sorted(module._parameters, key=lambda n: ranks.get(n, len(ranks))):
         module._parameters[name] = module._parameters.pop(name)
 
 
 def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before a layer loads: make room for masks, and turn the weight of a plain model into coefficients.
+    """Adapt a ``state_dict`` to a parametrized layer: allocate masks, convert the weight of a plain model.
 
-    The plain model may have been pruned by `torch.nn.utils.prune`: its mask is ours where coefficients are weights.
+    The plain model may have been pruned by `torch.nn.utils.prune`; its mask is adopted if coefficients equal weights.
     """
     error_messages: list[str] = rest[-1]  # the last argument of torch's hook
     for tensor_name, tensors in parametrizations(module).items():
@@ -222,12 +222,12 @@ def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str,
             state_dict[f"{key}.0.mask"] = kept != 0
             if isinstance(parametrization, Interspace) and not bases.is_standard(parametrization.effective_basis):
                 error_messages.append(
-                    f"{plain} was pruned by torch.nn.utils.prune, and a mask of weights is none of coefficients in a "
-                    "basis that is not the standard one: load it into the plain model, make its zeros permanent with "
-                    "ip_plugin.bake(model), and call ip_plugin.interspace(model) then"
+                    f"{plain} was pruned by torch.nn.utils.prune, and a mask of weights does not apply to coefficients "
+                    "in a basis other than the standard one: load it into the plain model, make its zeros permanent "
+                    "with ip_plugin.bake(model), and then call ip_plugin.interspace(model)"
                 )
         if f"{key}.0.basis" in state_dict and f"{key}.0._extra_state" not in state_dict:
-            # Saved before there were constraints. The basis is what kernels were composed of.
+            # Saved by a version without constraints.
             state_dict[f"{key}.0._extra_state"] = torch.tensor(CONSTRAINTS.index("none"))
         saved = state_dict.get(f"{key}.0.mask")
         if parametrization.mask is None and saved is not None and saved.shape == shape:
@@ -235,7 +235,7 @@ def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         dense = state_dict.pop(plain, None)
         if dense is None:
             continue
-        # A plain model knows nothing of bases and masks: those that are there stay.
+        # The plain model has no bases and masks: keep the present ones.
         for name, tensor in tensors.state_dict(prefix=f"{key}.").items():
             state_dict.setdefault(name, tensor)
         if dense.shape == shape:

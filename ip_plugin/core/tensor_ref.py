@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from ..errors import AlreadyParametrizedError, NonFiniteWeightError
+from ..errors import ConversionError, SelectionError, listed
 from . import torch_masks
 from .parametrization import Interspace, Mask, enter, parametrizations
 
@@ -130,7 +131,7 @@ class TensorRef:
         chain[0].mask = torch.empty_like(chain.original, dtype=torch.bool).copy_(mask)
 
     def add_mask(self, kept: Tensor) -> None:
-        """Prune what `kept` does not keep, besides what is pruned already; without a need the tensor gets no mask."""
+        """Prune the entries where `kept` is False, too; a tensor of which nothing is pruned gets no mask."""
         before = self.mask
         both = combined(before, kept)
         assert both is not None
@@ -146,7 +147,7 @@ def combined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def described(target: Target, like: Tensor) -> str:
-    """A target for a person, where names of layers are not known: ``weight of shape (10, 32)``."""
+    """A target in words, where the layer's name is not known: ``weight of shape (10, 32)``."""
     module, what = target
     if isinstance(module, ParametrizationList):
         what = "coefficients" if isinstance(module[0], Interspace) else "weight"
@@ -154,18 +155,54 @@ def described(target: Target, like: Tensor) -> str:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise NonFiniteWeightError if a weight of the layer `name` has NaN or infinite values."""
+    """Raise ConversionError if a weight of the layer `name` has NaN or infinite values."""
     bad = weight.numel() - int(weight.detach().isfinite().sum())
     if bad:
-        raise NonFiniteWeightError(name, bad)
+        raise ConversionError(
+            "Weights must be finite to be written in a basis.",
+            f"layer {name!r}: {bad} NaN or infinite values",
+            "take a model that has not diverged",
+        )
 
 
 def check_no_other(refs: Iterable[TensorRef]) -> None:
-    """Raise AlreadyParametrizedError if someone else's parametrization sits on top of one of ours."""
+    """Raise ConversionError if someone else's parametrization sits on top of one of ours."""
     for ref in refs:
         others = list(ref.chain or ())[1:]
         if others:
-            raise AlreadyParametrizedError.beside_ours(ref.module_name, others, ref.tensor_name)
+            raise parametrized_by_another(
+                ref.module_name,
+                ", ".join(type(other).__name__ for other in others) + ", besides that of ip_plugin",
+                "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
+                "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
+                ref.tensor_name,
+            )
+
+
+def parametrized_by_another(
+    layer: str,
+    parametrization: str,
+    remedy: str = "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or leave the layer "
+    "out",
+    tensor_name: str = "weight",
+) -> ConversionError:
+    """The error for a tensor that someone else has parametrized."""
+    return ConversionError(
+        "The weight of a layer must not be parametrized by someone else.",
+        f"layer {layer!r}: {tensor_name} parametrized by {parametrization}",
+        remedy,
+    )
+
+
+def unknown_layer(name: str, known: Iterable[str], argument: str = "layers") -> SelectionError:
+    """The error for a layer name that the model does not have; it suggests similar names."""
+    names = [known_name for known_name in known if known_name]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return SelectionError(
+        f"Every name in `{argument}` must be the name of a module of the model.",
+        f"no module {name!r}",
+        f"use names from `model.named_modules()`; the closest are {listed(close)}",
+    )
 
 
 def inner(model: nn.Module) -> nn.Module:

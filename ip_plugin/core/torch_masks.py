@@ -1,8 +1,8 @@
-"""Masks that `torch.nn.utils.prune` keeps: finding them, reading them, taking them off.
+"""Masks of `torch.nn.utils.prune` (the host): find them, read them, remove them.
 
-The host keeps a pruned tensor ``name`` of a module as a Parameter ``name_orig``, a buffer ``name_mask``, a plain
-attribute ``name`` (their product) and a forward pre-hook that renews it. Its own `remove` cannot do without baking the
-zeros in; these functions can.
+The host stores a pruned tensor ``name`` of a module as a Parameter ``name_orig``, a buffer ``name_mask``, a plain
+attribute ``name`` (their product) and a forward pre-hook that recomputes it. Its `remove` makes the zeros permanent;
+`take_off` does not.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from .parametrization import restore_order
 def pruned_names(module: nn.Module) -> list[str]:
     """Names of the tensors of `module` (not of its children) that the host has pruned.
 
-    Told by the tensors and not by the hook: the host drops its hook before it computes a mask, and where that fails
-    the hook is lost.
+    Found by the tensors, not by the hook: the host removes its hook before it computes a mask, so the hook is lost if
+    that fails.
     """
     names = (name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig"))
     return [name for name in names if f"{name}_mask" in module._buffers]
 
 
 def mask(module: nn.Module, tensor_name: str) -> Tensor | None:
-    """The host's mask as bools, a copy; None if the tensor is not pruned by the host."""
+    """A copy of the host's mask as bools; None if the host has not pruned the tensor."""
     if tensor_name not in pruned_names(module):
         return None
-    found: Tensor = getattr(module, tensor_name + "_mask")
-    return found.detach() != 0
+    mask: Tensor = getattr(module, tensor_name + "_mask")
+    return mask.detach() != 0
 
 
 def parameter(module: nn.Module, tensor_name: str) -> nn.Parameter:
     """The Parameter behind a tensor, whether the host has pruned it or not."""
     pruned = tensor_name in pruned_names(module)
-    found: nn.Parameter = getattr(module, tensor_name + "_orig" if pruned else tensor_name)
-    return found
+    parameter: nn.Parameter = getattr(module, tensor_name + "_orig" if pruned else tensor_name)
+    return parameter
 
 
 def take_off(module: nn.Module, tensor_name: str) -> Tensor | None:
-    """Remove the host's hook, buffer and attribute, and give the Parameter its name back; its values stay unmasked.
+    """Remove the host's hook, mask and attribute, and restore the name of the Parameter; its values stay unmasked.
 
     Returns:
-        The mask that was taken off, as bools; None if there was none.
+        The mask that was removed, as bools; None if there was none.
     """
     taken = mask(module, tensor_name)
     if taken is None:
@@ -54,6 +54,6 @@ def take_off(module: nn.Module, tensor_name: str) -> Tensor | None:
     del module._buffers[tensor_name + "_mask"]
     module.__dict__.pop(tensor_name, None)
     module.register_parameter(tensor_name, original)
-    # The host has put the parameter last; torch's own layers register the weight before the bias.
+    # Torch's layers register the weight before the bias.
     restore_order(module, ("weight", "bias"))
     return taken

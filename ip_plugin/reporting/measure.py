@@ -1,7 +1,6 @@
-"""What is left of a pruned network: parameters, non-zeros, bytes and multiply-adds, in either space.
+"""Measurement of pruned networks: parameters, non-zeros, bytes and multiply-adds, in either space.
 
-Zeros of the interspace are in the coefficients, where ``(conv.weight == 0).sum()`` does not see them; so this is what
-measures.
+In the interspace the zeros are in the coefficients, so ``(conv.weight == 0).sum()`` does not count them; `report` does.
 """
 
 from __future__ import annotations
@@ -22,52 +21,51 @@ from .table import Report, Row
 
 
 class Prepared(nn.Module):
-    """A module that runs layers without holding them as modules: a network of `ip_plugin.sparse`.
+    """A module that runs layers itself, without submodules for them: a network of `ip_plugin.sparse`.
 
     Attributes:
-        plain: what it leaves to torch, under the names of the model.
+        plain: the rest of the model, which torch runs, under the names of the model.
     """
 
     plain: nn.Module
 
     def rows(self, calls: Sequence[tuple[Tensor, ...]]) -> list[Row]:
-        """What is left of the layers that it runs itself, and how it runs them.
+        """Rows of the layers that it runs itself.
 
         Args:
-            calls: the inputs of each call of it; if there is none, multiply-adds are None.
+            calls: the inputs of each of its calls; without calls, multiply-adds are None.
         """
         raise NotImplementedError
 
 
 @torch.no_grad()
 def report(model: nn.Module, example_input: Any = None, *, variety: bool = False) -> Report:
-    """Measure what is left of a model: in either space, with our masks or `torch.nn.utils.prune`'s, or baked.
+    """Measure a pruned model: in either space, with masks of ours or of `torch.nn.utils.prune`, or baked.
 
-    Of what `ip_plugin.sparse.prepare` has made it also says how each layer is run; biases and norms that went into the
-    convolutions are not counted there.
+    For a network from `ip_plugin.sparse.prepare`, the report also says how each layer is run; biases and norms that
+    were folded into convolutions are not counted there.
 
     Args:
         model: not changed; with an example input it is run, in evaluation mode and without gradients.
-        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; without it there are no
-            multiply-adds.
-        variety: say how different each layer's filters are (takes seconds for a ResNet-50).
+        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; needed for multiply-adds.
+        variety: measure how different each layer's filters are (takes seconds for a ResNet-50).
 
     Returns:
         A `Report`.
 
     Raises:
-        ExampleInputError: the model does not run on the example input.
+        BatchError: the model does not run on the example input.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False))
-    >>> found = report(model, torch.zeros(1, 1, 5, 5))
-    >>> found.prunable.parameters, found.prunable.nonzeros, found.prunable.macs_dense
+    >>> total = report(model, torch.zeros(1, 1, 5, 5)).prunable
+    >>> total.parameters, total.nonzeros, total.macs_dense
     (18, 18, 162)
     """
     prunable = prunable_tensors(model)
     stored: dict[int, int] = {}
     for ref, content in packed(model):
         stored[id(ref.parameter)] = stored.get(id(ref.parameter), 0) + content.nbytes
-    from ..methods.filter_variety import measure  # here, so that `import ip_plugin` does not import all methods
+    from ..methods.filter_variety import measure  # not at the top: `import ip_plugin` must not import all methods
 
     prepared = {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
     calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in prepared}
@@ -82,21 +80,21 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
             counted = space.basis if basis == layer.module_name else None
         bytes_stored = stored.pop(id(layer.parameter)) + (0 if counted is None else _bytes(counted))
         row = _row(layer, basis, counted, bytes_stored, None if positions is None else positions[layer.module_name])
-        found = measure(output_filters(layer.module, layer.composed)) if variety else None
-        rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
+        measured = measure(output_filters(layer.module, layer.composed)) if variety else None
+        rows.append(row if measured is None else dataclasses.replace(row, **measured._asdict()))
     own = {name: module.rows(calls[name]) for name, module in prepared.items()}
     if own:
         rows = _prepared_rows(model, rows, own)
     total = _sum("prunable", rows)
-    bases = sum(row.basis_parameters for found in own.values() for row in found)
+    bases = sum(row.basis_parameters for own_rows in own.values() for row in own_rows)
     return Report(tuple(rows), total, _everything(model, prunable, total, sum(stored.values()), bases))
 
 
 def _row(layer: TensorRef, basis: str, counted: Tensor | None, stored: int, positions: int | None) -> Row:
     coefficients, mask, space = layer.parameter.detach(), layer.mask, layer.interspace
-    left = coefficients != 0
-    kept = left if mask is None else left & mask
-    parameters, nonzeros = kept.numel(), int(kept.sum())
+    nonzero = coefficients != 0
+    nonzero = nonzero if mask is None else nonzero & mask
+    parameters, nonzeros = nonzero.numel(), int(nonzero.sum())
     transform = None
     if positions is not None:
         transform = 0
@@ -119,10 +117,13 @@ def _row(layer: TensorRef, basis: str, counted: Tensor | None, stored: int, posi
     )
 
 
-def _prepared_rows(model: nn.Module, left: Iterable[Row], own: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """Rows of the layers that are left to torch, and those that prepared modules, by their names, run themselves.
+def _prepared_rows(model: nn.Module, by_torch: Iterable[Row], own: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Merge the rows of layers that torch runs with those of layers that prepared modules run.
 
-    In the order of the modules, under their names in the model that was prepared.
+    Args:
+        model: gives the order of the rows, and names as in the model that was prepared.
+        by_torch: the rows of layers that torch runs.
+        own: {name of a prepared module: rows of the layers that it runs itself}.
     """
 
     def named(name: str) -> str:
@@ -132,15 +133,15 @@ def _prepared_rows(model: nn.Module, left: Iterable[Row], own: Mapping[str, Sequ
                 return _joined(prefix, name.removeprefix(inside))
         return name
 
-    rows = {_joined(name, row.layer): row for name, found in own.items() for row in found}
-    for row in left:
+    rows = {_joined(name, row.layer): row for name, own_rows in own.items() for row in own_rows}
+    for row in by_torch:
         dense = dataclasses.replace(row, bytes_sparse=row.bytes_dense, runs="dense")
-        there = rows.get(named(row.layer))
-        if there is not None:  # only some of its calls are left to torch
+        sparse = rows.get(named(row.layer))
+        if sparse is not None:  # torch runs only some of its calls
             counts = ("bytes_sparse", "macs_dense", "macs_nonzero", "macs_basis")
-            sums = {each: _total((getattr(there, each), getattr(dense, each))) for each in counts}
-            runs = ", ".join(dict.fromkeys((there.runs or "", "dense")))
-            dense = dataclasses.replace(there, runs=runs, **sums)  # type: ignore[arg-type]
+            sums = {count: _total((getattr(sparse, count), getattr(dense, count))) for count in counts}
+            runs = ", ".join(dict.fromkeys((sparse.runs or "", "dense")))
+            dense = dataclasses.replace(sparse, runs=runs, **sums)  # type: ignore[arg-type]
         rows[named(row.layer)] = dense
     order = {named(name): number for number, (name, _) in reversed(list(enumerate(model.named_modules())))}
     return [dataclasses.replace(rows[name], layer=name) for name in sorted(rows, key=order.__getitem__)]
@@ -175,14 +176,19 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
 
 
 def _total(values: Iterable[int | None]) -> int | None:
-    found = list(values)
-    return None if None in found else sum(value or 0 for value in found)
+    counts = list(values)
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _everything(model: nn.Module, layers: Sequence[TensorRef], prunable: Row, stored: int, bases: int) -> Row:
-    """The prunable layers, and with them all other parameters, bases and buffers, which `stored` bytes hold.
+    """The sum of prunable layers, and all other parameters, bases and buffers.
 
-    So many numbers are in `bases` that are no Parameters.
+    Args:
+        model: as given to `report`.
+        layers: its prunable layers.
+        prunable: their sum.
+        stored: bytes of all other tensors in a compact file.
+        bases: number of entries of bases that are no Parameters of the model.
     """
     refs = tensors_of(model)
     masks = {ref.parameter: ref.mask for ref in refs if not ref.is_foreign and ref.mask is not None}
@@ -195,7 +201,7 @@ def _everything(model: nn.Module, layers: Sequence[TensorRef], prunable: Row, st
         values = parameter.detach()
         parameters += values.numel()
         if parameter in basis:
-            nonzeros += values.numel()  # stored whole; its bytes are among the rows'
+            nonzeros += values.numel()  # stored dense; the rows contain its bytes
             continue
         size += _bytes(values)
         mask = masks.get(parameter)
@@ -216,9 +222,9 @@ def _positions(
     model: nn.Module, layers: Sequence[TensorRef], example_input: Any,
     prepared: Mapping[str, Prepared], calls: Mapping[str, list[tuple[Tensor, ...]]],
 ) -> dict[str, int]:  # fmt: skip
-    """How often each layer applies its weight: output positions (input positions where transposed) times batch.
+    """How often each layer applies its weight: output positions (input positions if transposed) times batch size.
 
-    What prepared modules are called with is added to `calls`.
+    The inputs of prepared modules are appended to `calls`.
     """
     counts = dict.fromkeys((layer.module_name for layer in layers), 0)
     owners = {id(layer.parameter): layer for layer in layers}
@@ -237,7 +243,7 @@ def _positions(
         return count
 
     if prepared:
-        run(model, example_input)  # shapes that are new are prepared for here, which runs layers, too
+        run(model, example_input)  # without hooks: preparing for a new shape runs layers, too
 
     def noter(name: str) -> Callable[..., None]:
         return lambda _, args: calls[name].append(args)
@@ -245,7 +251,7 @@ def _positions(
     hooks = [module.register_forward_pre_hook(noter(name)) for name, module in prepared.items()]
     for module in model.modules():
         if TensorRef(module).is_prunable:
-            owner = owners[id(TensorRef(module).parameter)]  # of a tied weight, the layer that lists it
+            owner = owners[id(TensorRef(module).parameter)]  # the layer that lists a tied weight
             hooks.append(module.register_forward_hook(counter(owner), with_kwargs=True))
     try:
         run(model, example_input)

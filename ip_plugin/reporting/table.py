@@ -1,4 +1,4 @@
-"""What a report holds, one row for each layer, and how it is shown: as a table, a dict or CSV."""
+"""A report, one row for each layer, and its forms: table, dict and CSV."""
 
 from __future__ import annotations
 
@@ -19,25 +19,23 @@ class Row:
         layer: module name.
         space: ``"interspace"`` or ``"spatial"``.
         shape: of the coefficients or the weight.
-        parameters: numbers in the coefficients or the weight.
-        nonzeros: those that are neither masked nor zero.
+        parameters: number of coefficients or weights.
+        nonzeros: number of those that are neither masked nor zero.
         sparsity: ``1 - nonzeros / parameters``.
         basis: name of the first layer that uses the same basis; empty for a spatial layer.
-        basis_parameters: numbers in the basis, counted at the first layer that uses it and 0 at the others.
+        basis_parameters: number of entries of the basis, counted at the first layer that uses it, 0 at the others.
         bytes_dense: size of all values.
-        bytes_sparse: size in the file that `ip_plugin.save` writes: the values that count, their positions, and the
-            basis where it is counted; dense where that is smaller.
-        macs_dense: multiply-adds of the layer for the example input, as it is given (its batch included).
-        macs_nonzero: those with a non-zero factor.
-        macs_basis: multiply-adds that the basis adds when the layer runs in the interspace instead of being composed:
+        bytes_sparse: size in the file that `ip_plugin.save` writes: stored values, their positions, and the basis where
+            it is counted; dense if that is smaller.
+        macs_dense: multiply-adds of the layer for the whole example input (all its samples).
+        macs_nonzero: multiply-adds with a non-zero coefficient or weight.
+        macs_basis: multiply-adds that the basis adds if the layer runs in the interspace, without composing kernels:
             N * N for each position and each input or output channel, whichever are fewer.
         mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
-            `ip_plugin.methods.filter_variety.Variety`; None in sums, where fewer than two filters are left, and where
-            not asked for.
+            `ip_plugin.methods.filter_variety.Variety`; None in sums, for fewer than two filters, and if not requested.
         runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
-            multiplications), or ``"dense"``, which is what it does with all that it does not take; more than one,
-            comma-separated, where calls differ. None in other models and in sums. `bytes_sparse` is then the size in
-            memory of what the layer is run with.
+            multiplications) or ``"dense"`` (by torch); several, comma-separated, if calls differ. None in other models
+            and in sums. In a sparse network `bytes_sparse` is the memory that the layer takes.
     """
 
     layer: str
@@ -61,14 +59,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found. Prints as a table.
+    """The result of `report`. Prints as a table.
 
     Attributes:
         rows: one for each prunable layer, in model order.
         prunable: their sum.
-        everything: the sum with biases, norms, other parameters and bases: ``parameters`` is what
-            ``model.parameters()`` yields, ``bytes_dense`` those of the state_dict without masks, buffers included;
-            ``bytes_sparse`` are those of a compact file without its header.
+        everything: the sum including biases, norms, other parameters and bases: ``parameters`` is the number of entries
+            in ``model.parameters()``, ``bytes_dense`` the size of the state_dict without masks, and ``bytes_sparse``
+            that of a compact file without its header.
     """
 
     rows: tuple[Row, ...]
@@ -95,7 +93,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title="What is left")
+        table = Table(title="Parameters and non-zeros")
         table.add_column("layer", overflow="fold")
         table.add_column("space")
         prepared = any(row.runs is not None for row in self.rows)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic file replacement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replace a file by what the block writes; killed at any moment, the old file or the new one is there.
+    """Replace a file atomically by what the block writes: at any moment the old file or the new one is there.
 
     Yields:
-        A temporary file beside `path`. After the block it goes to the disk, and then under its name; if the block
-        fails, it is removed. A process that is killed leaves it behind: a name that starts with a dot.
+        A temporary file beside `path`. After the block it is flushed to disk and renamed; if the block fails, it is
+        removed. A killed process leaves it behind, with a name that starts with a dot.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -25,12 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(temporary, os.O_RDWR)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are for their owner alone
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name == "posix":  # other systems cannot open a folder
         _sync(path.parent, os.O_RDONLY)
 
 
@@ -43,6 +43,6 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file by new content, as `replacing` does. Text is UTF-8, with the line ends that it has."""
+    """Replace the content of a file atomically. Text is written as UTF-8, its line ends unchanged."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

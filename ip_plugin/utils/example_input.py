@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExampleInputError
+from ..errors import BatchError
 from .preserved_state import preserved_state
 
 
@@ -21,7 +21,7 @@ def run(model: nn.Module, example_input: Any) -> Any:
         example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments.
 
     Raises:
-        ExampleInputError: the model does not run on it.
+        BatchError: the model does not run on it.
 
     >>> run(nn.Linear(2, 3), torch.zeros(1, 2)).shape
     torch.Size([1, 3])
@@ -34,4 +34,8 @@ def run(model: nn.Module, example_input: Any) -> Any:
             return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
         except Exception as error:
             shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-            raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error
+            raise BatchError(
+                "The model must run on `example_input`: a tensor, a tuple of arguments or a dict of keyword arguments.",
+                f"{type(error).__name__} on {shape}: {error}",
+                "pass an input as the model's forward takes it, on the model's device",
+            ) from error

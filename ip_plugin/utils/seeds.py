@@ -1,4 +1,4 @@
-"""Seeds of random streams that have nothing to do with each other."""
+"""Seeds of independent random streams."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, made of a user's seed.
+    """A seed for one purpose, derived from a user's seed.
 
-    Equal seeds give equal streams: random scores from the stream that has initialised the weights rank the weights, and
-    masks made of them keep the most negative ones.
+    One seed for several purposes would give equal streams: random scores would rank the weights that were initialised
+    with the same seed, and their masks would keep the most negative weights.
 
     >>> derived_seed(0, "masks") == derived_seed(0, "masks"), derived_seed(0, "masks") == derived_seed(0, "order")
     (True, False)

@@ -1,4 +1,4 @@
-"""The largest of very many numbers."""
+"""Exact top-k selection among very many numbers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_FEW = 1 << 17
 _AT_ONCE = 1 << 20
 
 
-def kth_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False) -> Tensor:
-    """The k-th largest of all entries of several tensors, counted from 1, exactly.
+def kth_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False, few: int = 1 << 17) -> Tensor:
+    """The exact k-th largest entry of several tensors, counted from 1.
 
-    Found without a copy of all of them (`torch.kthvalue` makes three): by their leading bits first, then in one bin.
+    Needs no copy of all entries (`torch.kthvalue` makes three): a histogram of their leading bits, then one bin.
 
     Args:
-        values: floating point, on one device; NaN must not be among them.
-        k: at least 1, at most as many as there are.
+        values: floating point tensors on one device, without NaN.
+        k: at least 1, at most the number of entries.
         magnitudes: rank absolute values.
+        few: up to this number of entries, they are copied.
 
     >>> kth_largest([torch.tensor([3.0, -5.0]), torch.tensor([4.0])], 2)
     tensor(3.)
@@ -30,11 +30,11 @@ def kth_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False) -
 
     def parts() -> Iterator[Tensor]:
         for part in values:
-            for few in part.flatten().split(_AT_ONCE):
-                wide = few.to(torch.promote_types(few.dtype, torch.float32))
+            for chunk in part.flatten().split(_AT_ONCE):
+                wide = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
                 yield wide.abs() if magnitudes else wide
 
-    if sum(part.numel() for part in values) <= _FEW:
+    if sum(part.numel() for part in values) <= few:
         return _kth(torch.cat(list(parts())), k)
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=values[0].device)
     for part in parts():
@@ -49,7 +49,7 @@ def kth_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False) -
 def keep_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False) -> list[Tensor]:
     """Masks of exactly the k largest entries of several tensors together.
 
-    Where equal values must be told apart, they are taken evenly over all entries that have them, and always alike.
+    Ties at the threshold are broken evenly over all entries with that value, and deterministically.
 
     Args: as `kth_largest`; `k` may be 0.
 
@@ -65,7 +65,7 @@ def keep_largest(values: Sequence[Tensor], k: int, *, magnitudes: bool = False) 
         masks.append((ranked > threshold).contiguous())
         tied.append((ranked == threshold).flatten().nonzero().squeeze(1))
     counts = [len(places) for places in tied]
-    # Fractional parts of multiples of the golden ratio are spread evenly, and follow no period of the kernels.
+    # Fractional parts of multiples of the golden ratio are spread evenly, without any period.
     spread = torch.arange(sum(counts), dtype=torch.float64, device=threshold.device) * ((math.sqrt(5) - 1) / 2) % 1
     taken = torch.zeros(sum(counts), dtype=torch.bool, device=threshold.device)
     taken[spread.topk(k - sum(int(mask.sum()) for mask in masks), largest=False).indices] = True
@@ -79,10 +79,9 @@ def _kth(values: Tensor, k: int) -> Tensor:
 
 
 def _leading_bits(values: Tensor) -> Tensor:
-    """The sixteen leading bits as numbers from 0 that are ordered as the values are.
+    """The sixteen leading bits as numbers from 0, in the order of the values.
 
-    Floats of one sign are ordered as their bits are; those of negative numbers the other way round. Both zeros are
-    one number.
+    Positive floats are ordered like their bits, negative ones the other way round. Both zeros get the same number.
     """
     wide = values.dtype == torch.float64
     bits = (values + 0.0).view(torch.int64 if wide else torch.int32) >> (48 if wide else 16)

@@ -1,11 +1,11 @@
-"""What counts as an amount: fractions and counts, Python's or numpy's, but no bools."""
+"""Validation of fractions and counts: numbers of Python or numpy, but no bools."""
 
 from __future__ import annotations
 
 import numbers
 from typing import TypeGuard
 
-from ..errors import InvalidAmountError
+from ..errors import AmountError
 
 
 def is_fraction(value: object) -> TypeGuard[float]:
@@ -27,33 +27,33 @@ def is_count(value: object, least: int = 0) -> TypeGuard[int]:
 
 
 def check_fraction(value: object, name: str = "sparsity") -> float:
-    """The value of the argument `name`, which must be a fraction.
+    """Return the value of the argument `name` if it is a fraction.
 
     Raises:
-        InvalidAmountError: it is none.
+        AmountError: it is no number in [0, 1].
 
     >>> check_fraction(0.5)
     0.5
     """
     if not is_fraction(value):
-        raise InvalidAmountError(
+        raise AmountError(
             f"`{name}` must be a fraction in [0, 1].", _described(value), "pass a number between 0.0 and 1.0"
         )
     return float(value)
 
 
 def check_count(value: object, available: int, name: str = "count") -> int:
-    """The value of the argument `name`, which must be a count of entries.
+    """Return the value of the argument `name` if it is a count of at most `available` entries.
 
     Raises:
-        InvalidAmountError: it is none, or there are fewer entries.
+        AmountError: it is no whole number, negative, or larger than `available`.
 
     >>> check_count(3, available=4)
     3
     """
     if not is_count(value) or value > available:
-        raise InvalidAmountError(
-            f"`{name}` must be a whole number of at most {available}, the number of entries that there are.",
+        raise AmountError(
+            f"`{name}` must be a whole number of at most {available}, the number of entries.",
             _described(value),
             f"pass an int between 0 and {available}",
         )

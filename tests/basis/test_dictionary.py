@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ip_plugin.basis import dictionary
 from ip_plugin.basis.bases import make
 from ip_plugin.basis.dictionary import Dictionary, learn
 from ip_plugin.basis.fitting import Kernels, fit, largest
@@ -95,17 +94,16 @@ def test_the_gauge_of_the_start_does_not_matter() -> None:
     torch.testing.assert_close(learn([part], [500], scaled).basis, learn([part], [500], start).basis)
 
 
-def test_many_kernels_are_begun_on_a_sample_and_end_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_kernels_are_begun_on_a_sample_and_end_on_all() -> None:
     part, start = kernels((3, 3), 3000), make("dct", (3, 3))
     whole = learn([part], [5400], start)
-    monkeypatch.setattr(dictionary, "_SAMPLE", 300)
-    sampled = learn([part], [5400], start)
+    sampled = learn([part], [5400], start, sample=300)
     assert not torch.equal(sampled.basis, whole.basis)
     assert sampled.codes[0].mask.shape == (3000, 9) and int(sampled.codes[0].mask.sum()) == 5400
     assert sampled.error == pytest.approx(written_error([part], sampled), rel=1e-4)
     assert sampled.error < 1.15 * whole.error < error([part], [5400], start)
-    assert torch.equal(learn([part], [5400], start).basis, sampled.basis)
-    assert not torch.equal(learn([part], [5400], start, seed=1).basis, sampled.basis)
+    assert torch.equal(learn([part], [5400], start, sample=300).basis, sampled.basis)
+    assert not torch.equal(learn([part], [5400], start, sample=300, seed=1).basis, sampled.basis)
 
 
 def test_extremes() -> None:
@@ -118,11 +116,10 @@ def test_extremes() -> None:
     assert learn([Kernels(part.rows[:0], 0, (3, 3))], [0], start).error == 0
 
 
-def test_filters_that_come_too_near_to_each_other_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_that_come_too_near_to_each_other_are_not_taken() -> None:
     part, start = kernels((3, 3)), make("dct", (3, 3))
     limit = float(torch.linalg.cond(learn([part], [300], start).basis)) / 2
-    monkeypatch.setattr(dictionary, "_MOST_CONDITION", limit)
-    assert float(torch.linalg.cond(learn([part], [300], start).basis)) <= limit
+    assert float(torch.linalg.cond(learn([part], [300], start, max_condition=limit).basis)) <= limit
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (5, 5)])

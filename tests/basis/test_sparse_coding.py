@@ -117,11 +117,10 @@ def test_kernels_of_zeros_and_extremes(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [9, 12])
-def test_many_kernels_are_coded_as_few_are(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_kernels_are_coded_as_few_are(n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     basis, rows = regular(n, generator), torch.randn(100, n, generator=generator)
     whole = code(rows, basis, 300)
-    monkeypatch.setattr("ip_plugin.basis.sparse_coding._ROWS_AT_ONCE", 7)
-    parts = code(rows, basis, 300)
+    parts = code(rows, basis, 300, rows_at_once=7)
     assert torch.equal(parts.mask, whole.mask)
     torch.testing.assert_close(parts.coefficients, whole.coefficients)

@@ -260,7 +260,7 @@ def test_what_is_tied_is_stored_once_and_tied_again(masked: bool, tie: bool, tmp
     apart = Tied(tie=False)
     save(apart, tmp_path / "apart")
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    with pytest.raises(errors.WrongModelError, match="'decoder.weight' and 'embedding.weight', which are one tensor"):
+    with pytest.raises(errors.CheckpointError, match="'decoder.weight' and 'embedding.weight', which are one tensor"):
         load(fresh, tmp_path / "apart")
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
@@ -419,7 +419,7 @@ def test_values_that_half_does_not_hold_are_refused(tmp_path: Path) -> None:
         ({"dtype": "float16"}, "dtype=float16"),
         ({"dtype": torch.float16, "resumable": True}, "resumable=True"),
     ):
-        with pytest.raises(errors.StoredDtypeError, match=text):
+        with pytest.raises(errors.CheckpointError, match=text):
             save(model, tmp_path / "model", **options)
     save(model, tmp_path / "model2", dtype=torch.bfloat16)
     assert (tmp_path / "model").read_bytes() == b"old"
@@ -521,7 +521,7 @@ WRONG_MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], 
         lambda: build(conv=nn.Conv1d(4, 8, 3, groups=2)), build, r"of shape \(8, 2, 3\) in the file and \(8, 2, 3, 3\)",
     ),
     "a cut layer of unknown kind": (
-        lambda: build(own=Custom(4)), lambda: build(own=Custom(5)), "layer 'own', .*: a Custom, and how its sizes",
+        lambda: build(own=Custom(4)), lambda: build(own=Custom(5)), "layer 'own', .*: a Custom, whose attributes",
     ),
     "a cut attention": (
         lambda: build(own=nn.MultiheadAttention(4, 2)), lambda: build(own=nn.MultiheadAttention(8, 2)), "Multihead",
@@ -547,9 +547,9 @@ def test_another_model_is_refused_and_stays_as_it_was(name: str, tmp_path: Path)
     save(saved(), tmp_path / "model")
     model = other()
     before = snapshot(model)
-    with pytest.raises(errors.WrongModelError, match=text) as caught:
+    with pytest.raises(errors.CheckpointError, match=text) as caught:
         load(model, tmp_path / "model")
-    assert isinstance(caught.value, errors.InvalidFileError) and "What to do: build the model" in str(caught.value)
+    assert isinstance(caught.value, errors.CheckpointError) and "What to do: build the model" in str(caught.value)
     assert snapshot(model) == before
 
 
@@ -593,16 +593,16 @@ def sparse_layout() -> nn.Module:
 
 
 NOT_STORABLE: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
-    "not initialised": (lambda: build(a=nn.LazyLinear(3)), errors.NotStorableError, "'a.weight': not initialised yet"),
-    "a lazy buffer": (lambda: build(a=nn.LazyBatchNorm1d()), errors.NotStorableError, "'a.weight': not initialised"),
-    "meta": (lambda: build(a=nn.Linear(2, 2, device="meta")), errors.NotStorableError, "'a.weight': on the meta"),
-    "extra state": (lambda: build(a=Extra(2, 2)), errors.NotStorableError, "'a': the extra state of a Extra"),
-    "a sparse buffer": (sparse_layout, errors.NotStorableError, "'graph': of layout torch.sparse_coo"),
-    "someone else's on top": (on_top, errors.AlreadyParametrizedError, "'conv': weight parametrized by _WeightNorm"),
-    "pruned beneath someone else's": (beneath, errors.AlreadyParametrizedError, "original1"),
-    "a basis with NaN": (lambda: spoilt(math.nan), errors.InvalidBasisError, "NaN or infinite .* of 'conv.weight'"),
-    "an infinite basis": (lambda: spoilt(math.inf), errors.InvalidBasisError, "NaN or infinite"),
-    "a singular basis": (lambda: spoilt(0.0), errors.InvalidBasisError, "depend on each other, or are zero"),
+    "not initialised": (lambda: build(a=nn.LazyLinear(3)), errors.CheckpointError, "'a.weight': not initialised yet"),
+    "a lazy buffer": (lambda: build(a=nn.LazyBatchNorm1d()), errors.CheckpointError, "'a.weight': not initialised"),
+    "meta": (lambda: build(a=nn.Linear(2, 2, device="meta")), errors.CheckpointError, "'a.weight': on the meta"),
+    "extra state": (lambda: build(a=Extra(2, 2)), errors.CheckpointError, "'a': the extra state of a Extra"),
+    "a sparse buffer": (sparse_layout, errors.CheckpointError, "'graph': of layout torch.sparse_coo"),
+    "someone else's on top": (on_top, errors.ConversionError, "'conv': weight parametrized by _WeightNorm"),
+    "pruned beneath someone else's": (beneath, errors.ConversionError, "original1"),
+    "a basis with NaN": (lambda: spoilt(math.nan), errors.BasisError, "NaN or infinite .* of 'conv.weight'"),
+    "an infinite basis": (lambda: spoilt(math.inf), errors.BasisError, "NaN or infinite"),
+    "a singular basis": (lambda: spoilt(0.0), errors.BasisError, "linearly dependent, or zero"),
 }  # fmt: skip
 
 
@@ -623,7 +623,7 @@ def test_load_refuses_models_that_save_refuses(made: Callable[[], nn.Module], tm
     saved = build(a=nn.Linear(4, 3)) if hasattr(model, "a") else build()
     save(saved, tmp_path / "model")
     before = snapshot(model)
-    with pytest.raises((errors.NotStorableError, errors.AlreadyParametrizedError)):
+    with pytest.raises((errors.CheckpointError, errors.ConversionError)):
         load(model, tmp_path / "model")
     assert snapshot(model) == before
 

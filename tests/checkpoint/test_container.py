@@ -1,4 +1,4 @@
-"""Compact files that are damaged, lie, or are being written: refused with a reason, or whole."""
+"""Compact files that are corrupt or inconsistent are rejected with a diagnostic; writes are atomic."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ip_plugin import errors, interspace, load, save, set_masks
 from ip_plugin.adapters import torch_prune
-from ip_plugin.checkpoint.container import _checksum, _digits_at, opened
+from ip_plugin.checkpoint.container import opened, seal
 from ip_plugin.checkpoint.inspection import inspect
-from ip_plugin.errors import InvalidFileError
+from ip_plugin.errors import CheckpointError
 from ip_plugin.utils import atomic as files
 
 
@@ -58,7 +58,7 @@ def refused(path: Path, model: nn.Module | None = None) -> str:
     """Both readers refuse a file; the model stays as it was."""
     model = network() if model is None else model
     before = state(model)
-    with pytest.raises(InvalidFileError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         load(model, path)
     assert state(model) == before
     return str(caught.value)
@@ -72,7 +72,7 @@ def test_every_byte_that_changes_is_noticed(tmp_path: Path) -> None:
         flipped = bytearray(good)
         flipped[place] ^= 1 << numbers.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(InvalidFileError), opened(path):
+        with pytest.raises(CheckpointError), opened(path):
             pass
         if place % 40 == 0:
             refused(path, model)
@@ -82,7 +82,7 @@ def test_every_length_but_the_whole_is_refused(good: bytes, tmp_path: Path) -> N
     path = tmp_path / "model"
     for length in [*range(0, len(good), 7), len(good) - 1]:
         path.write_bytes(good[:length])
-        with pytest.raises(InvalidFileError), opened(path):
+        with pytest.raises(CheckpointError), opened(path):
             pass
     path.write_bytes(good + b"\0")
     assert "checksum is wrong" in refused(path)
@@ -97,7 +97,7 @@ def test_anything_else_is_no_compact_file(data: bytes, length: int) -> None:
     try:
         for content in (data, length.to_bytes(8, "little") + data):
             path.write_bytes(content)
-            with pytest.raises(InvalidFileError), opened(path):
+            with pytest.raises(CheckpointError), opened(path):
                 pass
     finally:
         path.unlink()
@@ -127,12 +127,7 @@ def lie(good: bytes, path: Path, change: Change, sign: bool = True) -> None:
     text = change(description, tensors)
     text = text if isinstance(text, str) else json.dumps(description, separators=(",", ":"))
     save_file(tensors, path, metadata={"ip_plugin": text})
-    with open(path, "r+b") as file:
-        start = _digits_at(file)
-        assert start is not None
-        digits = _checksum(file, start)
-        file.seek(start)
-        file.write(digits)
+    seal(path)
 
 
 def record(name: str, **changes: Any) -> Change:
@@ -198,7 +193,7 @@ LIES: dict[str, tuple[Change, str]] = {
     "a version that is true": (top(format=True), "without a format version"),
     "something besides": (top(code="import os"), "'code'"),
     "no tensors": (lambda d, t: d.pop("tensors") and None, "a description of"),
-    "tensors that are a list": (top(tensors=[]), "of other kinds"),
+    "tensors that are a list": (top(tensors=[]), "of other types"),
     "groups that are none": (top(groups={"0": 0}), "'0': groups 0"),
     "groups of nothing": (top(groups={"7": 2}), "groups of '7'"),
     "groups of a norm": (top(groups={"1": 2}), "groups of '1'"),
@@ -218,14 +213,14 @@ LIES: dict[str, tuple[Change, str]] = {
     "rounded from nothing": (record("0.weight", stored="int8"), "stored as 'int8'"),
     "positions of another kind": (record("0.weight", positions="bits"), "a bit mask of 4 bytes for 72"),
     "positions that nobody knows": (record("0.weight", positions="gaps9"), "coded as 'gaps9'"),
-    "positions of everything": (record("0.weight", positions="all"), "nothing describes|6 values for 72"),
+    "positions of everything": (record("0.weight", positions="all"), "without a description|6 values for 72"),
     "a mask that nobody knows": (record("0.weight", mask="bits2"), "coded as 'bits2'"),
     "a mask that is not there": (record("0.weight", mask="bits"), "no tensor '0.weight/mask'"),
-    "a mask of a dense tensor's positions": (record("1.weight", mask="positions"), "where values are not"),
+    "a mask of a dense tensor's positions": (record("1.weight", mask="positions"), "equal to positions that are"),
     "a masked buffer": (record("1.running_mean", mask="all"), "a buffer with"),
     "positions missing": (dropped("0.weight/positions"), "no tensor '0.weight/positions'"),
     "values missing": (dropped("0.weight/values"), "no tensor '0.weight/values'"),
-    "a tensor besides": (tensor("more", torch.zeros(3)), "that nothing describes: more"),
+    "a tensor besides": (tensor("more", torch.zeros(3)), "without a description: more"),
     "too many values": (tensor("0.weight/values", doubled), "positions of 6 entries, and 12 values"),
     "too few values": (tensor("0.weight/values", lambda v: v[:-1].clone()), "positions of 6 entries, and 5 values"),
     "values in rows": (tensor("0.weight/values", lambda v: v.reshape(2, 3)), "F32 of shape"),
@@ -247,13 +242,13 @@ LIES: dict[str, tuple[Change, str]] = {
     "a negative basis": (record("0.weight", basis=-1), "basis -1 of 1"),
     "a basis that is true": (record("0.weight", basis=True), "basis 'True'"),
     "a basis nobody uses": (lambda d, t: d["tensors"]["0.weight"].pop("basis") and None, "bases, of which tensors use"),
-    "a basis of a norm": (record("1.weight", basis=0), "not the weight of one convolution"),
+    "a basis of a norm": (record("1.weight", basis=0), "something other than the weight of one convolution"),
     "a basis of a 1x1 layer": (record("2.weight", basis=0), "9 filters in the basis of kernels of 1 "),
     "trained by half": (top(bases=[{"trained": 0.5}]), "trained '0.5'"),
     "tied to nothing": (record("1.bias", tied="1.scale"), "the values of '1.scale'"),
     "tied to itself": (record("1.bias", tied="1.bias"), "the values of '1.bias'"),
     "tied and with values": (record("0.weight", tied="1.bias"), "values of its own"),
-    "tied to another shape": (record("1.bias", tied="0.bias", shape=[5]), "the values of '0.bias', which has others"),
+    "tied to another shape": (record("1.bias", tied="0.bias", shape=[5]), "the values of '0.bias', which differs"),
     "tied in a ring": (
         lambda d, t: (d["tensors"]["1.bias"].update(tied="0.bias"), d["tensors"]["0.bias"].update(tied="1.bias")),
         "which has none",
@@ -288,7 +283,7 @@ def test_a_file_is_not_believed_what_it_would_take_memory_for(good: bytes, tmp_p
         assert "of shape (524288, 524288, 3, 3) in the file and (4, 2, 3, 3) in the model" in refused(path)
         try:
             found = inspect(path)
-        except InvalidFileError:
+        except CheckpointError:
             return
         assert found.lines[0].entries == 9 * 2**38
     finally:
@@ -350,13 +345,13 @@ def test_any_lie_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: p
     before = state(model)
     try:
         load(model, folder / "model")
-    except InvalidFileError:
+    except CheckpointError:
         assert state(model) == before
     else:
         assert sum(p.numel() for p in model.parameters()) <= 200
     try:
         str(inspect(folder / "model"))
-    except InvalidFileError:
+    except CheckpointError:
         pass
 
 
@@ -475,6 +470,6 @@ def test_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
     model = nn.Linear(64, 64, bias=False)
     set_masks(model, {"": torch.eye(64)})
     model.register_buffer("weight/values", torch.ones(2))
-    with pytest.raises(errors.NotStorableError, match="two tensors of this name"):
+    with pytest.raises(errors.CheckpointError, match="two tensors of this name"):
         save(model, tmp_path / "model")
     assert os.listdir(tmp_path) == []

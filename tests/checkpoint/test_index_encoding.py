@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ip_plugin.checkpoint.index_encoding import CODINGS, Positions, decode, encode
-from ip_plugin.errors import InvalidFileError
+from ip_plugin.errors import CheckpointError
 
 
 def kept_at(total: int, *index: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_encode_does_not_write_is_refused(name: str) -> None:
     coding, data, count, total, text = WRONG[name]
-    with pytest.raises(InvalidFileError, match=f"'conv.weight': .*{text}"):
+    with pytest.raises(CheckpointError, match=f"'conv.weight': .*{text}"):
         decode(Positions(coding, torch.tensor(data, dtype=torch.uint8)), count, total, "conv.weight")
 
 
@@ -107,7 +107,7 @@ def test_any_bytes_are_positions_or_refused(coding: str, data: bytes, total: int
     coded = Positions(coding, torch.tensor(list(data), dtype=torch.uint8))
     try:
         index = decode(coded, None, total)
-    except InvalidFileError:
+    except CheckpointError:
         return
     assert len(index) == 0 or (index[0] >= 0 and index[-1] < total and bool((index.diff() > 0).all()))
     # One way to write it only: the coding is canonical.

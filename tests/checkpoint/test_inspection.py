@@ -60,7 +60,7 @@ def test_the_command_prints_it(file: Path) -> None:
     assert rows["2.weight"][6:] == ["gaps4", "yes", "0"]
     assert rows["6.weight"][6:] == [inspected_positions(file), "yes", ""]
     assert rows["1 bases"][5] == "324" and rows["file"][5] == f"{file.stat().st_size:,}"
-    assert "8 vectors and scalars" in rows and "bytes if every value were stored" in run.stdout
+    assert "8 vectors and scalars" in rows and "bytes if stored densely" in run.stdout
 
 
 def inspected_positions(file: Path) -> str:
@@ -77,7 +77,7 @@ def test_a_bad_file_is_an_error_of_one_message(
             cli.run()
         captured = capsys.readouterr()
         assert caught.value.code == 2 and captured.out == ""
-        assert re.match(r"error: A compact file must be whole", captured.err)
+        assert re.match(r"error: A compact file must be complete", captured.err)
     assert CliRunner().invoke(cli.app, ["inspect", str(file) + "x"]).exit_code == 2
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ip_plugin import interspace, join_optimizer, load, masks, normalize, save, set_masks
 from ip_plugin.basis.bases import CONSTRAINTS, Constraint, constrained
 from ip_plugin.core.parametrization import Interspace
-from ip_plugin.errors import InvalidBasisError
+from ip_plugin.errors import ArgumentError, BasisError
 
 pytestmark = pytest.mark.contract
 
@@ -79,9 +79,9 @@ def test_a_given_basis_leaves_the_function_as_it_was(constraint: Constraint, bas
 def test_a_basis_that_cannot_be_orthonormal_and_an_unknown_constraint_are_refused() -> None:
     model, x = net()
     before, output = list(model.state_dict()), model(x)
-    with pytest.raises(InvalidBasisError, match='(?s)orthogonal.*"unit"'):
+    with pytest.raises(BasisError, match='(?s)orthogonal.*"unit"'):
         interspace(model, basis=torch.eye(9) + 0.1 * torch.rand(9, 9), constraint="orthonormal")
-    with pytest.raises(InvalidBasisError, match="(?s)`constraint` must be.*'norm'"):
+    with pytest.raises(ArgumentError, match="(?s)`constraint` must be.*'norm'"):
         interspace(model, constraint="norm")  # type: ignore[arg-type]
     assert list(model.state_dict()) == before and torch.equal(model(x), output)
 

@@ -14,7 +14,7 @@ from torch import nn
 from workers import KINDS_TRAINED, SCHEDULES, case_of, steps, worker
 
 from ip_plugin import bake, interspace, masks, set_masks
-from ip_plugin.errors import WrappedModelError
+from ip_plugin.errors import ConversionError
 
 pytestmark = pytest.mark.contract
 
@@ -63,7 +63,7 @@ def test_a_wrapped_model_is_refused_but_can_be_baked_copied_and_masked_inside(tm
     try:
         model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
         wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-        with pytest.raises(WrappedModelError, match="call interspace.model. first, then DistributedDataParallel"):
+        with pytest.raises(ConversionError, match="call interspace.model. first, then DistributedDataParallel"):
             interspace(wrapped)
         wrapped = nn.parallel.DistributedDataParallel(interspace(model))
         set_masks(wrapped, {"module.0": torch.rand(3, 3, 3, 3) < 0.5})

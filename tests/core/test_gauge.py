@@ -96,7 +96,7 @@ def test_unknown_optimizer_state_is_reset_with_a_warning() -> None:
     optimizer = torch.optim.Rprop(model.parameters())
     backward(model, x)
     optimizer.step()
-    with pytest.warns(UserWarning, match="optimizer state was reset.*step_size"):
+    with pytest.warns(UserWarning, match="optimizer state was reset: .*step_size"):
         normalize(model, optimizer)
     kept = [bool(optimizer.state.get(parameter)) for parameter in model.parameters()]
     assert kept.count(False) == 3  # two tensors of coefficients and their basis

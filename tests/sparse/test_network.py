@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace
-from ip_plugin.errors import ExampleInputError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
+from ip_plugin.errors import BatchError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.images import pack
@@ -489,7 +489,7 @@ def test_what_cannot_be_run_is_refused() -> None:
         prepare(model, images.double())
     with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
         prepare(copy.deepcopy(model).double(), images)
-    with pytest.raises(ExampleInputError):
+    with pytest.raises(BatchError):
         prepare(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(SparseExecutionError, match="list"):
         prepare(model, images)([1.0])

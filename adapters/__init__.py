@@ -1,9 +1,7 @@
-"""Adapters to the pruning tools that people already use, one module for each host.
+"""Adapters to pruning libraries that people already use (hosts), one package each, and the protocol of criteria.
 
-Importing this package imports no host. A host's module is found by its name here, or, for hosts that others add, by
-the entry-point group ``ip_plugin.adapters``: an entry ``name = "package.module"`` names a module which may offer
-criteria to ``ip-plugin compare`` as a dict ``CRITERIA`` of `Criterion`, `ChannelCriterion`, `TrainingCriterion` and
-`ChannelTrainingCriterion`. One whose name ends in ``+variety`` is that of the name before it, with filter variety.
+Importing this package imports no pruning library. An adapter's criteria are found by the entry-point group
+``ip_plugin.adapters``; `Criterion` says how another package adds its own.
 
 >>> "torch" in hosts()
 True
@@ -13,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,115 +22,120 @@ GROUP = "ip_plugin.adapters"
 #: Ends the name of a criterion that is another one with filter variety.
 VARIED = "+variety"
 
-
-@dataclass(frozen=True)
-class Criterion:
-    """A way to choose what is pruned, as a comparison uses it.
-
-    Attributes:
-        title: for tables and plots.
-        when: ``"at initialisation"`` (prune, then train) or ``"after training"`` (train, prune, fine-tune).
-        prune: called with (model, count); must prune exactly `count` entries of ``prunable(model)``, in either space.
-    """
-
-    title: str
-    when: Literal["at initialisation", "after training"]
-    prune: Callable[[nn.Module, int], None]
-
-
-@dataclass(frozen=True)
-class ChannelCriterion:
-    """A way to choose which channels are cut out of a network.
-
-    Attributes:
-        title, when: as in `Criterion`.
-        cut: called with (model, ratio, images, labels); must cut about `ratio` of the channels of every layer but the
-            last, in either space. Images and labels are a batch of the training data, for criteria that need gradients.
-    """
-
-    title: str
-    when: Literal["at initialisation", "after training"]
-    cut: Callable[[nn.Module, float, Tensor, Tensor], None]
-
-
-#: Called when a training begins, with its optimizer; returns what is called after each step, with a function that
-#: computes the loss of the step's batch anew.
+Stage: TypeAlias = Literal["at initialisation", "while training", "after training"]
+#: Called when a training begins, with its optimizer. It returns a function that is called after every optimizer step;
+#: that function gets one that computes the loss of the step's batch again.
 Begin: TypeAlias = Callable[[Optimizer], Callable[[Callable[[], Tensor]], object]]
 
 
-class Training(Protocol):
-    """What a comparison offers to a criterion that takes part in the training."""
+class TrainingContext(Protocol):
+    """The training data, the loss and the training of the network that a criterion prunes."""
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """Seed of the network's training."""
 
     @property
     def steps(self) -> int:
-        """Of a training."""
+        """Optimizer steps of one `train`."""
 
     @property
     def finetuning_steps(self) -> int:
-        """Of the fine-tuning; 0 if there is none."""
+        """Optimizer steps of one `finetune`; 0 if nothing is fine-tuned."""
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Batches of training images and labels to compute scores on; fewer where there are not as many."""
+        """At most `count` batches (images, labels) of the training data, to compute scores on."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss that is trained with."""
 
     def train(self, begin: Begin | None = None) -> None:
-        """Train the model from where it is, with a new optimizer and a whole schedule of the learning rate."""
+        """Train the model from its present state, with a new optimizer and a whole learning-rate schedule."""
 
     def finetune(self, begin: Begin | None = None) -> None:
-        """Train it for the shorter time, and at the smaller learning rate, that a pruned network gets."""
+        """Train it as a pruned network is fine-tuned: for fewer epochs, at a smaller learning rate."""
 
 
 @dataclass(frozen=True)
-class TrainingCriterion:
-    """A way to prune that takes part in the training: with scores that need data, while training, or more than once.
+class Criterion:
+    """A way to prune, as ``ip-plugin compare`` runs it in the spatial domain and in the interspace.
+
+    A package offers criteria in a dict ``CRITERIA`` of one of its modules, and names that module in its
+    ``pyproject.toml``::
+
+        [project.entry-points."ip_plugin.adapters"]
+        mine = "my_package.criteria"
+
+    The command then knows ``CRITERIA["saliency"]`` as ``mine:saliency``. A key that ends in ``+variety`` is the
+    criterion of the key before it with filter variety; studies pair the two.
 
     Attributes:
-        title: for tables and plots.
-        train: called with (model, count, training); must train the model, and prune exactly `count` entries of
-            ``prunable(model)`` by the end, in either space.
-        trainings: how often it calls ``training.train``.
-        finetunings: how often it calls ``training.finetune``.
+        title: one line for tables and plots.
+        stage: when the network is pruned. ``"at initialisation"``: `prune` is called before the training.
+            ``"after training"``: it is called between training and fine-tuning. ``"while training"``: it trains the
+            network itself, with ``training.train`` and ``training.finetune``.
+        prune: called with (model, amount, training); prunes the model in place. `amount` is how many entries of
+            ``prunable(model)`` must be pruned, exactly; with `removes_channels` it is the share of the channels to
+            remove from every layer but the last. `training` is a `TrainingContext`.
+        removes_channels: whether channels are removed; otherwise single entries are masked.
+        trainings, finetunings: how often a criterion of the stage ``"while training"`` calls ``training.train`` and
+            ``training.finetune``.
+
+    >>> from ip_plugin.methods import apply_masks, select, snip
+    >>> def prune(model, count, training):
+    ...     scores = snip(model, training.batches(10), training.loss)
+    ...     apply_masks(model, select(scores, count=count))
+    >>> CRITERIA = {"saliency": Criterion("connection saliency", "at initialisation", prune)}
     """
 
     title: str
-    train: Callable[[nn.Module, int, Training], None]
+    stage: Stage
+    prune: Callable[[nn.Module, Any, TrainingContext], object]
+    removes_channels: bool = False
     trainings: int = 1
     finetunings: int = 0
 
+    @classmethod
+    def simple(cls, title: str, stage: Stage, prune: Callable[[nn.Module, int], object]) -> Criterion:
+        """A criterion that needs neither data nor training: `prune` is called with (model, count).
 
-@dataclass(frozen=True)
-class ChannelTrainingCriterion:
-    """A way to cut channels that takes part in the training.
+        >>> from ip_plugin import prunable
+        >>> from ip_plugin.adapters import torch_prune
+        >>> def by_magnitude(model, count):
+        ...     torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=count)
+        >>> CRITERIA = {"l1": Criterion.simple("global magnitude", "after training", by_magnitude)}
+        """
 
-    Attributes:
-        title, trainings, finetunings: as in `TrainingCriterion`.
-        train: called with (model, ratio, training); must train the model, and cut about `ratio` of the channels of
-            every layer but the last by the end, in either space.
+        def without_training(model: nn.Module, count: int, training: TrainingContext | None = None) -> object:  # noqa: ARG001
+            return prune(model, count)
+
+        return cls(title, stage, without_training)
+
+
+def with_and_without_variety(
+    name: str,
+    title: str,
+    stage: Stage,
+    prune: Callable[[bool, nn.Module, float, TrainingContext], object],
+    **repeats: int,
+) -> dict[str, Criterion]:
+    """A criterion that removes channels, and the same one with filter variety, by name.
+
+    Args:
+        name: of the criterion without variety.
+        title: with ``{}`` where the title of the other one says that it has variety.
+        stage, repeats: see `Criterion`.
+        prune: called with (has variety, model, share of channels, training).
     """
-
-    title: str
-    train: Callable[[nn.Module, float, Training], None]
-    trainings: int = 1
-    finetunings: int = 0
-
-
-AnyCriterion: TypeAlias = Criterion | ChannelCriterion | TrainingCriterion | ChannelTrainingCriterion
-
-
-def cuts_channels(criterion: AnyCriterion) -> bool:
-    """Whether a criterion cuts channels, and its sparsities are shares of them."""
-    return isinstance(criterion, (ChannelCriterion, ChannelTrainingCriterion))
+    return {
+        name + suffix: Criterion(title.format(also), stage, partial(prune, varied), removes_channels=True, **repeats)
+        for varied, suffix, also in ((False, "", ""), (True, VARIED, " with variety"))
+    }
 
 
 def hosts() -> dict[str, EntryPoint]:
-    """The installed hosts by name; ``hosts()[name].load()`` imports the adapter's module.
+    """The installed adapters by name; ``hosts()[name].load()`` imports the module of its criteria.
 
-    The adapter of a host that is not installed is listed too; loading it raises ImportError.
+    The adapter of a pruning library that is not installed is listed too; loading it raises ImportError.
     """
     return {entry.name: entry for entry in entry_points(group=GROUP)}

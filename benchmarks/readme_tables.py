@@ -1,25 +1,24 @@
-"""Write the README's tables of accuracies from what was measured.
+"""Write the tables of accuracies in README.md and docs/results.md from measured results.
 
     python benchmarks/readme_tables.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` and is made from the folder
 ``benchmarks/results/NAME``, which ``ip-plugin compare --output`` has written, or ``benchmarks/fitted.py``.
-``<!-- variety: NAME -->`` stands before that of criteria with filter variety and without.
+``<!-- variety: NAME -->`` stands before a table of criteria with filter variety and without.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from ip_plugin.compare import criteria
-from ip_plugin.compare.cell import Result
-from ip_plugin.compare.config import SPACES, Run, Study
-from ip_plugin.compare.pairs import pairs, shown
-from ip_plugin.compare.report import SHORT, summarize
-from ip_plugin.compare.spread import Spread
+from ip_plugin.compare.analysis import Analysis, mean, std
+from ip_plugin.compare.config import Study
+from ip_plugin.compare.report import SHORT, plus_minus, probability, signed
 from ip_plugin.compare.store import read
 
 ROOT = Path(__file__).parent.parent
@@ -28,42 +27,47 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def table(folder: Path) -> str:
     """A study's table in Markdown: one row for each criterion, two columns for each sparsity; losses are bold."""
-    study, rows = measured(folder)
-    lines = {(line.criterion, line.sparsity): line for line in summarize(study, rows)}
-    heads = ["criterion", *(f"{head} {100 * s:g} %" for s in study.sparsities for head in ("SP at", "IP − SP at"))]
+    analysis = measured(folder)
+    sparsities = analysis.study.sparsities
+    heads = ["criterion", *(f"{head} {100 * s:g} %" for s in sparsities for head in ("SP at", "IP − SP at"))]
     body = []
-    for name in study.criteria:
-        found = [lines[name, sparsity] for sparsity in study.sparsities]
-        cells = [cell for line in found for cell in (str(line.accuracy["spatial"] or "–"), signed(line.difference))]
-        body.append([criteria.load(name).title, *cells])
+    for name in analysis.study.criteria:
+        row = [criteria.load(name).title]
+        for sparsity in sparsities:
+            row.append(plus_minus(analysis.accuracy.loc[name, sparsity, "spatial"]))
+            row.append(difference(analysis.space_difference.loc[name, sparsity]))
+        body.append(row)
     return markdown(heads, body)
 
 
 def variety_table(folder: Path) -> str:
     """One row for each criterion in each space: without variety, what variety adds, and p of a paired t-test."""
-    study, rows = measured(folder)
-    found = {(pair.criterion, pair.space, pair.sparsity): pair for pair in pairs(study, rows)}
-    heads = ["criterion", *(head for s in study.sparsities for head in (f"at {100 * s:g} %", "with variety", "p"))]
+    analysis = measured(folder)
+    variety, sparsities = analysis.variety, analysis.study.sparsities
+    heads = ["criterion", *(head for s in sparsities for head in (f"at {100 * s:g} %", "with variety", "p"))]
     body = []
-    for name, space in dict.fromkeys(key[:2] for key in found):
+    for name, space in dict.fromkeys((name, space) for name, _, space in variety.index):
         row = [f"{criteria.load(name).title}, {SHORT[space]}"]
-        for sparsity in study.sparsities:
-            pair = found.get((name, space, sparsity))
-            row += ["–"] * 3 if pair is None else [str(pair.without), signed(pair.difference), shown(pair.p)]
+        for sparsity in sparsities:
+            if (name, sparsity, space) in variety.index:
+                cell = variety.loc[name, sparsity, space]
+                p = probability(cell["difference"]["p_value"])
+                row += [plus_minus(cell["without"]), difference(cell["difference"]), p]
+            else:
+                row += ["–"] * 3
         body.append(row)
     return markdown(heads, body)
 
 
-def measured(folder: Path) -> tuple[Study, Mapping[Run, Result]]:
-    """The grid that a folder holds, and its results."""
-    rows = read(folder / "results.csv")
+def measured(folder: Path) -> Analysis:
+    """The analysis of the results in a folder."""
+    results = read(folder / "results.csv")
     study = Study(
-        criteria=tuple(dict.fromkeys(run.criterion for run in rows)),
-        sparsities=tuple(sorted({run.sparsity for run in rows})),
-        seeds=tuple(sorted({run.seed for run in rows})),
-        spaces=SPACES,
+        criteria=tuple(dict.fromkeys(cell.criterion for cell in results)),
+        sparsities=tuple(sorted({cell.sparsity for cell in results})),
+        seeds=tuple(sorted({cell.seed for cell in results})),
     )
-    return study, rows
+    return Analysis(study, results)
 
 
 def markdown(heads: list[str], body: list[list[str]], names: int = 1) -> str:
@@ -73,33 +77,25 @@ def markdown(heads: list[str], body: list[list[str]], names: int = 1) -> str:
 
 
 def fitted_table(folder: Path) -> str:
-    """What ``benchmarks/fitted.py`` measured: two rows for each way to prune, one column for each sparsity.
+    """The results of ``benchmarks/fitted.py``: two rows for each way to prune, one column for each sparsity.
 
-    Networks that not everything has been done with yet are left out.
+    Networks that do not have all results yet are left out.
     """
-    cells: dict[tuple[str, str, float], dict[str, float]] = {}
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            for column in ("pruned", "finetuned"):
-                place = line["variant"], column, float(line["sparsity"])
-                cells.setdefault(place, {})[line["seed"]] = float(line[column])
-    seeds = set.intersection(*(set(cell) for cell in cells.values()))
-    sparsities = sorted({sparsity for _, _, sparsity in cells})
+    frame = pd.read_csv(folder / "results.csv")
+    complete = frame.groupby("seed").size() == len(frame.drop_duplicates(["variant", "sparsity"]))
+    frame = frame[frame["seed"].map(complete)]
     body = []
-    for variant in dict.fromkeys(name for name, _, _ in cells):
+    for variant, rows in frame.groupby("variant", sort=False):
         for column, title in (("pruned", "no training"), ("finetuned", "fine-tuned")):
-            found = [[cells[variant, column, sparsity][seed] for seed in seeds] for sparsity in sparsities]
-            texts = [str(Spread.of(values)) for values in found]
-            body.append([variant if column == "pruned" else "", title, *texts])
-    return markdown(["", "", *(f"{100 * s:g} %" for s in sparsities)], body, names=2)
+            over_seeds = rows.groupby("sparsity")[column].agg([mean, std])
+            body.append([variant if column == "pruned" else "", title, *map(plus_minus, over_seeds.to_dict("records"))])
+    return markdown(["", "", *(f"{100 * s:g} %" for s in sorted(set(frame["sparsity"])))], body, names=2)
 
 
-def signed(spread: Spread | None) -> str:
+def difference(row: Mapping[str, float]) -> str:
     """A difference; bold if it is a loss."""
-    if spread is None:
-        return "–"
-    text = f"{spread.mean:+.1f} ± {spread.deviation:.1f}".replace("-", "−")
-    return f"**{text}**" if round(spread.mean, 1) < 0 else text.replace("−0.0", "+0.0", 1)
+    text = signed(row)
+    return f"**{text}**" if round(row["mean"], 1) < 0 else text.replace("−0.0", "+0.0", 1)
 
 
 def filled(readme: str) -> str:
@@ -114,5 +110,5 @@ def _made(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        path.write_text(filled(path.read_text()))

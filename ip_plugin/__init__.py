@@ -11,6 +11,7 @@ from .core.convert import bake, interspace, prunable
 from .core.gauge import normalize
 from .core.masking import adopt_masks, masks, set_masks
 from .core.optimizer import join_optimizer, param_groups
+from .launcher import switch_off, switch_on, switched_on
 from .reporting import Report, report
 
 __all__ = [
@@ -28,5 +29,8 @@ __all__ = [
     "report",
     "save",
     "set_masks",
+    "switch_off",
+    "switch_on",
+    "switched_on",
 ]
 __version__ = "0.1.0"

@@ -19,28 +19,28 @@ from . import __version__, bake, load
 from .checkpoint import container
 from .checkpoint.inspection import inspect
 from .compare import criteria as known_criteria
-from .compare.cell import Engine, here
 from .compare.config import Settings, Study
 from .compare.deployment import check_alone
+from .compare.engines import Engine, EngineError
+from .compare.engines.local import local
 from .compare.engines.nni import NniEngine
 from .compare.engines.processes import Processes
-from .compare.study import compare as run_study
 from .compare.tasks import TASKS
 from .errors import InterspaceError
 from .utils.atomic import replacing
 
 T = TypeVar("T")
 DEFAULT = Study()
-THERE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
+EXISTING_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def run() -> None:
-    """Run the command; a user's mistake is a message and exit status 2, not a traceback."""
+    """Run the command. A user's mistake or an engine that fails is a message and exit status 2, not a traceback."""
     try:
         app()
-    except InterspaceError as error:
+    except (InterspaceError, EngineError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
@@ -67,56 +67,66 @@ def _text(values: tuple[Any, ...]) -> str:
 
 @app.command()
 def compare(
-    criteria: Annotated[str, typer.Option(help="Names, comma-separated; see `ip-plugin criteria`.")] = _text(
+    criteria: Annotated[str, typer.Option(help="Criteria, comma-separated; `ip-plugin criteria` lists them.")] = _text(
         DEFAULT.criteria
     ),
-    sparsities: Annotated[str, typer.Option(help="Fractions, comma-separated.")] = _text(DEFAULT.sparsities),
-    spaces: Annotated[str, typer.Option(help="spatial, interspace, or both.")] = _text(DEFAULT.spaces),
-    seeds: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = _text(DEFAULT.seeds),
-    task: Annotated[str, typer.Option(help=f"What is learned: {', '.join(TASKS)}.")] = DEFAULT.settings.task,
+    sparsities: Annotated[
+        str, typer.Option(help="Fractions of the entries (or channels) to prune, comma-separated.")
+    ] = _text(DEFAULT.sparsities),
+    spaces: Annotated[str, typer.Option(help="spatial, interspace, or both, comma-separated.")] = _text(DEFAULT.spaces),
+    seeds: Annotated[str, typer.Option(help="Random seeds, comma-separated.")] = _text(DEFAULT.seeds),
+    task: Annotated[str, typer.Option(help=f"Data set and network: {', '.join(TASKS)}.")] = DEFAULT.settings.task,
     data: Annotated[
         str | None,
-        typer.Option(help="cifar10...: torchvision's folder of it, or an .npz file of its arrays."),
+        typer.Option(help="Data of the cifar10 tasks: torchvision's folder, or an .npz file."),
     ] = None,
-    train_images: Annotated[int | None, typer.Option(help="Use only so many of the training images.")] = None,
+    train_images: Annotated[int | None, typer.Option(help="Use only this many training images.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = DEFAULT.settings.epochs,
     finetune_epochs: Annotated[
-        int, typer.Option(help="Epochs after pruning a trained network.")
+        int, typer.Option(help="Epochs of fine-tuning after a trained network was pruned.")
     ] = DEFAULT.settings.finetune_epochs,
-    basis: Annotated[str, typer.Option(help="standard, orthonormal or dct.")] = DEFAULT.settings.basis,
-    sharing: Annotated[str, typer.Option(help="layer (a basis for each) or model (one).")] = DEFAULT.settings.sharing,
+    basis: Annotated[
+        str, typer.Option(help="Initial filter bases: standard, orthonormal or dct.")
+    ] = DEFAULT.settings.basis,
+    sharing: Annotated[
+        str, typer.Option(help="layer (one basis for each layer) or model (one for each kernel shape).")
+    ] = DEFAULT.settings.sharing,
     constraint: Annotated[
-        str, typer.Option(help="What holds of the filters of bases: unit (norm), orthonormal or none.")
+        str, typer.Option(help="Constraint on basis filters: unit (norm), orthonormal or none.")
     ] = DEFAULT.settings.constraint,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT.settings.lr,
-    basis_lr: Annotated[float, typer.Option(help="That of the bases, as a multiple.")] = DEFAULT.settings.basis_lr,
-    device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda, mps.")] = DEFAULT.settings.device,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULT.settings.lr,
+    basis_lr: Annotated[
+        float, typer.Option(help="Learning rate of the bases, as a multiple of --lr.")
+    ] = DEFAULT.settings.basis_lr,
+    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps.")] = DEFAULT.settings.device,
     deploy: Annotated[
         bool,
-        typer.Option("--deploy", help="Also measure each network's compact file, and its latency when run sparse."),
+        typer.Option("--deploy", help="Also measure the file size and the sparse latency of each pruned network."),
     ] = False,
     deploy_threads: Annotated[
-        int | None, typer.Option(help="Threads that latencies are measured with. Without it: 1.", min=1)
+        int | None, typer.Option(help="Threads with which latencies are measured; 1 by default.", min=1)
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
     engine: Annotated[str, typer.Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
-    jobs: Annotated[int, typer.Option(help="Runs at once, of the local engine; they share the threads.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes of the local engine; they share the threads.", min=1)] = 1,
     nni_config: Annotated[
-        Path | None, typer.Option(help="NNI's YAML file: training service, limits. Without it: this machine.")
+        Path | None, typer.Option(help="NNI's YAML file, for training service and limits; by default this machine.")
     ] = None,
     nni_port: Annotated[
         int | None,
-        typer.Option(help="Of NNI's web portal. Without it: the first free one from 8080.", min=1, max=65535),
+        typer.Option(help="Port of NNI's web portal; by default the first free one from 8080.", min=1, max=65535),
     ] = None,
     nni_concurrency: Annotated[
-        int | None, typer.Option(help="Trials at once. Without it: as the file says, or 1.", min=1)
+        int | None, typer.Option(help="NNI trials at once; by default as the YAML file says, or 1.", min=1)
     ] = None,
 ) -> None:
     """Train and prune a small network in both spaces, and show which one is more accurate.
 
-    Without options: scikit-learn's digits, two criteria, three sparsities, five seeds, in about two minutes on
-    two cores. Stopped and started again, it goes on where it was, with either engine.
+    Without options: scikit-learn's digits, two criteria, three sparsities and five seeds, in about two minutes on
+    two cores. An interrupted study is resumed by the same command, with either engine.
     """
+    from .compare.study import compare as run_study  # imports pandas, which other commands do without
+
     if deploy_threads is not None and not deploy:
         raise typer.BadParameter("is an option of --deploy", param_hint="--deploy-threads")
     study = Study(
@@ -142,15 +152,7 @@ def compare(
     if jobs > 1 or engine == "nni":
         check_alone(study.settings.deploy_threads, f"--jobs {jobs}" if jobs > 1 else "--engine nni")
     console = Console()
-    cells: Engine = here if jobs == 1 else Processes(jobs)
-    if engine == "nni" and jobs > 1:
-        raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
-    if engine == "nni":
-        cells = NniEngine(nni_config, nni_port, nni_concurrency, lambda url: console.print(f"NNI's web portal: {url}"))
-    elif engine != "local":
-        raise typer.BadParameter(f"{engine!r} is neither local nor nni", param_hint="--engine")
-    elif (nni_config, nni_port, nni_concurrency) != (None, None, None):
-        raise typer.BadParameter("options of NNI need --engine nni", param_hint="--nni-...")
+    cells = _engine(engine, jobs, (nni_config, nni_port, nni_concurrency), console)
     try:
         failures = run_study(study, output, console, command=shlex.join(["ip-plugin", *sys.argv[1:]]), engine=cells)
     except KeyboardInterrupt:
@@ -160,17 +162,32 @@ def compare(
         raise typer.Exit(1)
 
 
+def _engine(name: str, jobs: int, nni: tuple[Path | None, int | None, int | None], console: Console) -> Engine:
+    """The engine that the options name; `nni` are the options of NNI."""
+    if name == "nni" and jobs > 1:
+        raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
+    if name == "nni":
+        return NniEngine(*nni, announce=lambda url: console.print(f"NNI's web portal: {url}"))
+    if name != "local":
+        raise typer.BadParameter(f"{name!r} is neither local nor nni", param_hint="--engine")
+    if any(option is not None for option in nni):
+        raise typer.BadParameter("options of NNI need --engine nni", param_hint="--nni-...")
+    return local if jobs == 1 else Processes(jobs)
+
+
 @app.command("inspect")
-def inspect_file(file: Annotated[Path, typer.Argument(help="What `ip_plugin.save` has written.", **THERE)]) -> None:
-    """Show what is in a compact file, and check all of it; the model is not needed."""
+def inspect_file(
+    file: Annotated[Path, typer.Argument(help="File written by `ip_plugin.save`.", **EXISTING_FILE)],
+) -> None:
+    """Check a compressed checkpoint and show its contents; the model is not needed."""
     console = Console()
-    found = inspect(file)
-    (console if console.is_terminal else Console(width=160)).print(found)
+    contents = inspect(file)
+    (console if console.is_terminal else Console(width=160)).print(contents)
 
 
 @app.command("bake")
 def bake_file(
-    file: Annotated[Path, typer.Argument(help="What `ip_plugin.save` has written.", **THERE)],
+    file: Annotated[Path, typer.Argument(help="File written by `ip_plugin.save`.", **EXISTING_FILE)],
     model: Annotated[
         str, typer.Option(help="package.module:function that builds the plain model; it is imported and called.")
     ],
@@ -178,7 +195,7 @@ def bake_file(
         Path, typer.Option("--output", "-o", help="FILE.safetensors for safetensors, any other name for torch.save.")
     ],
 ) -> None:
-    """Write the state dict of the ordinary network that a compact file holds: kernels composed, masks applied."""
+    """Write the state dict of the plain network in a compressed checkpoint: kernels composed, masks applied."""
     if not output.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(output.parent)!r}", param_hint="--output")
     baked = bake(load(_built(model), file)).state_dict()
@@ -192,7 +209,7 @@ def bake_file(
 
 
 def _built(name: str) -> nn.Module:
-    """The model that a function builds, which is named as ``package.module:function``."""
+    """The model that the function ``package.module:function`` builds."""
     module, _, function = name.partition(":")
     sys.path.insert(0, "")  # as `python -m` does
     try:

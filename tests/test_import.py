@@ -28,7 +28,7 @@ print(*sorted(set(sys.modules) - before))
 def test_importing_imports_nothing_optional() -> None:
     imported = newly_imported(
         "import ip_plugin.adapters, ip_plugin.compare.engines.nni, ip_plugin.methods\n"
-        "from ip_plugin.adapters.shared import batch_norms, channels, plain_view, transaction"
+        "from ip_plugin.adapters.shared import batch_norms, plain_view, transaction"
     )
     assert {"ip_plugin", "ip_plugin.compare", "ip_plugin.methods"} <= set(imported)
     assert [name for name in OPTIONAL if name in imported] == []

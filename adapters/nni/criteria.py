@@ -14,8 +14,7 @@ from nni.compression.base.setting import PruningSetting
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ip_plugin import prunable
-from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, Criterion, torch_prune, torch_pruning
+from ip_plugin.adapters import Criterion, TrainingContext, torch_prune, torch_pruning, with_and_without_variety
 from ip_plugin.adapters.nni.pruners import (
     FPGMPruner,
     L1NormPruner,
@@ -27,6 +26,7 @@ from ip_plugin.adapters.nni.pruners import (
 from ip_plugin.adapters.nni.variety import with_variety
 from ip_plugin.adapters.nni.wrappers import finish, speedup
 from ip_plugin.adapters.torch_pruning.variety import MAKERS
+from ip_plugin.core.convert import prunable
 from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 
 
@@ -51,42 +51,43 @@ def _register(module: nn.Module) -> None:
         PruningSetting.register(cls.__name__, PruningSetting.registry[known])
 
 
-def _left(layer: TensorRef) -> int:
+def _kept(layer: TensorRef) -> int:
     return layer.parameter.numel() if layer.mask is None else int(layer.mask.sum())
 
 
 def _globally(model: nn.Module, count: int) -> None:
     """The level pruner with one threshold for all layers.
 
-    NNI prunes what is below the threshold, so that of equal magnitudes it prunes none, and nothing at all where it is
-    asked for everything: what is missing then is pruned by `torch.nn.utils.prune`, whose ranking is the same.
+    NNI keeps every entry at the threshold, and prunes nothing where everything is to be pruned. The entries that are
+    missing then are pruned by `torch.nn.utils.prune`, which ranks them in the same way.
     """
-    found = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
-    total, before = sum(found.values()), sum(map(_left, prunable_tensors(model)))
+    sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
+    total, before = sum(sizes.values()), sum(map(_kept, prunable_tensors(model)))
     ratio = (total - before + count + 0.5) / total  # NNI rounds down
     if count and ratio < 1:
-        _level(model, dict.fromkeys(found, ratio), global_group_id="all")
-    missing = count - before + sum(map(_left, prunable_tensors(model)))
+        _level(model, dict.fromkeys(sizes, ratio), global_group_id="all")
+    missing = count - before + sum(map(_kept, prunable_tensors(model)))
     if missing:
         torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=missing)
 
 
 def _uniformly(model: nn.Module, count: int) -> None:
-    """The level pruner as it is without a group: every layer loses the same part, to rounding, `count` in all."""
+    """The level pruner without a group: `count` entries in all, the same share of every layer up to rounding."""
     if not count:
         return
-    left = {layer.module_name: _left(layer) for layer in prunable_tensors(model)}
+    kept = {layer.module_name: _kept(layer) for layer in prunable_tensors(model)}
     sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
-    shares = {name: divmod(count * number, sum(left.values())) for name, number in left.items()}
-    lost = {name: share for name, (share, _) in shares.items()}
-    for name in sorted(shares, key=lambda each: -shares[each][1])[: count - sum(lost.values())]:
-        lost[name] += 1
-    gone = {name: sizes[name] - left[name] + lost[name] for name in sizes}
-    _level(model, {name: min(1.0, (gone[name] + 0.5) / sizes[name]) for name in sizes if lost[name]})
+    shares = {name: divmod(count * number, sum(kept.values())) for name, number in kept.items()}
+    counts = {name: whole for name, (whole, _) in shares.items()}
+    for name in sorted(shares, key=lambda name: -shares[name][1])[: count - sum(counts.values())]:
+        counts[name] += 1  # the largest remainders are rounded up
+    pruned = {name: sizes[name] - kept[name] + counts[name] for name in sizes}
+    _level(model, {name: min(1.0, (pruned[name] + 0.5) / sizes[name]) for name in sizes if counts[name]})
 
 
-def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Tensor) -> None:
-    """Mask a share of the output channels of every convolution, and cut them."""
+def _remove(pruner: Any, varied: bool, model: nn.Module, ratio: float, training: TrainingContext) -> None:
+    """Mask a share of the output channels of every convolution, and remove them."""
+    images, labels = training.batches(1)[0]
     convolutions = [layer for layer in prunable_tensors(model) if isinstance(layer.module, _ConvNd)]
     for layer in convolutions:
         _register(layer.module)
@@ -96,29 +97,30 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
         | ({"dependency_group_id": groups[layer.module_name]} if layer.module_name in groups else {})
         for layer in convolutions
     ]
-    if issubclass(pruner, TaylorPruner):
-        found = pruner(model, entries, _gradients(model, images, labels), training_steps=1)
+    made = with_variety(pruner) if varied else pruner
+    if pruner is TaylorPruner:
+        host = made(model, entries, _gradients(model, images, labels), training_steps=1)
     else:
-        found = pruner(model, entries)
-    _, masks = found.compress()
-    speedup(finish(found), masks, images[:1])
+        host = made(model, entries)
+    _, masks = host.compress()
+    speedup(finish(host), masks, images[:1])
     model.zero_grad()
 
 
 def _coupled(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """A name for each set of layers whose outputs are added, by layer: they must lose the same channels."""
+    """Group ids of layers whose outputs are added, by layer: the layers of a group must lose the same channels."""
     names = {layer.module: layer.module_name for layer in prunable_tensors(model)}
     graph = torch_pruning.pruner(tp.pruner.BasePruner, model, example, importance=tp.importance.RandomImportance()).DG
-    found: dict[str, str] = {}
+    ids: dict[str, str] = {}
     for number, group in enumerate(graph.get_all_groups()):
         makers = [names[item.dep.target.module] for item in group.items if item.dep.handler in MAKERS]
         if len(makers) > 1:
-            found |= dict.fromkeys(makers, str(number))
-    return found
+            ids |= dict.fromkeys(makers, str(number))
+    return ids
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluator:
-    """What NNI calls an evaluator: it computes gradients on a batch, and trains nothing."""
+    """An evaluator, as NNI calls it, that computes gradients on one batch and does not train."""
 
     def run(
         model: nn.Module,
@@ -128,7 +130,7 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluat
         max_steps: int | None = None,
         max_epochs: int | None = None,
     ) -> None:
-        del scheduler, max_epochs  # NNI hands them over by name
+        del scheduler, max_epochs  # NNI passes them by name
         model.eval()
         for _ in range(max_steps or 1):
             optimizer.zero_grad()
@@ -141,26 +143,18 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluat
     return TorchEvaluator(run, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0), loss)
 
 
-_CHANNELS: dict[str, tuple[type, str]] = {
-    "l1_norm": (L1NormPruner, "their L1 norm"),
-    "l2_norm": (L2NormPruner, "their L2 norm"),
-    "fpgm": (FPGMPruner, "distance to the geometric median"),
-    "taylor": (TaylorPruner, "first-order effect on the loss"),
+CRITERIA: dict[str, Criterion] = {
+    "level": Criterion.simple("NNI level pruner, one threshold, after training", "after training", _globally),
+    "level_uniform": Criterion.simple(
+        "NNI level pruner, every layer alike, after training", "after training", _uniformly
+    ),
 }
-
-
-def _channels() -> dict[str, AnyCriterion]:
-    """Each with variety and without."""
-    found: dict[str, AnyCriterion] = {}
-    for name, (pruner, how) in _CHANNELS.items():
-        for suffix, made, also in (("", pruner, ""), (VARIED, with_variety(pruner), " with variety")):
-            title = f"NNI: channels by {how}{also}, after training"
-            found[name + suffix] = ChannelCriterion(title, "after training", partial(_cut, made))
-    return found
-
-
-CRITERIA: dict[str, AnyCriterion] = {
-    "level": Criterion("NNI level pruner, one threshold, after training", "after training", _globally),
-    "level_uniform": Criterion("NNI level pruner, every layer alike, after training", "after training", _uniformly),
-    **_channels(),
-}
+for _name, _pruner, _how in (
+    ("l1_norm", L1NormPruner, "their L1 norm"),
+    ("l2_norm", L2NormPruner, "their L2 norm"),
+    ("fpgm", FPGMPruner, "distance to the geometric median"),
+    ("taylor", TaylorPruner, "first-order effect on the loss"),
+):
+    CRITERIA |= with_and_without_variety(
+        _name, f"NNI: channels by {_how}{{}}, after training", "after training", partial(_remove, _pruner)
+    )

@@ -1,7 +1,7 @@
-"""NNI's helpers that look at a model's layers, in either space: they see plain layers whose weights are coefficients.
+"""NNI's helper functions that inspect a model's layers, in either space.
 
-On a model in the interspace NNI's own functions of these names find no convolutions, without a word: by class names,
-and in traces of the model.
+NNI finds layers by class names and in traces of the model. On a model in the interspace its own functions of these
+names find no convolutions, and do not say so; these expose the model as plain layers (`plain_layers`) to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def _on_plain_layers(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The host's function, with every model among its arguments seen as plain layers while it runs."""
+    """NNI's function; while it runs, every model among its arguments is exposed as plain layers."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
@@ -42,7 +42,7 @@ count_flops_params = _on_plain_layers(host_counter.count_flops_params)
 
 
 class _OnPlainLayers(host_dependencies.Dependency):  # type: ignore[misc]
-    """A dependency of the host's that is found on plain layers, when it is made and when it is built anew."""
+    """A dependency class of NNI that looks at plain layers, at construction and in `build_dependency`."""
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as stack:
@@ -51,7 +51,7 @@ class _OnPlainLayers(host_dependencies.Dependency):  # type: ignore[misc]
             super().__init__(model, *args, **kwargs)
 
     def build_dependency(self) -> None:
-        """Find the dependencies; see the host's class."""
+        """Find the dependencies; see NNI's class."""
         with ExitStack() as stack:
             if self.model is not None:
                 stack.enter_context(plain_layers(self.model))
@@ -59,16 +59,16 @@ class _OnPlainLayers(host_dependencies.Dependency):  # type: ignore[misc]
 
 
 class ChannelDependency(_OnPlainLayers, host_dependencies.ChannelDependency):  # type: ignore[misc]
-    """Layers whose output channels must be pruned alike; see the host's class."""
+    """Layers whose output channels must be pruned alike; see NNI's class."""
 
 
 class InputChannelDependency(_OnPlainLayers, host_dependencies.InputChannelDependency):  # type: ignore[misc]
-    """Layers whose input channels must be pruned alike; see the host's class."""
+    """Layers whose input channels must be pruned alike; see NNI's class."""
 
 
 class GroupDependency(_OnPlainLayers, host_dependencies.GroupDependency):  # type: ignore[misc]
-    """Numbers of groups in which layers must be pruned; see the host's class."""
+    """Numbers of groups in which layers must be pruned; see NNI's class."""
 
 
 class ReshapeDependency(_OnPlainLayers, host_dependencies.ReshapeDependency):  # type: ignore[misc]
-    """Layers behind which a reshape breaks the channels; see the host's class."""
+    """Layers behind which a reshape mixes the channels; see NNI's class."""

@@ -1,4 +1,4 @@
-"""NNI's pruners in either space: the classes of ``nni.compression.pruning``, and what gives the model back.
+"""NNI's pruners in either space: the classes of ``nni.compression.pruning``, with a way to get the model back.
 
 Change one import, and end with `finish`; the pipeline runs whether `interspace` was called or not::
 
@@ -8,14 +8,14 @@ Change one import, and end with `finish`; the pipeline runs whether `interspace`
     _, masks = pruner.compress()
     finish(pruner)
 
-The pruners are subclasses of the host's and take its arguments; the host's code chooses what to prune. A config list
-means what it means on the plain model: ``op_types: ["Conv2d"]`` with target ``weight`` reaches the coefficients of
-convolutions in the interspace, and masks are keyed by the plain model's names. Magnitudes are read where every basis
-filter has unit norm, masked entries as zeros; scores made of gradients do not depend on that. Bases train along: one
-that a traced optimizer does not have joins the group of its coefficients. Write pruners of your own as subclasses of
-these.
+The pruners are subclasses of NNI's (the host's) and take their arguments; NNI's code chooses what to prune. A config
+list means what it means on the plain model: ``op_types: ["Conv2d"]`` with target ``weight`` selects the coefficients of
+convolutions in the interspace, and masks are keyed by the plain model's names. Magnitudes are those of coefficients for
+basis filters of unit norm, with zeros where they are masked; scores computed from gradients do not depend on the filter
+scale. Bases are trained too: a basis that a traced optimizer does not have joins the group of its coefficients. Derive
+pruners of your own from these.
 
-NNI's helpers that look at layers are here too (``auto_set_denpendency_group_ids``, ``count_flops_params``, the
+NNI's helpers that inspect layers are here too (``auto_set_denpendency_group_ids``, ``count_flops_params``, the
 dependencies of shapes): NNI's own find no convolutions in the interspace. For others there is `plain_layers`.
 
 NNI 3.0 is archived. It needs ``filelock<3.12`` and ``typeguard<4.1.3``, and its Lightning is ``pytorch_lightning``,
@@ -37,34 +37,34 @@ from nni.compression.base.config import default_config_schema, select_modules_by
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
 
-from ip_plugin.adapters.nni.wrappers import WRAPPER, plain_name, put_back, remember
+from ip_plugin.adapters.nni.wrappers import WRAPPER, check_unwrapped, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
-from ip_plugin.core.parametrization import Interspace, parametrizations
+from ip_plugin.core.parametrization import parametrizations
 from ip_plugin.core.tensor_ref import TensorRef, parametrized_tensors
-from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
+from ip_plugin.errors import HostError, SelectionError
 
 Entries: TypeAlias = Sequence[dict[str, Any]]
 Masks: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 def config_list(model: nn.Module, config_list: Entries) -> Entries:
-    """A config list for the host that reaches the coefficients of interspace layers, and the weights of the rest.
+    """Translate a config list, so that it selects the coefficients of interspace layers, and the weights of the rest.
 
-    The pruners of this module do this themselves; it is for NNI's own classes, and for looking. Everything that NNI
-    accepts is accepted, legacy keys included, and means what it means on the plain model. What comes back names every
-    tensor by itself: the coefficients of layer ``conv`` are target ``original`` of ``conv.parametrizations.weight``.
+    The pruners of this module do this themselves; it is for NNI's own classes, and for inspection. Everything that NNI
+    accepts is accepted, legacy keys included, and means what it means on the plain model. Returned entries name their
+    tensors: the coefficients of layer ``conv`` are target ``original`` of ``conv.parametrizations.weight``.
 
     Args:
         model: in either space; not changed.
         config_list: as for the plain model.
 
     Returns:
-        The list itself for a plain model, else a new one. A list that this function has returned stays as it is.
+        The list itself for a plain model, else a new one. A translated list is returned unchanged.
 
     Raises:
-        NoModuleMatchedError: an entry selects no module.
-        UnadoptedMaskError: a module that is selected is pruned by `torch.nn.utils.prune`.
+        SelectionError: an entry selects no module.
+        HostError: a module that is selected is pruned by `torch.nn.utils.prune`.
         SchemaError, AssertionError: NNI's own, for keys or module types that it does not know.
 
     >>> from ip_plugin import interspace
@@ -75,7 +75,7 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
     """
     plain = not parametrized_tensors(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for entry, given in zip(trans_legacy_config_list(deepcopy(list(config_list))), config_list, strict=True):
         names, settings = _selected(model, entry, given)
         for name in names:
@@ -84,12 +84,12 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
             continue
         default_config_schema("pruning").validate(entry)
         for name in names:
-            found += _reaching(name, modules, settings)
-    return config_list if plain else found
+            entries += _entries_for(name, modules, settings)
+    return config_list if plain else entries
 
 
 class _AsPlain:
-    """The modules of a model as NNI finds them on the plain model, by name and by the name of their class."""
+    """The modules of the plain model by name, with their classes, for NNI's selection."""
 
     def __init__(self, model: nn.Module, named: Sequence[str]) -> None:
         self.model = model
@@ -120,37 +120,46 @@ def _has_ours(module: nn.Module) -> bool:
 
 
 def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The names of the modules that an entry selects, and what is left of it without its selectors.
+    """The names of the modules that an entry selects, and the entry without its selectors.
 
-    In NNI's own order (that of a set): what it prunes of a group depends on it.
+    Names are in NNI's own order (that of a set), on which its choice within a group depends.
     """
     view = _AsPlain(model, entry.get("op_names") or ())
+    missing = "of the model"
     try:
         chosen, settings, _ = select_modules_by_config(view, entry)
+        if chosen or "exclude" in given:
+            return list(chosen), settings
     except KeyError as unknown:
-        raise NoModuleMatchedError(given, f"no module {unknown.args[0]!r}") from None
-    if not chosen and "exclude" not in given:
-        raise NoModuleMatchedError(given, "no module of the model")
-    return list(chosen), settings
+        missing = repr(unknown.args[0])
+    raise SelectionError(
+        "Every entry of the config list must select a module of the model.",
+        f"no module {missing} for {given!r}",
+        "use names and class names of the plain model's `named_modules()`, or remove the entry",
+    )
 
 
 def _check_masks(name: str, module: nn.Module) -> None:
     chains = parametrizations(module).values() if nn.utils.parametrize.is_parametrized(module) else ()
-    if any(torch_masks.pruned_names(each) for each in (module, *chains)):
-        raise UnadoptedMaskError(name)
+    if any(torch_masks.pruned_names(holder) for holder in (module, *chains)):
+        raise HostError(
+            "Masks of torch.nn.utils.prune must be taken over before NNI prunes, or NNI does not train what they mask.",
+            f"module {name!r}: pruned by torch.nn.utils.prune",
+            "call ip_plugin.adopt_masks(model) first (for biases: torch.nn.utils.prune.remove)",
+        )
 
 
-def _place(name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
-    """Where NNI finds a tensor of the plain model; inverse: `plain_name`."""
+def _host_name(name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
+    """The name by which NNI finds a tensor of the plain model; inverse: `plain_name`."""
     if TensorRef(module, tensor_name).chain in (None, module):
         return name, tensor_name
     return f"{name}.parametrizations.{tensor_name}".removeprefix("."), "original"
 
 
-def _reaching(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries for one module: one for what it has itself, one for each tensor that is under a parametrization of ours.
+def _entries_for(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries for one module: one for its own tensors, and one for each tensor under a parametrization of ours.
 
-    Every setting is spelled out, so that what NNI has registered for the classes that it will find does not matter.
+    Every setting is spelled out, because NNI's defaults are registered for the classes of plain modules.
     """
     module = modules[name]
     targets: dict[str, dict[str, dict[str, Any]]] = {}
@@ -160,9 +169,9 @@ def _reaching(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]
             source = given["align"].get("module_name")
             source = name if source is None else source
             at = given["align"]["target_name"]
-            source, at = _place(source, at, modules[source]) if source in modules else (source, at)
+            source, at = _host_name(source, at, modules[source]) if source in modules else (source, at)
             given["align"] = {**given["align"], "module_name": source, "target_name": at}
-        where, target_name = _place(name, tensor_name, module)
+        where, target_name = _host_name(name, tensor_name, module)
         targets.setdefault(where, {})[target_name] = given
     entries = []
     for where, spelled in targets.items():
@@ -171,7 +180,7 @@ def _reaching(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]
             PruningSetting.register(cls, {})
         names = list(spelled)
         for prefix in (INPUT_PREFIX, OUTPUT_PREFIX):  # NNI looks these up even if it does not need them
-            first = next((spelled[each] for each in names if each.startswith(prefix)), None)
+            first = next((spelled[target] for target in names if target.startswith(prefix)), None)
             if first is not None:
                 spelled.setdefault(prefix, first)
         entries.append({"op_names": [where], "target_names": names, "target_settings": spelled})
@@ -182,7 +191,7 @@ _translated = config_list  # where an argument has the name of the function
 
 
 class _InEitherSpace(Pruner):  # type: ignore[misc]
-    """What every pruner of this module adds to the host's: Parameters that return, and masks by the plain names."""
+    """Common to the pruners of this module: Parameters are restored, and masks have the plain model's names."""
 
     def wrap_model(self) -> None:
         for wrapper in self._module_wrappers.values():
@@ -190,48 +199,48 @@ class _InEitherSpace(Pruner):  # type: ignore[misc]
         super().wrap_model()
 
     def unwrap_model(self) -> None:
-        """Take NNI's wrappers off; the model's own Parameters return with the trained values, and without masks."""
+        """Remove NNI's wrappers; the model's own Parameters return with the trained values, and without masks."""
         super().unwrap_model()
         for wrapper in self._module_wrappers.values():
             put_back(wrapper, self.bound_model)
 
     def get_masks(self) -> Masks:
-        """All masks: {name of the module on the plain model: {tensor name: float tensor of ones and zeros}}."""
-        found: Masks = defaultdict(dict)
+        """All masks: {name of the module in the plain model: {tensor name: float tensor of ones and zeros}}."""
+        plain: Masks = defaultdict(dict)
         for module_name, masks in super().get_masks().items():
             for tensor_name, mask in masks.items():
                 module = self._module_wrappers[module_name].module
                 layer, name = plain_name(module_name, tensor_name, module)
-                found[layer][name] = mask
-        return found
+                plain[layer][name] = mask
+        return plain
 
     def update_masks(self, masks: Masks) -> None:
-        """Set masks; `masks` are keyed as those of `get_masks`."""
-        places = {
+        """Set masks, keyed as those of `get_masks`."""
+        host_names = {
             plain_name(name, target, wrapper.module): (name, target)
             for name, wrapper in self._module_wrappers.items()
             for target in wrapper.pruning_target_spaces
         }
-        found: Masks = defaultdict(dict)
+        host_masks: Masks = defaultdict(dict)
         for layer, given in masks.items():
             for name, mask in given.items():
-                module_name, tensor_name = places.get((layer, name), (layer, name))
-                found[module_name][tensor_name] = mask
-        super().update_masks(found)
+                module_name, tensor_name = host_names.get((layer, name), (layer, name))
+                host_masks[module_name][tensor_name] = mask
+        super().update_masks(host_masks)
 
     def _let_bases_train(self) -> None:
-        """Name every trainable basis to the evaluator, which builds its optimizers by names."""
+        """Add the name of every trainable basis to the evaluator, which builds its optimizers by names."""
         names = {id(parameter): name for name, parameter in self.bound_model.named_parameters()}
         groups = [
             group["params"]
             for helper in getattr(self.evaluator, "_optimizer_helpers", ())
             for group in (helper.kwargs["params"] if "params" in helper.kwargs else helper.args[0])
         ]
-        for each in parametrized_tensors(self.bound_model):
-            space = each.parametrization
-            if not isinstance(space, Interspace) or not space.basis.requires_grad:
+        for ref in parametrized_tensors(self.bound_model):
+            space = ref.interspace
+            if space is None or not space.basis.requires_grad:
                 continue
-            basis, (chain, original) = names[id(space.basis)], _place(each.module_name, each.tensor_name, each.module)
+            basis, (chain, original) = names[id(space.basis)], _host_name(ref.module_name, ref.tensor_name, ref.module)
             if not any(basis in group for group in groups):
                 for group in groups:
                     if f"{chain}.{original}" in group:
@@ -243,9 +252,7 @@ class _Configured(_InEitherSpace):
     """A pruner that takes a model and a config list."""
 
     def __init__(self, model: nn.Module, config_list: Entries, *args: Any, **kwargs: Any) -> None:
-        wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
-        if wrapped:
-            raise AlreadyWrappedError(wrapped)
+        check_unwrapped(model)
         entries = _translated(model, config_list)
         try:
             super().__init__(model, entries, *args, **kwargs)
@@ -260,7 +267,7 @@ class _Configured(_InEitherSpace):
 
     @classmethod
     def from_compressor(cls, compressor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Continue with the wrappers of another compressor; see the host's method."""
+        """Continue with the wrappers of another compressor; see NNI's method."""
         wrapped = vars(compressor).get("_is_wrapped")
         try:
             return super().from_compressor(compressor, *args, **kwargs)
@@ -285,13 +292,13 @@ class _ByMagnitude(_Configured):
         if parametrization is None:
             return values
         if parametrization.mask is not None:
-            # Masked entries before zeros, so that they are the first to be chosen again.
+            # Masked entries rank below zeros, so that they are chosen again first.
             values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
         return unit_gauge(values, parametrization)
 
 
 class LevelPruner(_ByMagnitude, host.LevelPruner):  # type: ignore[misc]
-    """Prunes the entries of smallest magnitude; see the host's class.
+    """Prunes the entries of smallest magnitude; see NNI's class.
 
     >>> pruner = LevelPruner(nn.Sequential(nn.Linear(4, 4)), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     >>> _, masks = pruner.compress()
@@ -301,27 +308,27 @@ class LevelPruner(_ByMagnitude, host.LevelPruner):  # type: ignore[misc]
 
 
 class L1NormPruner(_ByMagnitude, host.L1NormPruner):  # type: ignore[misc]
-    """Prunes the output channels of smallest L1 norm; see the host's class."""
+    """Prunes the output channels of smallest L1 norm; see NNI's class."""
 
 
 class L2NormPruner(_ByMagnitude, host.L2NormPruner):  # type: ignore[misc]
-    """Prunes the output channels of smallest L2 norm; see the host's class."""
+    """Prunes the output channels of smallest L2 norm; see NNI's class."""
 
 
 class FPGMPruner(_ByMagnitude, host.FPGMPruner):  # type: ignore[misc]
-    """Prunes the output channels nearest to the geometric median; see the host's class."""
+    """Prunes the output channels nearest to the geometric median; see NNI's class."""
 
 
 class SlimPruner(_Configured, host.SlimPruner):  # type: ignore[misc]
-    """Prunes the output channels whose trained factor is smallest; see the host's class."""
+    """Prunes the output channels whose trained factor is smallest; see NNI's class."""
 
 
 class TaylorPruner(_Configured, host.TaylorPruner):  # type: ignore[misc]
-    """Prunes by squares of gradient times value; see the host's class."""
+    """Prunes by squares of gradient times value; see NNI's class."""
 
 
 class MovementPruner(_Configured, host.MovementPruner):  # type: ignore[misc]
-    """Prunes what training moves towards zero; see the host's class."""
+    """Prunes the entries that training moves towards zero; see NNI's class."""
 
 
 class _Scheduled(_InEitherSpace):
@@ -331,7 +338,7 @@ class _Scheduled(_InEitherSpace):
         try:
             super().__init__(pruner, *args, **kwargs)
         except BaseException:
-            # The host takes the wrappers off before it looks at its other arguments.
+            # NNI removes the wrappers before it checks its other arguments.
             if vars(self).get("_is_wrapped"):
                 self.unwrap_model()
             if vars(pruner).get("_is_wrapped") is False:
@@ -341,21 +348,21 @@ class _Scheduled(_InEitherSpace):
 
 
 class LinearPruner(_Scheduled, host.LinearPruner):  # type: ignore[misc]
-    """Lets another pruner of this module prune more and more, linearly in time; see the host's class."""
+    """Lets another pruner of this module prune gradually, linearly in time; see NNI's class."""
 
 
 class AGPPruner(_Scheduled, host.AGPPruner):  # type: ignore[misc]
-    """Lets another pruner of this module prune more and more, cubically in time; see the host's class."""
+    """Lets another pruner of this module prune gradually, cubically in time; see NNI's class."""
 
 
 class LightningEvaluator(HostLightningEvaluator):  # type: ignore[misc]
-    """The host's evaluator, where training may be counted in steps on ``pytorch_lightning`` 2 too (the host's fails).
+    """NNI's evaluator, in which the training can be limited in steps with ``pytorch_lightning`` 2 too (NNI's fails).
 
     It takes a traced ``pytorch_lightning.Trainer`` and ``LightningDataModule``.
     """
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-        """Train the bound model; the duration asked for goes into a new trainer's arguments."""
+        """Train the bound model, with the duration as an argument of a new trainer."""
         arguments = self.trainer.trace_kwargs
         if max_steps:
             self.trainer.trace_kwargs = {**arguments, "max_steps": max_steps}

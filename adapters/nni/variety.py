@@ -9,28 +9,31 @@ from torch import Tensor
 
 from ip_plugin.core.gauge import Similarity, compared
 from ip_plugin.core.tensor_ref import TensorRef
-from ip_plugin.errors import InvalidVarietyError
-from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
+from ip_plugin.errors import HostError
+from ip_plugin.methods.filter_variety import check_similarity, varied
+from ip_plugin.utils.validation import check_fraction
 
 P = TypeVar("P", bound=type)
 
 
 def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coefficients") -> P:
-    """The same pruner, which takes redundant channels first; see `ip_plugin.methods.filter_variety`.
+    """A pruner class that removes redundant channels before rare ones; see `ip_plugin.methods.filter_variety`.
 
-    Of every layer as many channels go as before, but others. Layers of one ``dependency_group_id`` are compared by all
-    their kernels, channel by channel, as one filter.
+    Every layer loses as many channels as before, but others. Channels of layers with one ``dependency_group_id`` are
+    compared by the kernels of all these layers, as one filter.
 
     Args:
         pruner: a class of `ip_plugin.adapters.nni` that ranks channels: by a norm, FPGM, Taylor, Slim.
-        strength: 1: redundancy decides, the metric only between two that are alike; 0: the metric alone.
-        similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
+        strength: 1: redundancy decides, the metric only between two similar channels; 0: the metric alone.
+        similarity: what is compared: "coefficients", as they are for filters of unit norm, or the composed "weights".
 
     Returns:
-        A subclass, used as the pruner is.
+        A subclass of `pruner`, with its arguments.
 
     Raises:
-        InvalidVarietyError: the pruner ranks single entries (when masks are made); the strength or similarity is none.
+        AmountError: the strength is not in [0, 1].
+        ArgumentError: an unknown similarity.
+        HostError: when masks are made: the pruner ranks single entries.
 
     >>> from torch import nn
     >>> from ip_plugin.adapters.nni import L1NormPruner
@@ -40,7 +43,7 @@ def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coe
     >>> int(masks["0"]["bias"].sum())
     4
     """
-    check_strength(strength)
+    check_fraction(strength, "strength")
     check_similarity(similarity)
     content = {"variety": strength, "similarity": similarity, "__module__": __name__}
     made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), content)
@@ -48,7 +51,7 @@ def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coe
 
 
 class _Varied:
-    """Deals metrics of channels out anew, before masks are made of them."""
+    """Reassigns metrics of channels by filter variety, before masks are made of them."""
 
     variety: float
     similarity: Similarity
@@ -62,16 +65,18 @@ class _Varied:
             for target, metric in of_targets.items():
                 space = self._target_spaces[module][target]
                 if space.target is None or metric.numel() != metric.shape[0] or metric.shape[0] != space.shape[0]:
-                    found = f"a metric of shape {tuple(metric.shape)} for {target!r} of {module!r}"
-                    raise InvalidVarietyError("Variety is for pruners that rank channels.", found)
-                where = (module, target)
-                groups.setdefault(space.dependency_group_id or where, []).append(where)
+                    raise HostError(
+                        "Variety is for pruners that rank channels.",
+                        f"a metric of shape {tuple(metric.shape)} for {target!r} of {module!r}",
+                        "use it with L1NormPruner, L2NormPruner, FPGMPruner, TaylorPruner or SlimPruner",
+                    )
+                groups.setdefault(space.dependency_group_id or (module, target), []).append((module, target))
         for members in groups.values():
             scores = torch.stack([metrics[module][target].flatten() for module, target in members]).mean(0)
             filters = torch.cat([self._filters(module, target) for module, target in members], dim=1)
-            dealt = varied(scores, filters, self.variety)
+            reassigned = varied(scores, filters, self.variety)
             for module, target in members:
-                metrics[module][target] = dealt.reshape(metrics[module][target].shape)
+                metrics[module][target] = reassigned.reshape(metrics[module][target].shape)
         return metrics
 
     def _filters(self, module: str, target: str) -> Tensor:

@@ -1,12 +1,12 @@
-"""NNI's wrappers: what they take from a model, and how it is given back with masks of ours.
+"""NNI's wrappers: what they take from a model, and how the model is restored with masks of this package.
 
-While NNI prunes, a wrapper stands before each module: it holds copies of the Parameters as Parameters of its own, with
-the masks beside them, and the module's are gone. `remember` keeps them, `put_back` returns them with the trained
-values, `finish` does the whole.
+While NNI prunes, a wrapper replaces the Parameters of each module by copies of its own, beside their masks. `remember`
+keeps the Parameters, `put_back` restores them with the trained values, and `finish` does everything.
 """
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,48 +22,41 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from ip_plugin.adapters.shared.batch_norms import following
-from ip_plugin.adapters.shared.channels import outputs_left
 from ip_plugin.adapters.shared.transaction import transaction
+from ip_plugin.core.channels import output_filters
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import restore_order
 from ip_plugin.core.tensor_ref import Model, TensorRef
-from ip_plugin.errors import (
-    AlreadyParametrizedError,
-    AlreadyWrappedError,
-    InvalidMaskError,
-    NotAPrunerError,
-    OptimizerMismatchError,
-    UnknownLayerError,
-)
+from ip_plugin.errors import ConversionError, HostError, MaskError, OptimizerError, SelectionError, listed
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
 
 
 def remember(wrapper: Any) -> None:
-    """Keep the Parameters that `wrapper` is about to replace, and their order."""
+    """Keep the Parameters that `wrapper` is going to replace, and their order."""
     module = wrapper.module
     if WRAPPER in module._modules:
         return
-    found = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
-    wrapper.originals = {name: parameter for name, parameter in found.items() if parameter is not None}
+    parameters = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
+    wrapper.originals = {name: parameter for name, parameter in parameters.items() if parameter is not None}
     wrapper.order = tuple(module._parameters)
 
 
 @torch.no_grad()
 def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Return the Parameters that `remember` has kept to a module that is unwrapped, with the trained values.
+    """Restore the Parameters that `remember` has kept in an unwrapped module, with the trained values.
 
     A Parameter that was tied to one outside of the wrapper stays untied, as NNI has left it.
 
     Returns:
-        {NNI's Parameter of the module: the one that has its place again}.
+        {NNI's Parameter: the Parameter that replaces it}.
     """
     module = wrapper.module
     forward = vars(module).get("forward")
     if getattr(forward, "__func__", None) is type(module).forward:
         del module.forward  # NNI leaves the method as an attribute of the module
-    heirs = {}
+    successors = {}
     for name, original in vars(wrapper).get("originals", {}).items():
         theirs = module._parameters.get(name)
         if theirs is None or theirs is original or any(parameter is original for parameter in model.parameters()):
@@ -74,59 +67,71 @@ def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]
         original.requires_grad_(theirs.requires_grad)
         original.grad = wrapper.pruning_target_spaces[name].target.grad
         module.register_parameter(name, original)
-        heirs[theirs] = original
+        successors[theirs] = original
     restore_order(module, vars(wrapper).get("order", ("weight", "bias")))
-    return heirs
+    return successors
 
 
-class _Found(NamedTuple):
-    """What NNI knows of one tensor when it has pruned."""
+class _Pruned(NamedTuple):
+    """A tensor that NNI has pruned.
 
-    wrapper: Any
-    tensor_name: str
+    Attributes:
+        ref: the tensor, by its name in the plain model.
+        space: what NNI keeps for it.
+        kept: the mask.
+        factor: by which `SlimPruner` scales its channels, or None.
+    """
+
+    ref: TensorRef
+    space: Any
     kept: Tensor
-    in_blocks: bool
     factor: Tensor | None
 
-    @property
-    def layer(self) -> tuple[str, str]:
-        """Name of the layer, and of its tensor."""
-        return plain_name(self.wrapper.name, self.tensor_name, self.wrapper.module)
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise HostError if another pruner of NNI still holds the model."""
+    wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
+    if wrapped:
+        raise HostError(
+            "Only one pruner of NNI at a time can hold a model.",
+            f"wrapped already: {listed(wrapped)}",
+            "call finish(pruner) of ip_plugin.adapters.nni first, or build the new pruner with from_compressor",
+        )
 
 
 def plain_name(module_name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
-    """Where a tensor is on the plain model: ``("0.parametrizations.weight", "original")`` is ``("0", "weight")``."""
-    if TensorRef(module, "original").chain is None or tensor_name != "original":
+    """Name of a tensor in the plain model: ``("0", "weight")`` for ``("0.parametrizations.weight", "original")``."""
+    if tensor_name != "original" or TensorRef(module, tensor_name).chain is None:
         return module_name, tensor_name
     layer, _, name = module_name.rpartition("parametrizations.")
     return layer.removesuffix("."), name
 
 
 def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
-    """Take the model out of NNI's hands: its masks become ours, its wrappers go, the model's own Parameters return.
+    """Take the model back from NNI: its masks become ours, its wrappers go, the model's own Parameters return.
 
     The Parameter objects are those from before the pruner, in their order, with the trained values; masks that the
-    model had before still hold. Afterwards `ip_plugin.bake`, `report`, `masks`, ``state_dict``, ``copy.deepcopy`` and
+    model had before still apply. Afterwards `ip_plugin.bake`, `report`, `masks`, ``state_dict``, ``copy.deepcopy`` and
     training do what they do without NNI.
 
-    Where a pruner with a granularity has masked a whole output channel, the channel's bias goes too, and its weight and
-    bias in the BatchNorm that alone follows (see `ip_plugin.adapters.shared.batch_norms`): the model then computes what
-    a network without these channels computes, as long as activations take 0 to 0. Masks of inputs and outputs end with
-    the pruner. The factors by which `SlimPruner` scales channels are multiplied into the values (the host's
+    Where a pruner with a granularity has masked a whole output channel, the channel's bias is masked too, and its
+    weight and bias in the BatchNorm behind the layer (see `ip_plugin.adapters.shared.batch_norms`): the model then
+    computes what a network without these channels computes, as long as activations map 0 to 0. Masks of inputs and
+    outputs end with the pruner. The factors by which `SlimPruner` scales channels are multiplied into the values (NNI's
     ``unwrap_model`` drops them).
 
     Args:
         pruner: after ``compress()``; of this adapter, or of NNI itself, whose Parameter objects then stay.
         optimizer: one that trains the model, built before or after the pruner: it keeps its state and goes on with
-            the Parameters that are back.
+            the restored Parameters.
 
     Returns:
         The model that the pruner was made for.
 
     Raises:
-        NotAPrunerError: not a pruner, or one that was finished before.
-        OptimizerMismatchError: the optimizer trains none of the pruner's tensors.
-        AlreadyParametrizedError: NNI has pruned below someone else's parametrization.
+        HostError: not a pruner, or one that was finished before.
+        OptimizerError: the optimizer trains none of the pruner's tensors.
+        ConversionError: NNI has pruned below someone else's parametrization.
             In all cases nothing has changed.
 
     Warns:
@@ -142,42 +147,45 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     >>> masks(model)["0"].flatten(1).any(1).sum(), (model[1].bias == 0).sum()
     (tensor(6), tensor(8))
     """
-    if not isinstance(pruner, Compressor):
-        raise NotAPrunerError(f"a {type(pruner).__name__}")
-    if vars(pruner).get("finished"):
-        raise NotAPrunerError(f"a {type(pruner).__name__} that was finished before")
+    finished = isinstance(pruner, Compressor) and vars(pruner).get("finished")
+    if finished or not isinstance(pruner, Compressor):
+        raise HostError(
+            "`finish` takes a pruner of NNI that still holds its model.",
+            f"a {type(pruner).__name__}{' that was finished before' if finished else ''}",
+            "pass the pruner itself, once",
+        )
     model: nn.Module = pruner.bound_model
     wrappers = list(pruner._module_wrappers.values())
-    found = [each for wrapper in wrappers for each in _found(wrapper)]
-    for each in found:
-        if TensorRef(each.wrapper.module, each.tensor_name).is_foreign:
-            raise AlreadyParametrizedError(each.wrapper.name, "another package")
+    tensors = [tensor for wrapper in wrappers for tensor in _pruned(wrapper, model)]
+    for tensor in tensors:
+        if tensor.ref.is_foreign:
+            raise ConversionError(
+                "The weight of a layer must not be parametrized by someone else.",
+                f"layer {tensor.ref.module_name!r}: parametrized by another package",
+                "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before NNI prunes",
+            )
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
 
-    heirs: dict[nn.Parameter, nn.Parameter | None] = {p: None for wrapper in wrappers for p in wrapper.parameters()}
+    successors: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(p for w in wrappers for p in w.parameters())
     for wrapper in wrappers:
-        heirs.update(put_back(wrapper, model))
-    for each in found:
-        heirs[each.wrapper.pruning_target_spaces[each.tensor_name].target] = getattr(
-            each.wrapper.module, each.tensor_name
-        )
+        successors.update(put_back(wrapper, model))
+    successors.update({tensor.space.target: tensor.ref.parameter for tensor in tensors})
     if optimizer is not None:
-        _hand_over(optimizer, heirs)
-    for each in found:
-        if each.factor is not None:
-            getattr(each.wrapper.module, each.tensor_name).data.mul_(each.factor)
-    for each in found:
-        TensorRef(each.wrapper.module, each.tensor_name).add_mask(each.kept)
-    _remove_channels(model, {each.layer[0] for each in found if each.in_blocks and each.layer[1] == "weight"})
+        _replace_parameters(optimizer, successors)
+    for tensor in tensors:
+        if tensor.factor is not None:
+            tensor.ref.parameter.data.mul_(tensor.factor)
+    by_group: dict[Any, list[tuple[str, Tensor]]] = {}
+    for ref, space, kept, _ in tensors:
+        ref.add_mask(kept)
+        by_group.setdefault(space.global_group_id, []).append((ref.module_name, kept))
+    weights = [tensor for tensor in tensors if tensor.ref.tensor_name == "weight"]
+    _mask_empty_channels(model, {ref.module_name for ref, space, *_ in weights if space.granularity is not None})
     pruner.finished = True
-    groups: dict[Any, list[tuple[str, Tensor]]] = {}
-    for each in found:
-        group = each.wrapper.pruning_target_spaces[each.tensor_name].global_group_id
-        groups.setdefault(group, []).append((each.layer[0], each.kept))
-    for group, kept in groups.items():
-        if group is not None:  # one threshold for them all
-            warn_of_thin_layers(kept)
+    for group, masks in by_group.items():
+        if group is not None:  # layers of a group have one threshold
+            warn_of_thin_layers(masks)
     return model
 
 
@@ -188,24 +196,26 @@ def speedup(
     *,
     optimizer: Optimizer | None = None,
 ) -> Model:
-    """Cut the channels that NNI's masks have left empty: what the host's ``ModelSpeedup`` is for, which fails now.
+    """Remove the channels that NNI's masks have left empty, as NNI's ``ModelSpeedup`` (which fails now) is meant to.
 
-    Needs torch-pruning, which finds what belongs together and cuts it (the extra ``torch-pruning``). A channel that its
-    bias or a norm still makes something of stays, except where a mask is one of whole channels: see `finish`.
+    Needs torch-pruning, which says which channels belong together and removes them (the extra ``torch-pruning``). A
+    channel to which a bias or a norm still contributes stays, except where the mask of a layer is one of whole
+    channels: see `finish`.
 
     Args:
-        model: what `finish` has returned, or a model without wrappers that the masks are meant for; changed in place.
-        masks: as ``compress()`` has returned them; masks of inputs and outputs are passed over.
+        model: one that `finish` has returned, or one without wrappers to which the masks belong; changed in place.
+        masks: as ``compress()`` has returned them; masks of inputs and outputs are ignored.
         example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        optimizer: one that trains the model; Parameters that are cut are replaced in it, with their state.
+        optimizer: one that trains the model; pruned Parameters are replaced in it, with their state.
 
     Returns:
         The model: it computes what it computed with the masks.
 
     Raises:
-        AlreadyWrappedError: NNI's wrappers are on the model.
-        UnknownLayerError, InvalidMaskError: masks of another model.
-        ExampleInputError, ChangedOutputError: see `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        HostError: NNI's wrappers are on the model, or the model's outputs would change, see
+            `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        SelectionError, MaskError: masks of another model.
+        BatchError: the model does not run on the example input.
             In all cases nothing has changed.
 
     >>> from ip_plugin import interspace
@@ -218,39 +228,52 @@ def speedup(
     """
     from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
-    wrapped = [name for name, module in model.named_modules() if WRAPPER in module._modules]
-    if wrapped:
-        raise AlreadyWrappedError(wrapped)
-    modules = dict(model.named_modules())
-    found: list[tuple[TensorRef, Tensor]] = []
-    for name, by_tensor in masks.items():
-        if name not in modules:
-            raise UnknownLayerError(name, modules, argument="masks")
-        for tensor_name, mask in by_tensor.items():
-            if mask is None or tensor_name.startswith((INPUT_PREFIX, OUTPUT_PREFIX)):
-                continue  # NNI names biases that are not there
-            ref = TensorRef(modules[name], tensor_name)
-            values = getattr(*ref.target, None)
-            if not isinstance(values, Tensor) or mask.shape != values.shape:
-                shape = values.shape if isinstance(values, Tensor) else ()
-                raise InvalidMaskError(f"{name}.{tensor_name}", f"shape {tuple(mask.shape)}", shape)
-            found.append((ref, mask.detach() != 0))
+    check_unwrapped(model)
+    checked = list(_checked_masks(model, masks))
     with transaction(list(model.modules()), optimizer):
-        for ref, kept in found:
+        for ref, kept in checked:
             ref.add_mask(kept.to(ref.parameter.device))
-        whole = {name for name in masks if _is_of_channels(modules[name], masks[name].get("weight"))}
-        _remove_channels(model, whole)
+        whole = {n for n in masks if _is_of_channels(model.get_submodule(n), masks[n].get("weight"))}
+        _mask_empty_channels(model, whole)
         return cut_masked_channels(model, example_input, optimizer=optimizer)
 
 
+def _checked_masks(
+    model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]
+) -> Iterator[tuple[TensorRef, Tensor]]:
+    modules = dict(model.named_modules())
+    for name, by_tensor in masks.items():
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, cutoff=0.4)
+            raise SelectionError(
+                "Every name in `masks` must be the name of a module of the model.",
+                f"no module {name!r}",
+                f"use names from `model.named_modules()`; the closest are {listed(close)}",
+            )
+        for tensor_name, mask in by_tensor.items():
+            if mask is None or tensor_name.startswith((INPUT_PREFIX, OUTPUT_PREFIX)):
+                continue  # NNI has None for biases that do not exist
+            ref = TensorRef(modules[name], tensor_name)
+            values = getattr(*ref.target, None)
+            if not isinstance(values, Tensor) or mask.shape != values.shape:
+                expected = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else "a tensor of that name"
+                raise MaskError(
+                    f"The mask of '{name}.{tensor_name}' must be for a tensor of the model: {expected}.",
+                    f"shape {tuple(mask.shape)}",
+                    "pass the masks that `compress()` has returned for this model",
+                )
+            yield ref, mask.detach() != 0
+
+
 def _is_of_channels(module: nn.Module, mask: Tensor | None) -> bool:
-    """Whether a mask keeps or drops every output channel of a layer whole."""
+    """Whether a mask keeps or prunes whole output channels of a layer only."""
     if mask is None or not isinstance(module, (_ConvNd, nn.Linear)):
         return False
-    return not bool((outputs_left(module, mask != 0) & outputs_left(module, mask == 0)).any())
+    kept = output_filters(module, mask != 0)
+    return torch.equal(kept.any(1), kept.all(1))
 
 
-def _found(wrapper: Any) -> Iterator[_Found]:
+def _pruned(wrapper: Any, model: nn.Module) -> Iterator[_Pruned]:
     for name, space in wrapper.pruning_target_spaces.items():
         if space.type is not TargetType.PARAMETER or space.mask is None:
             continue
@@ -259,7 +282,9 @@ def _found(wrapper: Any) -> Iterator[_Found]:
             factor = factor.detach()
             if space._scaler is not None:
                 factor = space._scaler.expand(factor, space.shape, keepdim=True)
-        yield _Found(wrapper, name, space.mask.detach() != 0, space.granularity is not None, factor)
+        layer, tensor_name = plain_name(wrapper.name, name, wrapper.module)
+        ref = TensorRef(model.get_submodule(layer), tensor_name, layer)
+        yield _Pruned(ref, space, space.mask.detach() != 0, factor)
 
 
 def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: list[Any]) -> None:
@@ -269,7 +294,11 @@ def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: li
     for wrapper in wrappers:
         known |= {id(p) for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())}
     if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-        raise OptimizerMismatchError(f"a {type(optimizer).__name__} with other parameters only")
+        raise OptimizerError(
+            "The optimizer must train parameters of the model.",
+            f"a {type(optimizer).__name__} with other parameters only",
+            "pass the optimizer that was built from this model's parameters",
+        )
 
 
 def _unwrap(pruner: Any, wrappers: list[Any]) -> None:
@@ -283,57 +312,57 @@ def _unwrap(pruner: Any, wrappers: list[Any]) -> None:
             wrapper.unwrap()
 
 
-def _hand_over(optimizer: Optimizer, heirs: dict[nn.Parameter, nn.Parameter | None]) -> None:
-    """Let an optimizer go on with other Parameters; those without an heir leave it."""
+def _replace_parameters(optimizer: Optimizer, successors: dict[nn.Parameter, nn.Parameter | None]) -> None:
+    """Let an optimizer train the successors of its Parameters; those whose successor is None are removed."""
     present = {p for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         names = group.get("param_names", [""] * len(group["params"]))
-        left: list[tuple[nn.Parameter, str]] = []
+        members: list[tuple[nn.Parameter, str]] = []
         for parameter, name in zip(group["params"], names, strict=True):
-            heir = heirs.get(parameter, parameter)
-            if heir is not parameter:
+            successor = successors.get(parameter, parameter)
+            if successor is not parameter:
                 state = optimizer.state.pop(parameter, None)
-                if heir is None or heir in present:
+                if successor is None or successor in present:
                     continue
                 if state is not None:
-                    optimizer.state[heir] = state
-            left.append((heir, name.replace(WRAPPER + ".", "")))
-        group["params"] = [parameter for parameter, _ in left]
+                    optimizer.state[successor] = state
+            members.append((successor, name.replace(WRAPPER + ".", "")))
+        group["params"] = [parameter for parameter, _ in members]
         if "param_names" in group:
-            group["param_names"] = [name for _, name in left]
+            group["param_names"] = [name for _, name in members]
 
 
-def _remove_channels(model: nn.Module, layers: set[str]) -> None:
-    """Mask what else makes an output channel of which no weight is left: its bias, and its place in a BatchNorm."""
-    left: dict[str, Tensor] = {}
+def _mask_empty_channels(model: nn.Module, layers: set[str]) -> None:
+    """Of output channels with no weight left, mask the bias too, and the weight and bias in the BatchNorm behind."""
+    kept: dict[str, Tensor] = {}
     for name in layers:
         module = model.get_submodule(name)
         parametrization = TensorRef(module).parametrization if isinstance(module, (_ConvNd, nn.Linear)) else None
         if parametrization is not None and parametrization.mask is not None:
-            channels = outputs_left(module, parametrization.mask)
+            channels = output_filters(module, parametrization.mask).any(1)
             if not bool(channels.all()):
-                left[name] = channels
-    for name, channels in left.items():
+                kept[name] = channels
+    for name, channels in kept.items():
         module = model.get_submodule(name)
         if module.bias is not None:
             TensorRef(module, "bias").add_mask(channels)
-    if not left or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not kept or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
-    norms = following(model, left)
+    norms = following(model, kept)
     if norms is None:
         warnings.warn(
-            "the model's forward cannot be traced, so that the BatchNorms behind pruned channels were left as they "
-            f"are and may turn them into constants: layers {', '.join(sorted(left))}",
+            "the model's forward cannot be traced, so the BatchNorms behind pruned channels were left as they are and "
+            f"may turn these channels into constants: layers {', '.join(sorted(kept))}",
             stacklevel=3,
         )
         return
     for layer, norm in norms.items():
         module = model.get_submodule(norm)
         assert isinstance(module, _BatchNorm)
-        if module.num_features != len(left[layer]):
+        if module.num_features != len(kept[layer]):
             continue
         if module.affine:
-            TensorRef(module, "weight").add_mask(left[layer])
-            TensorRef(module, "bias").add_mask(left[layer])
+            TensorRef(module, "weight").add_mask(kept[layer])
+            TensorRef(module, "bias").add_mask(kept[layer])
         elif module.running_mean is not None:
-            module.running_mean.mul_(left[layer])
+            module.running_mean.mul_(kept[layer])

@@ -1,7 +1,7 @@
-"""The BatchNorm behind a layer: the one that normalises the layer's output channels, and that nothing else feeds.
+"""The BatchNorm behind a layer: the one that normalises the layer's output channels, and has no other input.
 
-Found by tracing the model with `torch.fx`, in training and in evaluation mode; what differs between the two, or is not
-sure, is left out.
+The model is traced with `torch.fx`, in training and in evaluation mode. Where the two differ, or in doubt, the layer
+has none.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def following(model: nn.Module, layers: Collection[str]) -> dict[str, str] | Non
         layers: names of convolutions and linear layers.
 
     Returns:
-        {layer name: name of its BatchNorm}. A layer has none if its output goes anywhere else too, if the layer or the
-        BatchNorm is used more than once, or if something other than activations, dropout and pooling stands between
+        {layer name: name of its BatchNorm}. A layer has none if its output is used anywhere else too, if the layer or
+        the BatchNorm is called more than once, or if there is anything but activations, dropout and pooling between
         them. None if the model's forward cannot be traced (it branches on values, for example).
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU())
@@ -64,27 +64,27 @@ def following(model: nn.Module, layers: Collection[str]) -> dict[str, str] | Non
     {'0': '1'}
     """
     tensors = chain(model.parameters(), model.buffers())
-    found: dict[str, set[str | None]] = {}
+    norms: dict[str, set[str | None]] = {}
     try:
         copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         for training in (True, False):
             graph = _Tracer().trace(copied.train(training))
             for layer, norm in _in_graph(graph, dict(copied.named_modules()), layers).items():
-                found.setdefault(layer, set()).add(norm)
-    except Exception:  # whatever a forward does that proxies cannot
+                norms.setdefault(layer, set()).add(norm)
+    except Exception:  # whatever a forward does that proxies do not support
         return None
-    return {layer: norm for layer, (norm, *others) in found.items() if norm is not None and not others}
+    return {layer: norm for layer, (norm, *others) in norms.items() if norm is not None and not others}
 
 
 def _in_graph(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Collection[str]) -> dict[str, str | None]:
-    """For every layer that is called: the one BatchNorm behind it, or None."""
+    """For every layer that is called, the name of the BatchNorm behind it, or None."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    found = {}
+    norms: dict[str, str | None] = {}
     for node in graph.nodes:
         if node.op == "call_module" and node.target in layers:
             norm = _behind(node, modules)
-            found[node.target] = norm if calls[node.target] == 1 and calls[norm] == 1 else None
-    return found
+            norms[node.target] = norm if calls[node.target] == 1 and calls[norm] == 1 else None
+    return norms
 
 
 def _behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:

@@ -1,9 +1,9 @@
-"""Plain layers for a while: what a host sees that knows nothing of parametrizations.
+"""A view of a model as ordinary layers, for pruning libraries that know nothing of parametrizations.
 
-While a model is lent, every tensor under a parametrization of this package is an ordinary Parameter of an ordinary
-module: the very Parameter that holds the coefficients, its masked entries shown as zeros and its magnitudes as they
-are where every basis filter has unit norm; gradients are scaled the other way. Given back, what the host did not touch
-is bit for bit what it was, and what it wrote is scaled back.
+While a model is exposed, every tensor under a parametrization of this package is an ordinary Parameter of an ordinary
+module: the very Parameter that holds the coefficients. It shows them masked and scaled as if every basis filter had
+unit norm, and gradients scaled inversely. Afterwards, what the library did not change is bit for bit what it was; what
+it has written is scaled back.
 """
 
 from __future__ import annotations
@@ -22,107 +22,117 @@ from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
 from ip_plugin.core.parametrization import Interspace, Mask, parametrizations, restore_order
-from ip_plugin.core.tensor_ref import TensorRef, own_tensors
-from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
+from ip_plugin.core.tensor_ref import Target, TensorRef, own_tensors
+from ip_plugin.errors import ConversionError, HostError
 
 Rows: TypeAlias = "slice | types.EllipsisType"
 _COMPARED_AT_ONCE = 1 << 18
 
 
 class PlainView:
-    """Lends a model: ``with view.lend(): ...``; it may be lent again while it is lent.
+    """Exposes a model as plain layers: ``with view.expose(): ...``, which may be nested.
 
     Args:
-        model: lent and given back.
-        in_unit_gauge: asked when the model is lent; False shows coefficients in the gauge that they are in.
+        model: exposed while a block runs, and restored afterwards.
+        in_unit_gauge: asked at the beginning of each block; False shows coefficients without the filter scale.
     """
 
     def __init__(self, model: nn.Module, in_unit_gauge: Callable[[], bool] = lambda: True) -> None:
         self.model = model
         self.in_unit_gauge = in_unit_gauge
         self.depth = 0
-        self.loans: dict[tuple[nn.Module, str], Loan] = {}
+        self.tensors: dict[Target, ExposedTensor] = {}
         self.shown = False
         self._names: dict[nn.Module, str] = {}
 
     @contextmanager
-    def lend(
-        self, modules: Collection[nn.Module] | None = None, again: Collection[Loan] | None = None
+    def expose(
+        self, modules: Collection[nn.Module] | None = None, previous: Collection[ExposedTensor] | None = None
     ) -> Iterator[PlainView]:
-        """Lend the model while the block runs.
+        """Expose the model while the block runs.
 
         Args:
-            modules: those that are lent, without their children; None lends all.
-            again: `loans` of an earlier time, which need not be looked for if the model has them still.
+            modules: those that are exposed, without their children; None exposes all.
+            previous: `tensors` of an earlier block, so that they need not be searched for again.
 
         Raises:
-            AlreadyParametrizedError: someone else's parametrization sits beside or on top of ours.
+            ConversionError: someone else's parametrization sits beside or on top of ours.
+            HostError: after the block: Parameters were replaced by other means than `follow`.
         """
         if self.depth == 0:
-            self._lend(modules, again)
+            self._expose(modules, previous)
         self.depth += 1
-        strays: list[Loan] = []
+        replaced: list[ExposedTensor] = []
         try:
             yield self
         finally:
             self.depth -= 1
             if self.depth == 0:
-                strays = [loan for loan in self.loans.values() if loan.parameter is not loan.lent]
-                for loan in self.loans.values():
-                    loan.conceal()
-                for module, loans in self._by_module().items():
-                    _give_back(module, loans)
-                self.loans, self.shown = {}, False
-        if strays:
-            raise UnfollowedCutError(strays[0].layer)
+                replaced = [tensor for tensor in self.tensors.values() if tensor.is_replaced]
+                self._restore()
+        if replaced:
+            raise HostError(
+                "Only groups of a pruner made by ip_plugin.adapters.torch_pruning.pruner may replace Parameters.",
+                f"the parameter of {replaced[0].ref.module_name!r} was replaced by something else",
+                "remove channels with such a pruner",
+            )
 
-    def _lend(self, modules: Collection[nn.Module] | None, again: Collection[Loan] | None) -> None:
-        if again is None or not all(loan.is_held() for loan in again):
+    def _expose(self, modules: Collection[nn.Module] | None, previous: Collection[ExposedTensor] | None) -> None:
+        if previous is None or not all(tensor.is_current() for tensor in previous):
             if modules is None:
                 self._names = {module: name for name, module in self.model.named_modules()}
                 modules = self._names
-            take_over_masks(modules)
-            refs = [ref for module in modules for ref in own_tensors(module, self._names.get(module, "?"))]
-            again = [Loan(ref, ref.chain) for ref in refs if ref.chain is not None]
+            _adopt_masks(modules)
+            parametrized = (module for module in modules if parametrize.is_parametrized(module))
+            refs = [ref for module in parametrized for ref in own_tensors(module, self._names.get(module, "?"))]
+            previous = [ExposedTensor(ref, ref.chain) for ref in refs if ref.chain is not None]
         unit = self.in_unit_gauge()
-        for loan in again:
-            loan.begin(unit)
-        self.loans = {(loan.module, loan.tensor_name): loan for loan in again}
-        for module, of_module in self._by_module().items():
-            _make_plain(module, of_module)
+        for tensor in previous:
+            tensor.begin(unit)
+        self.tensors = {(tensor.ref.module, tensor.ref.tensor_name): tensor for tensor in previous}
+        for module, tensors in self._by_module().items():
+            _make_plain(module, tensors)
+
+    def _restore(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.hide()
+        for module, tensors in self._by_module().items():
+            _make_parametrized(module, tensors)
+        self.tensors, self.shown = {}, False
 
     def show(self) -> None:
-        """Show masked magnitudes in unit gauge from now on; until then every value is the exact one."""
+        """Show masked and scaled values from now on; until then every value is the exact one."""
         if not self.shown:
             self.shown = True
-            for loan in self.loans.values():
-                loan.show()
+            for tensor in self.tensors.values():
+                tensor.show()
 
-    def _by_module(self) -> dict[nn.Module, list[Loan]]:
-        found: dict[nn.Module, list[Loan]] = {}
-        for loan in self.loans.values():
-            found.setdefault(loan.module, []).append(loan)
-        return found
+    def _by_module(self) -> dict[nn.Module, list[ExposedTensor]]:
+        by_module: dict[nn.Module, list[ExposedTensor]] = {}
+        for tensor in self.tensors.values():
+            by_module.setdefault(tensor.ref.module, []).append(tensor)
+        return by_module
 
     @contextmanager
-    def exact(self, tensors: Iterable[tuple[nn.Module, str]]) -> Iterator[list[Loan]]:
-        """While the block runs, some of the tensors lent have their exact values, for a host that cuts them."""
-        loans = [self.loans[key] for key in tensors if key in self.loans]
-        for loan in loans:
-            loan.conceal()
-        yield loans
+    def exact(self, targets: Iterable[Target]) -> Iterator[list[ExposedTensor]]:
+        """While the block runs, some of the exposed tensors have their exact values, for a library that prunes them."""
+        tensors = [self.tensors[target] for target in targets if target in self.tensors]
+        for tensor in tensors:
+            tensor.hide()
+        yield tensors
         if self.shown:
-            for loan in loans:
-                loan.show()
+            for tensor in tensors:
+                tensor.show()
 
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """For a host's functions that look at layers: while the block runs, the model is one of plain layers.
+    """While the block runs, the model looks like one of ordinary layers, for functions that look at layers.
 
-    Their ``weight`` is the masked coefficients in unit gauge, ``weight.grad`` their gradient: an importance of
-    Torch-Pruning that is called by hand reads these. To be read, not cut: only groups of a pruner made by
-    `ip_plugin.adapters.torch_pruning.pruner` cut. Masks of `torch.nn.utils.prune` become masks of this package.
+    Their ``weight`` holds the masked coefficients, scaled as if every basis filter had unit norm, and ``weight.grad``
+    the gradient for it: an importance of Torch-Pruning that is called by hand reads these. Channels must not be removed
+    in the block; only groups of a pruner made by `ip_plugin.adapters.torch_pruning.pruner` can do that. Masks of
+    `torch.nn.utils.prune` become masks of this package.
 
     >>> from ip_plugin import interspace
     >>> model = interspace(nn.Sequential(nn.Conv2d(1, 2, 3)), basis=2 * torch.eye(9))
@@ -130,36 +140,36 @@ def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
     ...     type(model[0]).__name__
     'Conv2d'
     """
-    with transaction(model.modules()), PlainView(model).lend() as view:
+    with transaction(model.modules()), PlainView(model).expose() as view:
         view.show()
         yield model
 
 
-class Loan:
-    """One tensor that is lent.
+class ExposedTensor:
+    """One tensor that is exposed as an ordinary Parameter.
 
     Attributes:
-        layer, module, tensor_name: where it is.
+        ref: the tensor; while it is exposed, its module and names only.
         chain: torch's list of its parametrizations; `parametrization` is the only one.
-        lent: the Parameter; whoever lets a host replace it must say so here.
+        parameter: the exposed Parameter; code that lets a library replace it must set this to the new one.
     """
 
     def __init__(self, ref: TensorRef, chain: parametrize.ParametrizationList) -> None:
         _refuse_foreign(ref)
-        self.layer, self.module, self.tensor_name = ref.module_name, ref.module, ref.tensor_name
+        self.ref = ref
         self.chain: parametrize.ParametrizationList = chain
         self.parametrization: Mask = chain[0]  # type: ignore[assignment]
         self.cls, self.children = type(ref.module), parametrizations(ref.module)
         self.names = tuple(self.children)
-        self.lent: nn.Parameter
-        self.unit = True
+        self.parameter: nn.Parameter
+        self._unit = True
         self._exact: Tensor | None = None
         self._exact_grad: Tensor | None = None
         self._scale: Tensor | None = None
 
-    def is_held(self) -> bool:
-        """Whether the tensor is under the parametrization that it was under, and nothing else."""
-        module = self.module
+    def is_current(self) -> bool:
+        """Whether the tensor is still under this parametrization, and no other."""
+        module = self.ref.module
         return (
             type(module) is self.cls
             and module._modules.get("parametrizations") is self.children
@@ -168,50 +178,52 @@ class Loan:
             and tuple(parametrizations(module)) == self.names
         )
 
-    def begin(self, unit: bool) -> None:
-        """Take the Parameter that there is; `unit`: whether it is to be shown in unit gauge."""
-        held_there: Any = self.chain.original
-        self.lent, self.unit = held_there, unit
-
     @property
-    def parameter(self) -> nn.Parameter | None:
-        """The Parameter that the module has by now."""
-        return self.module._parameters.get(self.tensor_name)
+    def is_replaced(self) -> bool:
+        """Whether the module has another Parameter by now."""
+        return self.ref.module._parameters.get(self.ref.tensor_name) is not self.parameter
+
+    def begin(self, unit: bool) -> None:
+        """Take the present Parameter; `unit`: whether it is to be shown as if every basis filter had unit norm."""
+        original: Any = self.chain.original
+        self.parameter, self._unit = original, unit
 
     @torch.no_grad()
     def show(self) -> None:
-        """Put what a host may read into the Parameter."""
-        if self.unit:
-            self._scale = _scale(self.parametrization, self.lent)
+        """Write masked and scaled values into the Parameter; inverse: `hide`."""
+        if self._unit:
+            self._scale = _scale(self.parametrization, self.parameter)
         if self._scale is not None or self.parametrization.mask is not None:
-            self._exact = self.lent.data
-            self.lent.data = self._shown(self._exact)
-        if self._scale is not None and self.lent.grad is not None:
-            exact: Tensor = self.lent.grad
-            self._exact_grad, self.lent.grad = exact, exact / self._scale
+            self._exact = self.parameter.data
+            self.parameter.data = self._shown(self._exact)
+        if self._scale is not None and self.parameter.grad is not None:
+            exact: Tensor = self.parameter.grad
+            self._exact_grad, self.parameter.grad = exact, exact / self._scale
 
     @torch.no_grad()
-    def conceal(self) -> None:
-        """Put the exact values back; what was written meanwhile is scaled back."""
+    def hide(self) -> None:
+        """Put the exact values back, with what was written since `show`, scaled back."""
         scale = 1 if self._scale is None else self._scale
         if self._exact is not None:
-            _take_back(self.lent.data, self._exact, self._shown, lambda now: now / scale)
-            self.lent.data = self._exact
-        if self._scale is not None and self.lent.grad is not None:
+            _write_back(self.parameter.data, self._exact, self._shown, lambda values: values / scale)
+            self.parameter.data = self._exact
+        if self._scale is not None and self.parameter.grad is not None:
             if self._exact_grad is None:
-                self.lent.grad = self.lent.grad * scale
+                self.parameter.grad = self.parameter.grad * scale
             else:
-                _take_back(self.lent.grad, self._exact_grad, lambda grad, _: grad / scale, lambda now: now * scale)
-                self.lent.grad = self._exact_grad
+                _write_back(
+                    self.parameter.grad, self._exact_grad, lambda grad, _: grad / scale, lambda values: values * scale
+                )
+                self.parameter.grad = self._exact_grad
         self._exact = self._exact_grad = self._scale = None
 
     def composed(self) -> Tensor:
-        """The kernels that the values in the Parameter make, as they are now."""
-        space, values = self.parametrization, self.lent.detach()
+        """The kernels composed from the values that are in the Parameter now."""
+        space, values = self.parametrization, self.parameter.detach()
         if not isinstance(space, Interspace):
             return values
         basis = space.effective_basis.detach()
-        if self._scale is not None:  # the filters have unit norm where the coefficients are shown scaled
+        if self._scale is not None:  # the coefficients are shown scaled, so they belong to filters of unit norm
             norms = self._scale.reshape(-1, 1)
             basis = torch.where(norms > 0, basis / norms, 0)
         return bases.compose(values, basis)
@@ -222,46 +234,48 @@ class Loan:
         return scaled if mask is None else scaled.mul_(mask[rows])
 
 
-_LENT: WeakKeyDictionary[nn.Module, list[Loan]] = WeakKeyDictionary()
+_EXPOSED: WeakKeyDictionary[nn.Module, list[ExposedTensor]] = WeakKeyDictionary()
 
 
 def kernels(module: nn.Module) -> Tensor:
-    """The kernels of a layer; those of one that is lent, whose ``weight`` is coefficients, are composed."""
-    for loan in _LENT.get(module, ()):
-        if loan.tensor_name == "weight":
-            return loan.composed()
-    found: Tensor = module.weight  # type: ignore[assignment]
-    return found.detach()
+    """The kernels of a layer; of one that is exposed, whose ``weight`` holds coefficients, they are composed."""
+    for tensor in _EXPOSED.get(module, ()):
+        if tensor.ref.tensor_name == "weight":
+            return tensor.composed()
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.detach()
 
 
-def _take_back(
-    now: Tensor, exact: Tensor, shown: Callable[[Tensor, Rows], Tensor], back: Callable[[Tensor], Tensor]
+def _write_back(
+    values: Tensor, exact: Tensor, shown: Callable[[Tensor, Rows], Tensor], inverse: Callable[[Tensor], Tensor]
 ) -> None:
-    """Write into `exact` what is not as it was shown; by rows, as most of it is, and nothing large is allocated."""
+    """Where `values` differ from `shown(exact)`, set `exact` to their `inverse`.
+
+    By rows: most of them are equal, and so nothing large is allocated.
+    """
     rows: Iterable[Rows] = (...,)
     if exact.dim() and exact.numel() > _COMPARED_AT_ONCE:
         step = max(1, _COMPARED_AT_ONCE * len(exact) // exact.numel())
         rows = (slice(start, start + step) for start in range(0, len(exact), step))
     for some in rows:
-        was = shown(exact[some], some)
-        if not torch.equal(now[some], was):
-            exact[some] = torch.where(now[some] == was, exact[some], back(now[some]))
+        before = shown(exact[some], some)
+        if not torch.equal(values[some], before):
+            exact[some] = torch.where(values[some] == before, exact[some], inverse(values[some]))
 
 
 def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
-    """What coefficients are multiplied by to be in unit gauge; None where that is one, to rounding."""
+    """The norms of the filters, by which coefficients are multiplied; None where they are 1, to rounding."""
     norms = parametrization.filter_norms if isinstance(parametrization, Interspace) else None
     if norms is None or bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
         return None
     return norms.reshape(1, 1, *coefficients.shape[2:])
 
 
-def take_over_masks(modules: Iterable[nn.Module]) -> None:
-    """Make every mask that `torch.nn.utils.prune` has put on tensors of some modules ours."""
+def _adopt_masks(modules: Iterable[nn.Module]) -> None:
+    """Replace every mask that `torch.nn.utils.prune` has put on tensors of some modules by one of ours."""
     for module in modules:
-        if TensorRef(module).is_foreign or isinstance(
-            module, nn.RNNBase
-        ):  # torch keeps the weights of these in a list, too
+        # Torch keeps the weights of recurrent layers in a list, too.
+        if TensorRef(module).is_foreign or isinstance(module, nn.RNNBase):
             continue
         for name in torch_masks.pruned_names(module):
             kept = torch_masks.take_off(module, name)
@@ -271,24 +285,30 @@ def take_over_masks(modules: Iterable[nn.Module]) -> None:
 
 def _refuse_foreign(ref: TensorRef) -> None:
     for tensor_name, chain in parametrizations(ref.module).items():
-        others = [parametrization for parametrization in chain if not isinstance(parametrization, Mask)]
+        others = [type(parametrization).__name__ for parametrization in chain if not isinstance(parametrization, Mask)]
         if others:
-            raise AlreadyParametrizedError.beside_ours(ref.module_name, others, tensor_name)
+            raise ConversionError(
+                "The weight of a layer must not be parametrized by someone else.",
+                f"layer {ref.module_name!r}: {tensor_name} parametrized by {', '.join(others)}, "
+                "besides that of ip_plugin",
+                "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
+                "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
+            )
 
 
-def _make_plain(module: nn.Module, loans: list[Loan]) -> None:
+def _make_plain(module: nn.Module, tensors: list[ExposedTensor]) -> None:
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
-    for loan in loans:
-        module.register_parameter(loan.tensor_name, loan.lent)
-    restore_order(module, loans[0].parametrization.order)
-    _LENT[module] = loans
+    for tensor in tensors:
+        module.register_parameter(tensor.ref.tensor_name, tensor.parameter)
+    restore_order(module, tensors[0].parametrization.order)
+    _EXPOSED[module] = tensors
 
 
-def _give_back(module: nn.Module, loans: list[Loan]) -> None:
-    _LENT.pop(module, None)
-    for loan in loans:
-        loan.chain.register_parameter("original", loan.lent)
-        module._parameters.pop(loan.tensor_name, None)
-    module.__class__ = loans[0].cls
-    module._modules["parametrizations"] = loans[0].children
+def _make_parametrized(module: nn.Module, tensors: list[ExposedTensor]) -> None:
+    _EXPOSED.pop(module, None)
+    for tensor in tensors:
+        tensor.chain.register_parameter("original", tensor.parameter)
+        module._parameters.pop(tensor.ref.tensor_name, None)
+    module.__class__ = tensors[0].cls
+    module._modules["parametrizations"] = tensors[0].children

@@ -1,4 +1,4 @@
-"""All or nothing: a host's call that fails half way leaves no trace."""
+"""Undo what a failing call of a pruning library did to a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -13,42 +13,36 @@ from torch.optim import Optimizer
 def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -> Iterator[None]:
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
-    Attributes are remembered by reference, and the content of dicts and lists that are attributes; so what a
-    block replaces or registers is undone, what it writes into a tensor is not.
+    Attributes are remembered by reference, and so is the content of those that are dicts or lists: what the block
+    replaces or registers is undone, but not what it writes into a tensor.
 
     Args:
         objects: modules and other objects with a ``__dict__``; others are passed over.
         optimizer: None if there is none.
     """
-    saved = [_Saved(each) for each in {id(each): each for each in objects if hasattr(each, "__dict__")}.values()]
-    groups = [] if optimizer is None else [(group, dict(group)) for group in optimizer.param_groups]
-    lists = [(each, list(each)) for _, group in groups for each in group.values() if isinstance(each, list)]
-    state = None if optimizer is None else dict(optimizer.state)
+    saved = [_Saved(value) for value in {id(value): value for value in objects if hasattr(value, "__dict__")}.values()]
+    groups = [] if optimizer is None else optimizer.param_groups
+    lists = [value for group in groups for value in group.values() if isinstance(value, list)]
+    containers = [] if optimizer is None else [optimizer.state, *groups, *lists]
+    contents = [(container, container.copy()) for container in containers]
     try:
         yield
     except BaseException:
-        for each in saved:
-            each.restore()
-        for group, content in groups:
-            group.clear()
-            group.update(content)
-        for values, before in lists:
-            values[:] = before
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(state or {})
+        for attributes in saved:
+            attributes.restore()
+        _refill(contents)
         raise
 
 
 class _Saved:
-    """The attributes of one object, and what its containers held."""
+    """The attributes of one object, and the content of its containers."""
 
     def __init__(self, target: object) -> None:
         self.target, self.cls = target, type(target)
         self.attributes = dict(vars(target))
-        containers = [each for each in self.attributes.values() if isinstance(each, (dict, list))]
-        self.empty = [each for each in containers if not each]  # most of them
-        self.contents = [(each, each.copy()) for each in containers if each]
+        containers = [value for value in self.attributes.values() if isinstance(value, (dict, list))]
+        self.empty = [value for value in containers if not value]  # most of them
+        self.contents = [(value, value.copy()) for value in containers if value]
 
     def restore(self) -> None:
         target: Any = self.target
@@ -58,6 +52,10 @@ class _Saved:
         vars(target).update(self.attributes)
         for container in self.empty:
             container.clear()
-        for container, content in self.contents:
-            container.clear()
-            container.update(content) if isinstance(container, dict) else container.extend(content)
+        _refill(self.contents)
+
+
+def _refill(contents: list[tuple[Any, Any]]) -> None:
+    for container, content in contents:
+        container.clear()
+        container.update(content) if isinstance(container, dict) else container.extend(content)

@@ -4,13 +4,13 @@ Change one import and an existing pipeline runs, whether `interspace` was called
 
     from ip_plugin.adapters import torch_prune as prune
 
-Every public function and class of the host is here, with the host's arguments, and the host's own code chooses what to
-prune. The difference is what is left behind: not a hook, a ``weight_orig`` and a ``weight_mask``, but a bool mask in
-the layer's parametrization. So pruned models copy with ``copy.deepcopy`` (recurrent layers excepted: torch keeps their
-weights in a list); ``weight_orig`` and ``weight_mask`` can still be read as attributes. In the interspace
-``(conv, "weight")`` means the coefficients, and magnitudes are read where every basis filter has unit norm. A tensor
-that is pruned again after ``optimizer.step()`` is ranked by its present values; the host would rank it by those of the
-last forward pass.
+Every public function and class of torch's module (the host) is here, with its arguments, and its own code chooses what
+to prune. The difference is how a mask is kept: not as a hook, a ``weight_orig`` and a ``weight_mask``, but as a bool
+mask in the layer's parametrization. So pruned models can be copied with ``copy.deepcopy`` (except recurrent layers:
+torch keeps their weights in a list); ``weight_orig`` and ``weight_mask`` can still be read as attributes. In the
+interspace ``(conv, "weight")`` means the coefficients, and magnitudes are those for basis filters of unit norm. A
+tensor that is pruned again after ``optimizer.step()`` is ranked by its present values; torch's module would rank it by
+the values of the last forward pass.
 
 >>> import torch
 >>> from torch import nn
@@ -36,14 +36,7 @@ from ip_plugin.core.gauge import unit_gauge
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import Interspace, leave, restore_order
 from ip_plugin.core.tensor_ref import Target, TensorRef, described, parametrized_tensors
-from ip_plugin.errors import (
-    DuplicateTargetError,
-    InvalidAmountError,
-    InvalidMaskError,
-    InvalidScoresError,
-    NothingToPruneError,
-    NotPrunedError,
-)
+from ip_plugin.errors import AmountError, MaskError, ScoreError, SelectionError
 from ip_plugin.utils.validation import is_count, is_fraction
 
 M = TypeVar("M", bound=nn.Module)
@@ -51,12 +44,12 @@ Amount: TypeAlias = int | float
 
 
 @contextmanager
-def _lent(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
-    """While the block runs our mask is the host's; afterwards the host's is ours. If the block fails, all is as before.
+def _host_mask(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
+    """While the block runs, our mask is a mask of the host; afterwards the host's is ours. If it fails, all is undone.
 
     Args:
-        ref: what the host acts on.
-        ones: lend a mask of ones where there is no mask.
+        ref: the tensor that the host prunes.
+        ones: give the host a mask of ones where there is no mask.
     """
     if ref.is_foreign:  # the host keeps its mask
         yield
@@ -67,13 +60,13 @@ def _lent(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
     order = tuple(target[0]._parameters)
     if before is None and ones:
         before = torch.ones_like(getattr(*target), dtype=torch.bool)
-    _give(target, before)
+    _set_host_mask(target, before)
     try:
         yield
     except BaseException:
         torch_masks.take_off(*target)
         restore_order(target[0], order)
-        _give(target, theirs)
+        _set_host_mask(target, theirs)
         raise
     kept = torch_masks.take_off(*target)
     restore_order(target[0], order)
@@ -81,7 +74,7 @@ def _lent(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
         ref.set_mask(kept)
 
 
-def _give(target: Target, mask: Tensor | None) -> None:
+def _set_host_mask(target: Target, mask: Tensor | None) -> None:
     """Make `mask` the host's mask of a target that it has not pruned."""
     if mask is not None:
         host.custom_from_mask(*target, mask=mask)
@@ -91,19 +84,28 @@ def _give(target: Target, mask: Tensor | None) -> None:
 
 
 def _scores(ref: TensorRef, given: Tensor | None) -> Tensor:
-    """What the host ranks by: the scores given, or the masked tensor in unit gauge; contiguous."""
+    """The scores by which the host ranks: those given, or the masked tensor for filters of unit norm; contiguous."""
     tensor: Tensor = getattr(*ref.target).detach()
     if given is not None:
-        if given.shape != tensor.shape:
-            raise InvalidScoresError(ref.target[1], tensor.shape, given.shape)
+        check_scores(given, tensor, ref.target[1])
         return given.contiguous()
     return unit_gauge(tensor, ref.parametrization).contiguous()
+
+
+def check_scores(scores: Tensor, tensor: Tensor, name: str) -> None:
+    """Raise ScoreError unless scores have the shape of the tensor that they are for."""
+    if scores.shape != tensor.shape:
+        raise ScoreError(
+            f"Importance scores must have the shape of the tensor that they are for: {name!r}, {tuple(tensor.shape)}.",
+            f"shape {tuple(scores.shape)}",
+            "compute one score for each entry of the tensor that is pruned",
+        )
 
 
 def _check_amount(amount: object, available: int) -> None:
     fits = amount <= available if is_count(amount) else not isinstance(amount, int) and is_fraction(amount)
     if not fits:  # 1 is one entry, 1.0 is all
-        raise InvalidAmountError(
+        raise AmountError(
             f"An amount must be a fraction in [0, 1] or a count of at most {available}.",
             f"{amount!r} ({type(amount).__name__})",
             f"pass a float between 0.0 and 1.0, or an int between 0 and {available}",
@@ -111,7 +113,7 @@ def _check_amount(amount: object, available: int) -> None:
 
 
 def _available(ref: TensorRef, dim: int | None = None) -> int:
-    """How many entries, or slices along `dim`, are not pruned yet."""
+    """The number of entries, or of slices along `dim`, that are not pruned yet."""
     tensor = getattr(*ref.target)
     kept = torch_masks.mask(*ref.target)
     if kept is None:
@@ -122,10 +124,10 @@ def _available(ref: TensorRef, dim: int | None = None) -> int:
 
 
 class BasePruningMethod(host.BasePruningMethod):
-    """The host's base class for pruning methods of one's own, in either space.
+    """Torch's base class for custom pruning methods, in either space.
 
-    Subclass it as the host's: give it ``PRUNING_TYPE`` and ``compute_mask(t, default_mask)``; ``t`` are the masked
-    coefficients in unit gauge (or the importance scores given).
+    Subclass it like torch's: define ``PRUNING_TYPE`` and ``compute_mask(t, default_mask)``; ``t`` holds the masked
+    coefficients for basis filters of unit norm (or the importance scores given).
 
     >>> class EveryOther(BasePruningMethod):
     ...     PRUNING_TYPE = "unstructured"
@@ -144,13 +146,13 @@ class BasePruningMethod(host.BasePruningMethod):
     def apply(
         cls, module: nn.Module, name: str, *args: Any, importance_scores: Tensor | None = None, **kwargs: Any
     ) -> host.BasePruningMethod:
-        """Prune a tensor; see the host's documentation of ``BasePruningMethod.apply``.
+        """Prune a tensor; see torch's documentation of ``BasePruningMethod.apply``.
 
         Raises:
-            InvalidAmountError, InvalidMaskError, InvalidScoresError: nothing has changed.
+            AmountError, MaskError, ScoreError: nothing has changed.
         """
         ref = TensorRef(module, name)
-        with _lent(ref):
+        with _host_mask(ref):
             if "amount" in kwargs:
                 structured = getattr(cls, "PRUNING_TYPE", None) == "structured"
                 _check_amount(kwargs["amount"], _available(ref, kwargs.get("dim", -1) if structured else None))
@@ -167,37 +169,40 @@ class Identity(host.Identity, BasePruningMethod):  # type: ignore[misc]
 
 
 class RandomUnstructured(host.RandomUnstructured, BasePruningMethod):  # type: ignore[misc]
-    """Prunes entries at random; see the host's class."""
+    """Prunes entries at random; see torch's class."""
 
 
 class L1Unstructured(host.L1Unstructured, BasePruningMethod):  # type: ignore[misc]
-    """Prunes the entries of smallest magnitude; see the host's class."""
+    """Prunes the entries of smallest magnitude; see torch's class."""
 
 
 class RandomStructured(host.RandomStructured, BasePruningMethod):  # type: ignore[misc]
-    """Prunes slices along a dimension at random; see the host's class."""
+    """Prunes slices along a dimension at random; see torch's class."""
 
 
 class LnStructured(host.LnStructured, BasePruningMethod):  # type: ignore[misc]
-    """Prunes the slices along a dimension whose L_n norm is smallest; see the host's class."""
+    """Prunes the slices along a dimension whose L_n norm is smallest; see torch's class."""
 
 
 class CustomFromMask(host.CustomFromMask, BasePruningMethod):
-    """Prunes by a given mask; see the host's class."""
+    """Prunes by a given mask; see torch's class."""
 
     @classmethod
     def apply(cls, module: nn.Module, name: str, mask: Tensor) -> host.BasePruningMethod:  # type: ignore[override]
         """Prune a tensor by a mask of its shape, 1 = kept."""
         tensor = getattr(*TensorRef(module, name).target)
         if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
-            found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise InvalidMaskError(name, found, tensor.shape)
+            raise MaskError(
+                f"The mask of tensor {name!r} must be a tensor of shape {tuple(tensor.shape)}.",
+                f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}",
+                "make it like the tensor that is pruned; 1 keeps an entry",
+            )
         method: host.BasePruningMethod = super().apply(module, name, mask)  # type: ignore[no-untyped-call]
         return method
 
 
 def _expose(module: nn.Module, name: str) -> None:
-    """Let ``weight_mask`` and ``weight_orig`` be read as they can be after the host's pruning."""
+    """Make ``weight_mask`` and ``weight_orig`` readable, as they are after the host's pruning."""
     if TensorRef(module, name).chain in (None, module):
         return
     cls = type(module)  # torch's own class for this module and its copies
@@ -267,16 +272,17 @@ def global_unstructured(
     importance_scores: Mapping[tuple[nn.Module, str], Tensor] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Prune several tensors as if they were one: one threshold for all.
+    """Prune several tensors together, by one threshold.
 
     Args:
         parameters: (module, tensor name) pairs, for example ``ip_plugin.prunable(model)``; any iterable.
-        pruning_method: an unstructured method, of this module, of the host's, or of one's own.
-        importance_scores: {pair: scores}; where a pair has none, its magnitudes in unit gauge are used.
-        **kwargs: arguments of the method, such as ``amount`` (a fraction, or a count of entries in all).
+        pruning_method: an unstructured method: of this module, of torch's, or a custom one.
+        importance_scores: {pair: scores}; for other pairs, magnitudes for basis filters of unit norm.
+        **kwargs: arguments of the method, such as ``amount`` (a fraction, or a count of entries of all tensors).
 
     Raises:
-        NothingToPruneError, DuplicateTargetError, InvalidAmountError, InvalidScoresError: nothing has changed.
+        SelectionError: no pair, or one tensor twice; nothing has changed.
+        AmountError, ScoreError: nothing has changed.
         TypeError: the method is not unstructured.
 
     Warns:
@@ -286,17 +292,25 @@ def global_unstructured(
         raise TypeError("global_unstructured(): importance_scores must be of type dict")
     pairs = list(parameters)
     if not pairs:
-        raise NothingToPruneError
+        raise SelectionError(
+            "At least one (module, tensor name) pair must be given.",
+            "an empty iterable (a generator that was used up before?)",
+            "pass ip_plugin.prunable(model), or a list of pairs",
+        )
     given = {TensorRef(*pair).target: scores for pair, scores in (importance_scores or {}).items()}
     refs: dict[Target, TensorRef] = {}
     for module, name in pairs:
         ref = TensorRef(module, name)
         if ref.target in refs:
-            raise DuplicateTargetError(name, type(module).__name__)
+            raise SelectionError(
+                "Every tensor may be given once, or the count of zeros would not be the count asked for.",
+                f"tensor {name!r} of a {type(module).__name__} is given twice",
+                "remove the duplicate; (conv, 'weight') and its coefficients are one tensor",
+            )
         refs[ref.target] = ref
     with ExitStack() as stack:
         for ref in refs.values():
-            stack.enter_context(_lent(ref, ones=True))
+            stack.enter_context(_host_mask(ref, ones=True))
         if "amount" in kwargs:
             _check_amount(kwargs["amount"], sum(_available(ref) for ref in refs.values()))
         scores = {target: _scores(ref, given.get(target)) for target, ref in refs.items()}
@@ -309,17 +323,21 @@ def global_unstructured(
 
 @torch.no_grad()
 def remove(module: M, name: str) -> M:
-    """Make the pruning of a tensor permanent: its masked entries become zeros, the mask goes; returns the module.
+    """Make the pruning of a tensor permanent: set masked entries to zero and remove the mask; returns the module.
 
     A convolution in the interspace stays there; the zeros are in its coefficients.
 
     Raises:
-        NotPrunedError: the tensor has no mask.
+        MaskError: the tensor has no mask.
     """
     ref = TensorRef(module, name)
     parametrization, kept = ref.parametrization, ref.mask
     if kept is None:
-        raise NotPrunedError(name, type(module).__name__)
+        raise MaskError(
+            f"Tensor {name!r} must be pruned before its pruning can be made permanent.",
+            f"a {type(module).__name__} without a mask on {name!r}",
+            "call a pruning function first; ip_plugin.masks(model) lists what is pruned",
+        )
     torch_masks.take_off(*ref.target)
     parameter = ref.parameter
     parameter.mul_(kept)

@@ -1,8 +1,8 @@
 """Filter variety for the structured methods of `torch.nn.utils.prune`, in either space.
 
-Of a layer as many slices go as without it, but redundant ones first; see `ip_plugin.methods.filter_variety`. The host
-chooses, by scores that are dealt out anew among the slices that are not pruned yet; `varied_scores` makes them for
-whatever takes ``importance_scores``, such as Lightning's `ModelPruning`.
+A layer loses as many slices as without it, but redundant ones first; see `ip_plugin.methods.filter_variety`.
+`varied_scores` returns scores that rank the slices which are not pruned yet in that order, for functions that take
+``importance_scores``, such as Lightning's `ModelPruning`.
 
 >>> import torch
 >>> from torch import nn
@@ -23,7 +23,7 @@ from torch.nn.utils import prune as host
 
 from ip_plugin.core.gauge import Similarity, compared, unit_gauge
 from ip_plugin.core.tensor_ref import TensorRef
-from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
+from ip_plugin.errors import ArgumentError, ScoreError
 from ip_plugin.methods.filter_variety import check_similarity, removal_order
 
 from . import pruning
@@ -45,20 +45,21 @@ def ln_structured(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> M:
-    """Prune `amount` of the unpruned slices along `dim`, as `torch_prune.ln_structured` does, but redundant ones first.
+    """Prune `amount` of the unpruned slices along `dim`, like `torch_prune.ln_structured`, but redundant ones first.
 
     Args:
-        module, name, amount, n, importance_scores: as the host takes them.
-        dim: 0 or 1; slices along it are what is compared.
-        strength: 1: redundancy decides, the norm only between two that are alike; 0: the norm alone.
-        similarity: whether coefficients are compared, in unit gauge, or the kernels that they make.
+        module, name, amount, n, importance_scores: as for `torch.nn.utils.prune`.
+        dim: 0 or 1; slices along it are compared.
+        strength: 1: redundancy decides, the norm only between two similar slices; 0: the norm alone.
+        similarity: what is compared: "coefficients", as they are for filters of unit norm, or the composed "weights".
 
     Returns:
         The module.
 
     Raises:
-        InvalidVarietyError: another `dim`, strength or similarity, or a tensor of fewer than two dimensions.
-        InvalidAmountError, InvalidScoresError: as the host's; nothing has changed.
+        ArgumentError: another `dim` or similarity, or a tensor of fewer than two dimensions.
+        AmountError: of `amount` or `strength`.
+        ScoreError: scores of another shape, or NaN among them. In all cases nothing has changed.
 
     >>> layer = nn.Linear(2, 3, bias=False)
     >>> layer.weight.data = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 0.3]])  # two alike, and a small rare one
@@ -71,10 +72,9 @@ def ln_structured(
     values = ref.parameter.detach()
     if importance_scores is None:
         scores = unit_gauge(_masked(values, ref.mask), ref.parametrization)
-    elif importance_scores.shape == values.shape:
-        scores = importance_scores.detach()
     else:
-        raise InvalidScoresError(name, values.shape, importance_scores.shape)
+        pruning.check_scores(importance_scores, values, name)
+        scores = importance_scores.detach()
     norms = host._compute_norm(scores.contiguous(), n, dim)
     varied = varied_scores(module, name, norms, dim, strength=strength, similarity=similarity)
     return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
@@ -89,7 +89,7 @@ def random_structured(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> M:
-    """Prune `amount` of the unpruned slices along `dim`: of two that are alike one of them, at random.
+    """Prune `amount` of the unpruned slices along `dim`: of two similar ones one, at random.
 
     Args, returns, raises: as `ln_structured`.
     """
@@ -107,40 +107,48 @@ def varied_scores(
     strength: float = 1.0,
     similarity: Similarity = "coefficients",
 ) -> Tensor:
-    """Scores by which a structured method of the host takes redundant slices first.
+    """Scores by which a structured method removes redundant slices first.
 
     Args:
         module, name: the tensor; it is not changed.
-        scores: ``(slices along dim,)``, of one's own; the lowest would go first.
+        scores: ``(slices along dim,)``; they alone would remove the lowest first.
         dim, strength, similarity: as in `ln_structured`.
 
     Returns:
-        Of the tensor's shape: 2, 3, ... for the slices in the order in which they go, 1 for those that are pruned.
+        A tensor of the tensor's shape: 2, 3, ... for slices in the order of removal, 1 for those pruned already.
 
     Raises:
-        InvalidVarietyError: as `ln_structured`, and scores that are not one for each slice.
+        As `ln_structured`, and ScoreError: not one score for each slice.
     """
     ref = _checked(module, name, dim)
     check_similarity(similarity)
     tensor, mask = ref.parameter.detach(), ref.mask
     if scores.shape != tensor.shape[dim : dim + 1]:
-        found = f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}"
-        raise InvalidVarietyError("There must be one score for each slice.", found)
+        raise ScoreError(
+            "There must be one score for each slice.",
+            f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}",
+            "pass a vector of scores",
+        )
     values = compared(_masked(tensor, mask), ref.parametrization, similarity)
-    left = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
-    places = torch.ones(len(scores), device=tensor.device)
-    if bool(left.any()):
-        order = removal_order(scores.detach().to(left.device)[left], _slices(values, dim)[left], strength)
-        places[left.nonzero().squeeze(1)[order.to(left.device)]] = torch.arange(2.0, 2 + len(order)).to(places)
-    return _slices_like(places, tensor, dim)
+    kept = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
+    ranks = torch.ones(len(scores), device=tensor.device)
+    if bool(kept.any()):
+        order = removal_order(scores.detach().to(kept.device)[kept], _slices(values, dim)[kept], strength)
+        ranks[kept.nonzero().squeeze(1)[order.to(kept.device)]] = torch.arange(2.0, 2 + len(order)).to(ranks)
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return ranks.reshape(shape).expand(tensor.shape).contiguous()
 
 
 def _checked(module: nn.Module, name: str, dim: int) -> TensorRef:
     ref = TensorRef(module, name)
     shape = ref.parameter.shape
     if dim not in (0, 1) or len(shape) < 2:
-        rule = "Slices that are compared must be those along dimension 0 or 1 of a tensor of at least two."
-        raise InvalidVarietyError(rule, f"dim {dim!r} of {name!r}, shape {tuple(shape)}")
+        raise ArgumentError(
+            "Slices that are compared must be those along dimension 0 or 1 of a tensor with at least two dimensions.",
+            f"dim {dim!r} of {name!r}, shape {tuple(shape)}",
+            "pass dim=0 for output channels or dim=1 for input channels",
+        )
     return ref
 
 
@@ -150,10 +158,3 @@ def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _slices(values: Tensor, dim: int) -> Tensor:
     return values.movedim(dim, 0).flatten(1)
-
-
-def _slices_like(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """One value for each slice, spread over the slice."""
-    shape = [1] * tensor.dim()
-    shape[dim] = -1
-    return values.reshape(shape).expand(tensor.shape).contiguous()

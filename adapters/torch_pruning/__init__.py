@@ -1,4 +1,4 @@
-"""Torch-Pruning's pruners in either space, see `wrapping`."""
+"""Torch-Pruning in either space: `pruner` makes its pruners work on coefficients, see `wrapping`."""
 
 from ..shared.plain_view import plain_layers
 from .masked_channels import cut_masked_channels

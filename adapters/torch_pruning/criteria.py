@@ -1,18 +1,17 @@
-"""Importances of Torch-Pruning as criteria of ``ip-plugin compare``, each with filter variety and without."""
+"""Importances of Torch-Pruning as criteria of ``ip-plugin compare``, with filter variety and without."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ip_plugin.adapters import VARIED, AnyCriterion, ChannelCriterion, ChannelTrainingCriterion, Training
+from ip_plugin.adapters import Criterion, Stage, TrainingContext, with_and_without_variety
 from ip_plugin.adapters.torch_pruning.scores import ScoredImportance
 from ip_plugin.adapters.torch_pruning.variety import VariedImportance
 from ip_plugin.adapters.torch_pruning.wrapping import pruner
@@ -23,104 +22,71 @@ _BATCHES = 10
 
 
 def _pruner(model: nn.Module, ratio: float, images: Tensor, importance: Any) -> Any:
-    """That takes a share of the channels of every layer but the last."""
+    """A pruner that removes a share of the channels of every layer but the last."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     return pruner(
         tp.pruner.BasePruner, model, images[:1], importance=importance, pruning_ratio=ratio, ignored_layers=last
     )
 
 
-def _cut(
-    importance: Callable[[], Any], varied: bool, model: nn.Module, ratio: float, images: Tensor, labels: Tensor
+def _remove(
+    importance: Callable[[], Any], varied: bool, model: nn.Module, ratio: float, training: TrainingContext
 ) -> Any:
-    """Cut channels in one step; returns the pruner."""
+    """Remove channels in one step; returns the pruner."""
+    images, labels = training.batches(1)[0]
     scorer = importance()
-    gradients = isinstance(scorer, (tp.importance.GroupTaylorImportance, tp.importance.GroupHessianImportance))
     model.eval()
     model.zero_grad()
-    if gradients:
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-        if isinstance(scorer, tp.importance.GroupHessianImportance):
-            for loss in losses:
-                model.zero_grad()
-                loss.backward(retain_graph=True)
-                scorer.accumulate_grad(model)
-        else:
-            losses.mean().backward()
-    cutter = _pruner(model, ratio, images, VariedImportance(scorer) if varied else scorer)
-    cutter.step()
+    if isinstance(scorer, tp.importance.GroupHessianImportance):
+        for loss in F.cross_entropy(model(images), labels, reduction="none"):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            scorer.accumulate_grad(model)
+    elif isinstance(scorer, tp.importance.GroupTaylorImportance):
+        F.cross_entropy(model(images), labels, reduction="none").mean().backward()
+    host = _pruner(model, ratio, images, VariedImportance(scorer) if varied else scorer)
+    host.step()
     model.zero_grad()
-    return cutter
+    return host
 
 
-def _movement(varied: bool, model: nn.Module, ratio: float, training: Training) -> None:
+def _movement(varied: bool, model: nn.Module, ratio: float, training: TrainingContext) -> None:
     training.train()
     model.eval()
     scorer = partial(ScoredImportance, model, movement(model, training.batches(_BATCHES), training.loss))
-    _cut(scorer, varied, model, ratio, *training.batches(1)[0])
+    _remove(scorer, varied, model, ratio, training)
     training.finetune()
 
 
-def _ticket(varied: bool, model: nn.Module, ratio: float, training: Training) -> None:
-    """The channels that a trained network would lose are cut out of what it began as, and that is trained."""
-    early = copy.deepcopy(model.state_dict())
+def _ticket(varied: bool, model: nn.Module, ratio: float, training: TrainingContext) -> None:
+    """Train, choose channels, remove them from the network as it was before that training, and train that."""
+    initial = copy.deepcopy(model.state_dict())
     training.train()
-    images, labels = training.batches(1)[0]
-    history = _cut(_L1, varied, copy.deepcopy(model), ratio, images, labels).pruning_history()
-    model.load_state_dict(early)
+    history = _remove(_L1, varied, copy.deepcopy(model), ratio, training).pruning_history()
+    model.load_state_dict(initial)
+    images, _ = training.batches(1)[0]
     _pruner(model, ratio, images, tp.importance.RandomImportance()).load_pruning_history(history)
     training.train()
 
 
 _L1 = partial(tp.importance.GroupMagnitudeImportance, 1)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A criterion but for the question whether it has variety."""
-
-    title: str
-    importance: Callable[[], Any]
-    when: Literal["at initialisation", "after training"] = "after training"
-
-    def criterion(self, varied: bool) -> ChannelCriterion:
-        title = _titled(f"{self.title}{{}}, {self.when}", varied)
-        return ChannelCriterion(title, self.when, partial(_cut, self.importance, varied))
-
-
-@dataclass(frozen=True)
-class _TrainingKind:
-    """The same of a criterion that takes part in the training; its title has a place for the answer."""
-
-    title: str
-    train: Callable[[bool, nn.Module, float, Training], None]
-    trainings: int = 1
-    finetunings: int = 0
-
-    def criterion(self, varied: bool) -> ChannelTrainingCriterion:
-        title = _titled(self.title, varied)
-        return ChannelTrainingCriterion(title, partial(self.train, varied), self.trainings, self.finetunings)
-
-
-def _titled(title: str, varied: bool) -> str:
-    return title.format(" with variety" if varied else "")
-
-
-_KINDS: dict[str, _Kind | _TrainingKind] = {
-    "magnitude": _Kind("channels by group magnitude (L2)", tp.importance.GroupMagnitudeImportance),
-    "l1": _Kind("channels by group magnitude (L1)", _L1),
-    "bn_scale": _Kind("channels by scale of their norm", tp.importance.BNScaleImportance),
-    "lamp": _Kind("channels by LAMP", tp.importance.LAMPImportance),
-    "fpgm": _Kind("channels by distance to the others (FPGM)", tp.importance.FPGMImportance),
-    "taylor": _Kind("channels by first-order effect on the loss", tp.importance.GroupTaylorImportance),
-    "hessian": _Kind("channels by second-order effect on the loss", tp.importance.GroupHessianImportance),
-    "random": _Kind("random channels", tp.importance.RandomImportance, "at initialisation"),
-    "random_trained": _Kind("random channels", tp.importance.RandomImportance),
-    "movement": _TrainingKind("channels by movement{}, after training", _movement, finetunings=1),
-    "ticket": _TrainingKind("lottery ticket: channels by L1{}, rewound to the start", _ticket, trainings=2),
+_IMPORTANCES: dict[str, tuple[str, Stage, Callable[[], Any]]] = {
+    "magnitude": ("channels by group magnitude (L2)", "after training", tp.importance.GroupMagnitudeImportance),
+    "l1": ("channels by group magnitude (L1)", "after training", _L1),
+    "bn_scale": ("channels by scale of their norm", "after training", tp.importance.BNScaleImportance),
+    "lamp": ("channels by LAMP", "after training", tp.importance.LAMPImportance),
+    "fpgm": ("channels by distance to the others (FPGM)", "after training", tp.importance.FPGMImportance),
+    "taylor": ("channels by first-order effect on the loss", "after training", tp.importance.GroupTaylorImportance),
+    "hessian": ("channels by second-order effect on the loss", "after training", tp.importance.GroupHessianImportance),
+    "random": ("random channels", "at initialisation", tp.importance.RandomImportance),
+    "random_trained": ("random channels", "after training", tp.importance.RandomImportance),
 }
-CRITERIA: dict[str, AnyCriterion] = {
-    f"{name}{VARIED if varied else ''}": kind.criterion(varied)
-    for name, kind in _KINDS.items()
-    for varied in (False, True)
-}
+CRITERIA: dict[str, Criterion] = {}
+for _name, (_title, _stage, _importance) in _IMPORTANCES.items():
+    CRITERIA |= with_and_without_variety(_name, f"{_title}{{}}, {_stage}", _stage, partial(_remove, _importance))
+CRITERIA |= with_and_without_variety(
+    "movement", "channels by movement{}, after training", "while training", _movement, finetunings=1
+)
+CRITERIA |= with_and_without_variety(
+    "ticket", "lottery ticket: channels by L1{}, rewound to the start", "while training", _ticket, trainings=2
+)

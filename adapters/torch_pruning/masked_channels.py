@@ -1,7 +1,7 @@
-"""Channels that masks have left empty: cut out, so that a masked network becomes a smaller one.
+"""Remove the channels that masks have left empty, so that a masked network becomes a smaller one.
 
-A channel can go if nothing is left that makes it (weights and bias of every layer that feeds it, and its place in the
-norms behind them), or if nothing is left that uses it. Torch-Pruning finds what belongs together and cuts it.
+A channel is empty if nothing computes it any more (neither weights nor biases of the layers that feed it, nor the norms
+behind them), or if nothing reads it any more. Torch-Pruning says which channels belong together, and removes them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ip_plugin.core.channels import by_group, input_filters, output_filters
 from ip_plugin.core.parametrization import Interspace, leave
-from ip_plugin.core.tensor_ref import Model, parametrized_tensors
-from ip_plugin.errors import ChangedOutputError
+from ip_plugin.core.tensor_ref import Model, Target, parametrized_tensors
+from ip_plugin.errors import BatchError, HostError
 from ip_plugin.utils.example_input import run
 
-from ..shared.channels import inputs_left, outputs_left
 from ..shared.transaction import transaction
-from .wrapping import lent, pruner
+from .wrapping import exposed, pruner
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimizer | None = None) -> Model:
-    """Cut every channel of which masks (or zeros) have left nothing; the model computes what it computed.
+    """Remove every channel of which masks (or zeros) have left nothing; the model computes what it computed.
 
-    Masks may be ours or `torch.nn.utils.prune`'s, in either space; those that have nothing to mask any more go. Layers
-    whose norms mix channels (LayerNorm, GroupNorm) keep theirs, and of a layer without anything left one channel stays.
-    The groups of a grouped convolution must lose equally many channels, and those of a transposed one none.
+    Masks may be ours or those of `torch.nn.utils.prune`, in either space; those that prune nothing any more are
+    removed. Layers behind norms that mix channels (LayerNorm, GroupNorm) keep theirs, and of a layer with nothing left
+    one channel stays. The groups of a grouped convolution must lose equally many channels, and those of a transposed
+    one none.
 
     Args:
         model: changed in place.
@@ -46,9 +47,9 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
         The model.
 
     Raises:
-        ExampleInputError: the model does not run on the example inputs.
-        ChangedOutputError: the outputs for the example inputs would change (an activation does not take 0 to 0, for
-            example), or are NaN; the model is as it was.
+        BatchError: the model does not run on the example inputs, or its outputs are NaN.
+        HostError: the outputs for the example inputs would change (an activation does not take 0 to 0, for example).
+            In both cases the model is as it was.
 
     Warns:
         UserWarning: channels stay because of a grouped convolution.
@@ -61,36 +62,19 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
     4
     """
     before = _outputs(model, example_inputs)
-    nans = sum(int(each.isnan().sum()) for each in before)
+    nans = sum(int(output.isnan().sum()) for output in before)
     if nans:
-        raise ChangedOutputError(
+        raise BatchError(
             "The model's outputs for the example inputs must be numbers, or no change of them can be seen.",
-            f"{nans} NaN values in the outputs before anything was cut",
+            f"{nans} NaN values in the outputs before anything was removed",
             "pass other example inputs, or a model that has not diverged",
         )
     with transaction(list(model.modules()), optimizer):
-        cutter: Any = pruner(
+        channel_pruner: Any = pruner(
             tp.pruner.BasePruner, model, example_inputs, importance=lambda _: None, optimizer=optimizer
         )
-        with lent(cutter):
-            graph = cutter.DG
-            plans: list[tuple[Any, list[int]]] = []
-            for group in graph.get_all_groups(root_module_types=_ROOTS):
-                empty = _empty(group, graph)
-                cut = _allowed(group, graph, empty)
-                plans.append((group[0].dep, cut.nonzero().flatten().tolist()))
-                grouped = [item.dep.target.module for item in group.items if _is_grouped(item.dep.target.module)]
-                stay = int(empty.sum()) - int(cut.sum())
-                if grouped and stay > 0:
-                    name, reader = (graph._module2name[each] for each in (group[0].dep.target.module, grouped[0]))
-                    warnings.warn(
-                        f"{stay} masked channels of {name!r} stay: {_WHY_THEY_STAY} ({reader!r})", stacklevel=2
-                    )
-            for dep, channels in plans:
-                if channels:
-                    group = graph.get_pruning_group(dep.target.module, dep.handler, channels)
-                    group.arranged = _arranged(group, graph)
-                    group.prune()
+        with exposed(channel_pruner):
+            _remove_empty_channels(channel_pruner.DG)
         for ref in parametrized_tensors(model):
             parametrization = ref.parametrization
             assert parametrization is not None
@@ -98,112 +82,131 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
                 parametrization.mask = None
                 if not isinstance(parametrization, Interspace):
                     leave(ref.module, ref.tensor_name, ref.parameter.detach())
-        _compare(before, _outputs(model, example_inputs))
+        _check_same(before, _outputs(model, example_inputs))
     return model
 
 
 _ROOTS = (_ConvNd, nn.Linear)
-_WHY_THEY_STAY = (
-    "the groups of a grouped convolution must lose equally many channels, and Torch-Pruning cuts no transposed ones"
-)
-#: Layers of which a channel cannot be judged by itself.
+#: Layers that mix channels, so that one channel cannot be judged by itself.
 _MIXING = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
-    return [each for each in tree_leaves(run(model, inputs)) if isinstance(each, Tensor)]
+    return [output for output in tree_leaves(run(model, inputs)) if isinstance(output, Tensor)]
 
 
-def _compare(before: list[Tensor], after: list[Tensor]) -> None:
+def _check_same(before: list[Tensor], after: list[Tensor]) -> None:
+    """Raise HostError if outputs have changed by more than rounding."""
     for first, second in zip(before, after, strict=True):
-        same_shape = first.shape == second.shape
-        moved = float("inf")
-        if same_shape:
+        relative = float("inf")
+        if first.shape == second.shape:
             change = torch.where(first == second, 0, first - second)  # also where both are infinite
-            moved = float(change.norm() / first[first.isfinite()].norm().clamp_min(1e-30))
-        if not moved <= _TOLERANCE.get(first.dtype, 1e-2):
-            raise ChangedOutputError(
+            relative = float(change.norm() / first[first.isfinite()].norm().clamp_min(1e-30))
+        if not relative <= _TOLERANCE.get(first.dtype, 1e-2):
+            raise HostError(
                 "A channel that masks have left empty must contribute nothing to the model's outputs.",
-                f"the outputs for the example inputs would change by {moved:.2g} of their size",
-                "an activation that does not take 0 to 0 may be the reason; prune with the channels cut, "
-                "by Torch-Pruning",
+                f"the outputs for the example inputs would change by {relative:.2g} of their size",
+                "an activation that does not take 0 to 0 may be the reason; let Torch-Pruning remove channels",
             )
 
 
+def _remove_empty_channels(graph: Any) -> None:
+    """Remove the empty channels of every group of a dependency graph; all groups are judged before."""
+    plans: list[tuple[Any, list[int]]] = []
+    for group in graph.get_all_groups(root_module_types=_ROOTS):
+        empty = _empty(group, graph)
+        removed = _removable(group, graph, empty)
+        plans.append((group[0].dep, removed.nonzero().flatten().tolist()))
+        grouped = [item.dep.target.module for item in group.items if _is_grouped(item.dep.target.module)]
+        stay = int(empty.sum()) - int(removed.sum())
+        if grouped and stay > 0:
+            name, reader = (graph._module2name[module] for module in (group[0].dep.target.module, grouped[0]))
+            warnings.warn(
+                f"{stay} masked channels of {name!r} stay: the groups of a grouped convolution must lose equally many "
+                f"channels, and Torch-Pruning prunes no transposed ones ({reader!r})",
+                stacklevel=3,
+            )
+    for dep, channels in plans:
+        if channels:
+            group = graph.get_pruning_group(dep.target.module, dep.handler, channels)
+            group.entry_order = _entry_order(group, graph)
+            group.prune()
+
+
 def _empty(group: Any, graph: Any) -> Tensor:
-    """Which channels of a group nothing makes, or nothing uses."""
+    """The channels of a group that nothing computes, or nothing reads: bools."""
     count = len(group[0].idxs)
-    unmade, unused = torch.ones(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
-    consumers = 0
+    unmade, unread = torch.ones(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+    readers = 0
     for item in group.items:
-        module, where = item.dep.target.module, torch.tensor(item.idxs)
+        module, channels = item.dep.target.module, torch.tensor(item.idxs)
         fixed = item.dep.target.type in (tp.ops.OPTYPE.OUTPUT, tp.ops.OPTYPE.PARAMETER)
         if None in item.root_idxs or fixed or isinstance(module, _MIXING):
             return torch.zeros(count, dtype=torch.bool)
         roots = torch.tensor(item.root_idxs)
         if isinstance(module, _BatchNorm):
-            unmade[roots[~_keeps_zero(module)[where]]] = False
+            unmade[roots[~_keeps_zero(module)[channels]]] = False
         elif _is_depthwise(module):
-            unmade[roots[_nonzero(module.bias, module.out_channels)[where]]] = False
+            unmade[roots[_nonzero(module.bias, module.out_channels)[channels]]] = False
         elif isinstance(module, _ROOTS):
             if graph.is_out_channel_pruning_fn(item.dep.handler):
-                made = outputs_left(module, module.weight != 0)
-                unmade[roots[(made | _nonzero(module.bias, len(made)))[where]]] = False
+                made = output_filters(module, module.weight != 0).any(1).cpu()
+                unmade[roots[(made | _nonzero(module.bias, len(made)))[channels]]] = False
             else:
-                consumers += 1
-                unused[roots[inputs_left(module, module.weight != 0)[where]]] = False
-    return unmade | (unused if consumers else torch.zeros_like(unused))
+                readers += 1
+                unread[roots[input_filters(module, module.weight != 0).any(1).cpu()[channels]]] = False
+    return unmade | (unread if readers else torch.zeros_like(unread))
 
 
-def _allowed(group: Any, graph: Any, empty: Tensor) -> Tensor:
-    """Of the channels that are empty those that may go together.
+def _removable(group: Any, graph: Any, empty: Tensor) -> Tensor:
+    """The empty channels that can be removed together.
 
     Each group of a grouped convolution must lose equally many, and every layer keeps a channel.
     """
-    cut = empty.clone()
-    layers: list[tuple[int, Tensor]] = []  # number of groups, and for each channel its number in `cut`, or -1
+    removed = empty.clone()
+    layers: list[tuple[int, Tensor]] = []  # number of groups, and of each channel the index in `removed`, or -1
     for item in group.items:
         module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
         if not isinstance(module, _ROOTS):
             continue
         if _is_grouped(module) and isinstance(module, _ConvTransposeNd):
-            return torch.zeros_like(cut)
+            return torch.zeros_like(removed)
         count = graph.get_out_channels(module) if out else graph.get_in_channels(module)
         roots = torch.full((count,), -1)
         roots[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
         layers.append((module.groups if _is_grouped(module) else 1, roots))
     before = -1
-    while before != int(cut.sum()):
-        before = int(cut.sum())
+    while before != int(removed.sum()):
+        before = int(removed.sum())
         for groups, roots in layers:
             blocks = roots.reshape(groups, -1)
-            going = cut[blocks] & (blocks >= 0)
-            most = min(int(going.sum(1).min()), blocks.shape[1] - 1)
-            stays = going & (going.cumsum(1) > most)
-            cut[blocks[stays]] = False
-    return cut
+            candidates = removed[blocks] & (blocks >= 0)
+            most = min(int(candidates.sum(1).min()), blocks.shape[1] - 1)
+            stays = candidates & (candidates.cumsum(1) > most)
+            removed[blocks[stays]] = False
+    return removed
 
 
-def _arranged(group: Any, graph: Any) -> dict[tuple[nn.Module, str], Tensor]:
-    """For grouped convolutions whose groups lose different input channels: weights in the order of the host's cut.
+def _entry_order(group: Any, graph: Any) -> dict[Target, Tensor]:
+    """Weights of grouped convolutions whose groups lose different input channels, in an order that Torch-Pruning needs.
 
-    The host cuts from all groups the inputs that go from the first.
+    It removes from all groups the inputs that are removed from the first.
     """
-    found: dict[tuple[nn.Module, str], Tensor] = {}
+    orders: dict[Target, Tensor] = {}
     for item in group.items:
         module = item.dep.target.module
         if not _is_grouped(module) or graph.is_out_channel_pruning_fn(item.dep.handler):
             continue
-        gone = torch.zeros(module.in_channels, dtype=torch.bool)
-        gone[torch.tensor(item.idxs)] = True
-        # In each group, first what goes, then what stays, to where these are in the first group.
-        order = gone.reshape(module.groups, -1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        removed = torch.zeros(module.in_channels, dtype=torch.bool)
+        removed[torch.tensor(item.idxs)] = True
+        # In each group the removed inputs come where they are in the first group, and the others where those are.
+        order = removed.reshape(module.groups, -1).to(torch.int8).argsort(dim=1, descending=True, stable=True)
         order = torch.empty_like(order).scatter_(1, order[:1].expand_as(order), order)
-        positions = torch.arange(module.weight.numel()).reshape(module.groups, -1, *module.weight.shape[1:])
-        columns = order.reshape(module.groups, 1, -1, *[1] * (module.weight.dim() - 2)).expand_as(positions)
-        found[module, "weight"] = positions.gather(2, columns).reshape(module.weight.shape)
-    return found
+        positions = by_group(module, torch.arange(module.weight.numel()).reshape(module.weight.shape))
+        columns = order[:, None, :, None].expand_as(positions)
+        orders[module, "weight"] = positions.gather(2, columns).reshape(module.weight.shape)
+    return orders
 
 
 def _is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
@@ -219,7 +222,7 @@ def _nonzero(bias: Tensor | None, count: int) -> Tensor:
 
 
 def _keeps_zero(norm: _BatchNorm) -> Tensor:
-    """Channels at which a norm takes zeros to zeros, in training and in evaluation."""
+    """The channels at which a norm maps zeros to zeros, in training and in evaluation mode."""
     kept = torch.ones(norm.num_features, dtype=torch.bool)
     if norm.running_mean is not None:
         kept &= (norm.running_mean == 0).cpu()

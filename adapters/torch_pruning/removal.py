@@ -1,141 +1,156 @@
-"""Cuts: what a host takes out of Parameters, followed into all that belongs to them.
+"""Remove from masks and optimizer state what a pruning library removes from Parameters.
 
-A host that cuts channels replaces Parameters by smaller ones. While it works it sees, instead of values, the position
-of each entry; what it leaves tells which entries of the mask and of the optimizer's state stay, without any knowledge
-of how the host cuts.
+A library that removes channels replaces Parameters by smaller ones. While it does so, the Parameters hold the position
+of each entry instead of its value; the positions that remain say which entries of the mask and of the optimizer's state
+to keep, whatever the library's code does.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ip_plugin.core.optimizer import inherit_conversion
-from ip_plugin.errors import UnfollowedCutError
+from ip_plugin.core.tensor_ref import Target
+from ip_plugin.errors import HostError
 
-from ..shared.plain_view import Loan, PlainView
-
-
-class Slot(NamedTuple):
-    """A place in a model that holds a Parameter."""
-
-    module: nn.Module
-    name: str
+from ..shared.plain_view import ExposedTensor, PlainView
 
 
 @torch.no_grad()
 def follow(
-    cut: Callable[[], None],
+    remove: Callable[[], None],
     modules: Iterable[nn.Module],
     view: PlainView,
     optimizer: Optimizer | None,
-    arranged: Mapping[tuple[nn.Module, str], Tensor] | None = None,
+    entry_order: Mapping[Target, Tensor] | None = None,
 ) -> None:
-    """Let a host cut Parameters, and cut what belongs to them in the same way.
+    """Let a library remove channels of Parameters, and remove them from masks and optimizer state too.
 
-    New Parameters keep ``requires_grad``; in `optimizer` they take the place and the state of the old ones. Where a
-    Parameter has neither mask nor state, the host's own cut of its values and its gradient stands.
+    New Parameters keep ``requires_grad``; in `optimizer` they take the place and the state of the old ones. A Parameter
+    with neither mask nor state keeps the values and the gradient that the library gives it.
 
     Args:
-        cut: the host's work.
+        remove: the library's work.
         modules: those whose Parameters it may replace.
-        view: entered; the modules are plain.
+        view: the model is exposed; the modules are plain.
         optimizer: one that trains the model.
-        arranged: {(module, name of a Parameter): index of each of its entries, in its shape}: the order in which the
-            host is shown them, which then is their order. Others are in the order that they have.
+        entry_order: {(module, name of a Parameter): index of each of its entries, in its shape}: another order in which
+            the library sees the entries; they keep it.
 
     Raises:
-        UnfollowedCutError: the host did more to a Parameter than to select from it. The caller undoes everything.
+        HostError: the library did more to a Parameter than to select entries. The caller undoes everything.
     """
-    slots = {
-        Slot(module, name): parameter
+    parameters: dict[Target, nn.Parameter] = {
+        (module, name): parameter
         for module in modules
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
-    with view.exact(slots) as loans:
-        masks = {id(loan.lent): loan for loan in loans if loan.parametrization.mask is not None}
-        marked: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
-        for slot, parameter in slots.items():
-            order = (arranged or {}).get(slot)
-            has_state = optimizer is not None and bool(optimizer.state.get(parameter))
-            if parameter not in marked and (order is not None or id(parameter) in masks or has_state):
-                marked[parameter] = parameter.data, parameter.grad
-                parameter.grad = None
-                positions = _positions(parameter)
-                parameter.data = positions if order is None else positions.flatten()[order.to(positions.device)]
-        try:
-            cut()
-        finally:
-            for parameter, (data, grad) in marked.items():
-                parameter.data, parameter.grad = data, grad
-        heirs: dict[nn.Parameter, list[tuple[nn.Parameter, Tensor | None]]] = {}
-        for slot, old in slots.items():
-            new = slot.module._parameters.get(slot.name)
+    orders = entry_order or {}
+    with view.exact(parameters) as tensors:
+        marked = {parameter: orders[target] for target, parameter in parameters.items() if target in orders}
+        for tensor in tensors:
+            if tensor.parametrization.mask is not None:
+                marked.setdefault(tensor.parameter)
+        for parameter in parameters.values():
+            if optimizer is not None and optimizer.state.get(parameter):
+                marked.setdefault(parameter)
+        with _positions_instead_of_values(marked):
+            remove()
+        successors: dict[nn.Parameter, list[tuple[nn.Parameter, Tensor | None]]] = {}
+        for (module, name), old in parameters.items():
+            new = module._parameters.get(name)
             if new is None or new is old:
                 continue
             kept = None
             if old in marked:
-                kept = _read(new, old, slot)
+                kept = _read(new, old, f"{type(module).__name__}.{name}")
                 new.data = _select(old.data, kept)
                 new.grad = None if old.grad is None else _select(old.grad, kept)
             new.requires_grad_(old.requires_grad)
-            heirs.setdefault(old, []).append((new, kept))
-            loan = view.loans.get((slot.module, slot.name))
-            if loan is not None:
-                _inherit(loan, new, kept)
+            successors.setdefault(old, []).append((new, kept))
+            tensor = view.tensors.get((module, name))
+            if tensor is not None:
+                _inherit(tensor, new, kept)
         if optimizer is not None:
             live = {id(parameter) for module in view.model.modules() for parameter in module._parameters.values()}
-            for old, new_ones in heirs.items():
+            for old, new_ones in successors.items():
                 _replace(optimizer, old, new_ones, stays=id(old) in live)
 
 
+@contextmanager
+def _positions_instead_of_values(parameters: Mapping[nn.Parameter, Tensor | None]) -> Iterator[None]:
+    """While the block runs, Parameters hold the position of each entry, and no gradient.
+
+    Args:
+        parameters: {Parameter: index of each of its entries, in its shape, if they are not in their own order}.
+    """
+    values = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+    try:
+        for parameter, order in parameters.items():
+            parameter.grad = None
+            positions = _positions(parameter)
+            parameter.data = positions if order is None else positions.flatten()[order.to(positions.device)]
+        yield
+    finally:
+        for parameter, data, grad in values:
+            parameter.data, parameter.grad = data, grad
+
+
 def _positions(parameter: Tensor) -> Tensor:
-    """The index of every entry, in the smallest floating point type that can count so far."""
+    """The index of every entry, in the smallest floating point type that can represent all of them."""
     count = parameter.numel()
     dtype = torch.float32 if count <= 2**24 else torch.float64
     return torch.arange(count, device=parameter.device, dtype=dtype).reshape(parameter.shape)
 
 
-def _read(new: Tensor, old: Tensor, slot: Slot) -> Tensor:
-    """Which entries of `old` the host kept, in the shape of what it left."""
+def _read(new: Tensor, old: Tensor, name: str) -> Tensor:
+    """The indices of the entries of `old` that are in `new`, in the shape of `new`."""
     positions = new.data.long()
     selected = torch.zeros(old.numel(), dtype=torch.bool, device=old.device)
     inside = bool(((positions >= 0) & (positions < old.numel()) & (positions == new.data)).all())
     if inside:
         selected[positions.flatten()] = True
     if not inside or int(selected.sum()) != positions.numel():
-        raise UnfollowedCutError(f"{type(slot.module).__name__}.{slot.name}")
+        raise HostError(
+            "Channels must be removed by selecting entries of Parameters, so that masks and optimizer state follow.",
+            f"the parameter of {name!r} was replaced by something else",
+            "let a customized pruning function index the Parameter",
+        )
     return positions
 
 
 def _select(values: Tensor, kept: Tensor) -> Tensor:
-    found = values.reshape(-1)[kept]
+    selected = values.reshape(-1)[kept]
     if values.dim() == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
-        return found.contiguous(memory_format=torch.channels_last)
-    return found
+        return selected.contiguous(memory_format=torch.channels_last)
+    return selected
 
 
-def _inherit(loan: Loan, new: nn.Parameter, kept: Tensor | None) -> None:
+def _inherit(tensor: ExposedTensor, new: nn.Parameter, kept: Tensor | None) -> None:
     """Put a new Parameter under the parametrization that held the old one."""
-    parametrization = loan.parametrization
+    parametrization = tensor.parametrization
     if parametrization.mask is not None:
         assert kept is not None
         parametrization.mask = _select(parametrization.mask, kept)
-    inherit_conversion(loan.lent, new)
-    loan.lent = new
+    inherit_conversion(tensor.parameter, new)
+    tensor.parameter = new
 
 
 def _replace(
-    optimizer: Optimizer, old: nn.Parameter, heirs: list[tuple[nn.Parameter, Tensor | None]], stays: bool
+    optimizer: Optimizer, old: nn.Parameter, successors: list[tuple[nn.Parameter, Tensor | None]], stays: bool
 ) -> None:
-    """Give new Parameters the place and the state of an old one; a tied one may have several heirs, and stay itself."""
-    members = [old] * stays + [new for new, _ in heirs]
+    """Give new Parameters the place and the state of an old one.
+
+    A Parameter that is tied may have several successors, and stay itself.
+    """
+    members = [old] * stays + [new for new, _ in successors]
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             if parameter is old:
@@ -152,10 +167,10 @@ def _replace(
     unknown = [name for name, value in tensors.items() if value.shape != old.shape]
     if unknown:
         warnings.warn(
-            f"optimizer state {', '.join(unknown)} has not the shape of its parameter and was reset", stacklevel=2
+            f"optimizer state {', '.join(unknown)} does not have the shape of its parameter and was reset", stacklevel=2
         )
         return
-    for new, kept in heirs:
+    for new, kept in successors:
         assert kept is not None
         optimizer.state[new] = {
             name: _select(value, kept) if name in tensors else _copy(value) for name, value in state.items()

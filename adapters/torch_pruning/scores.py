@@ -9,19 +9,19 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import InvalidScoresError
+from ip_plugin.errors import ScoreError
 from ip_plugin.methods import Scores
 
 from .variety import made_by
 
 
 class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the host has no types
-    """The importance of a channel: the sum of the scores of all entries that make it, in every layer of its group.
+    """The importance of a channel: the sum of the scores of all entries that compute it, in every layer of its group.
 
     For one step of a pruner: afterwards tensors have other shapes. Entries that are pruned add nothing.
 
     Args:
-        model: the model that was scored, and is cut.
+        model: the model that was scored, and whose channels are removed.
         scores: of `ip_plugin.methods`, for example `movement`.
 
     >>> import torch
@@ -30,9 +30,9 @@ class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3), nn.Flatten())
     >>> batches = [(torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 1, 0]))]
     >>> importance = ScoredImportance(model, movement(model, batches, nn.functional.cross_entropy))
-    >>> cutter = pruner(tp.pruner.BasePruner, model, torch.zeros(1, 3, 5, 5), importance=importance,
-    ...                 pruning_ratio=0.5, ignored_layers=[model[2]])
-    >>> cutter.step()
+    >>> channel_pruner = pruner(tp.pruner.BasePruner, model, torch.zeros(1, 3, 5, 5), importance=importance,
+    ...                         pruning_ratio=0.5, ignored_layers=[model[2]])
+    >>> channel_pruner.step()
     >>> model[0].out_channels
     8
     """
@@ -43,7 +43,7 @@ class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         }
 
     def __call__(self, group: Any) -> Tensor | None:
-        """One number for each channel of a group; None if no layer that was scored makes them."""
+        """One number for each channel of a group; None if no scored layer computes them."""
         rows = made_by(group, len(group[0].idxs), self._of)
         return None if rows is None else rows.sum(dim=1)
 
@@ -53,5 +53,9 @@ class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
             return None
         weight: Any = module.weight
         if scores.shape != weight.shape:
-            raise InvalidScoresError("weight", weight.shape, scores.shape)
+            raise ScoreError(
+                f"Scores must have the shape of the weight that they are for, {tuple(weight.shape)}.",
+                f"shape {tuple(scores.shape)}",
+                "score the model again after each step of the pruner",
+            )
         return scores.masked_fill(scores == -math.inf, 0)

@@ -1,5 +1,5 @@
 """Studies: criteria side by side, ordinary (spatial) pruning against interspace pruning.
 
-What is to be run (`config`, with `tasks` and `criteria`), running one cell (`runs`), many of them (`processes`,
-`nni_engine`), keeping them (`results`) and showing them (`report`); `study` puts these together.
+A study goes one way: `config` (with `tasks` and `criteria`) says what to run, `engines` run its cells (`cell`), `store`
+keeps their results, `analysis` says what they mean, `report` shows it. `study` puts these together.
 """

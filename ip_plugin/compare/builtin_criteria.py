@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ip_plugin import prunable
-from ip_plugin.adapters import Criterion, Training, TrainingCriterion
+from ip_plugin.adapters import Criterion, TrainingContext
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import (
     SET,
@@ -41,7 +41,7 @@ from ip_plugin.utils.seeds import derived_seed
 _BATCHES = 10
 #: Updates of masks in a training.
 _UPDATES = 40
-#: Share of the steps after which lottery tickets are rewound to, and trainings before the last one.
+#: Lottery tickets: the share of the steps after which weights are remembered, and how often the network is pruned.
 _EARLY, _ROUNDS = 0.05, 3
 
 
@@ -49,79 +49,76 @@ def _size(model: nn.Module) -> int:
     return sum(getattr(*target).numel() for target in prunable(model))
 
 
-def _at_once(score: Score, model: nn.Module, count: int) -> None:
+def _one_shot(score: Score, model: nn.Module, count: int) -> None:
     apply_masks(model, select(score(model), count=count, min_per_layer=1))
+
+
+_magnitude = partial(_one_shot, magnitude)
 
 
 def _random(model: nn.Module, count: int) -> None:
     seed = derived_seed(torch.initial_seed(), "random scores")
-    _at_once(partial(random, generator=torch.Generator().manual_seed(seed)), model, count)
+    _one_shot(partial(random, generator=torch.Generator().manual_seed(seed)), model, count)
 
 
 def _fitted(model: nn.Module, count: int) -> None:
-    """Where nothing is in the interspace there is no basis to fit: magnitude pruning."""
+    """In a plain network there is no basis to fit: magnitude pruning."""
     if any(layer.interspace is not None for layer in prunable_tensors(model)):
         prune_fitted(model, sparsity=count / _size(model), min_per_layer=1)
     else:
-        _at_once(magnitude, model, count)
+        _magnitude(model, count)
 
 
-def _with_data(score: Callable[..., Any], rounds: int, model: nn.Module, count: int, training: Training) -> None:
-    """Score on batches at initialisation, prune, train."""
-    bound = partial(score, batches=training.batches(_BATCHES), loss=training.loss)
-    prune(model, bound, sparsity=count / _size(model), rounds=rounds, min_per_layer=1)
-    training.train()
+def _with_data(score: Callable[..., Any], rounds: int, model: nn.Module, count: int, training: TrainingContext) -> None:
+    with_batches = partial(score, batches=training.batches(_BATCHES), loss=training.loss)
+    prune(model, with_batches, sparsity=count / _size(model), rounds=rounds, min_per_layer=1)
 
 
-def _synflow(model: nn.Module, count: int, training: Training) -> None:
+def _synflow(model: nn.Module, count: int, training: TrainingContext) -> None:
     images, _ = training.batches(1)[0]
     prune(model, partial(synflow, example_input=images[:1]), sparsity=count / _size(model), rounds=100, min_per_layer=1)
-    training.train()
 
 
-def _gradually(model: nn.Module, count: int, steps: int, first: float, **options: Any) -> Gradual:
-    """From a share of the steps on until three quarters of them."""
+def _gradual_schedule(model: nn.Module, count: int, steps: int, first: float, **options: Any) -> Gradual:
+    """A schedule that begins after the share `first` of the steps and ends after three quarters of them."""
     begin = round(first * steps)
     end = max(begin + 1, 3 * steps // 4)
     every = max(1, (end - begin) // _UPDATES)
     return Gradual(
-        model,
-        sparsity=count / _size(model),
-        begin_step=begin,
-        end_step=end,
-        update_every=every,
-        min_per_layer=1,
+        model, sparsity=count / _size(model), begin_step=begin, end_step=end, update_every=every, min_per_layer=1,
         **options,
-    )
+    )  # fmt: skip
 
 
-def _each_step(schedule: Gradual | SET) -> Callable[[object], object]:
-    return lambda loss: schedule.step()  # noqa: ARG005  # only RigL needs the loss
+def _step(schedule: Gradual | SET) -> Callable[[object], object]:
+    """What a training calls after each step: only RigL needs the loss."""
+    return lambda loss: schedule.step()  # noqa: ARG005
 
 
-def _gradual(model: nn.Module, count: int, training: Training) -> None:
-    training.train(lambda optimizer: _each_step(_gradually(model, count, training.steps, 0.2)))  # noqa: ARG005
+def _gradual(model: nn.Module, count: int, training: TrainingContext) -> None:
+    training.train(lambda optimizer: _step(_gradual_schedule(model, count, training.steps, 0.2)))  # noqa: ARG005
 
 
-def _movement(model: nn.Module, count: int, training: Training) -> None:
-    """Every layer loses the same part: one threshold for all leaves some layers next to nothing."""
+def _movement(model: nn.Module, count: int, training: TrainingContext) -> None:
+    """The same share of every layer is pruned: one threshold for all layers leaves next to nothing of some of them."""
     training.train()
     if training.finetuning_steps < 2:
         scores = movement(model, training.batches(_BATCHES), training.loss)
         apply_masks(model, select(scores, count=count, scope="layer", min_per_layer=1))
         training.finetune()
         return
-    follower = Movement(model)
+    accumulated = Movement(model)
 
     def begin(optimizer: Optimizer) -> Callable[[object], object]:
-        optimizer.register_step_pre_hook(lambda *_: follower.update())
+        optimizer.register_step_pre_hook(lambda *_: accumulated.update())
         steps = training.finetuning_steps
-        return _each_step(_gradually(model, count, steps, 0.1, score=lambda _: follower.scores(), scope="layer"))
+        scores = {"score": lambda _: accumulated.scores(), "scope": "layer"}
+        return _step(_gradual_schedule(model, count, steps, 0.1, **scores))
 
     training.finetune(begin)
 
 
-def _ticket(model: nn.Module, count: int, training: Training) -> None:
+def _ticket(model: nn.Module, count: int, training: TrainingContext) -> None:
     ticket = LotteryTicket(model, min_per_layer=1)
     early = max(1, round(_EARLY * training.steps))
     steps = 0
@@ -129,43 +126,47 @@ def _ticket(model: nn.Module, count: int, training: Training) -> None:
     def remember(loss: object) -> None:  # noqa: ARG001
         nonlocal steps
         steps += 1
-        if steps == early:
+        if steps == early:  # in the first training alone: `steps` is not reset
             ticket.remember()
 
-    size, gone = _size(model), 0
+    size, pruned = _size(model), 0
     for number in range(1, _ROUNDS + 1):
-        training.train(lambda optimizer: remember)  # noqa: ARG005  # in the first one, for steps go on
+        training.train(lambda optimizer: remember)  # noqa: ARG005
         goal = count if number == _ROUNDS else round(size * (1 - (1 - count / size) ** (number / _ROUNDS)))
-        ticket.next_round((goal - gone) / (size - gone))
-        gone = goal
+        ticket.next_round((goal - pruned) / (size - pruned))
+        pruned = goal
     training.train()
 
 
-def _moving(method: type[SET] | type[RigL], model: nn.Module, count: int, training: Training) -> None:
+def _dynamic(method: type[SET] | type[RigL], model: nn.Module, count: int, training: TrainingContext) -> None:
     def begin(optimizer: Optimizer) -> Callable[[Callable[[], Tensor]], object]:
         steps = training.steps
         schedule = method(
             model, optimizer, sparsity=count / _size(model), end_step=max(1, 3 * steps // 4),
             update_every=max(1, steps // _UPDATES), seed=training.seed,
         )  # fmt: skip
-        return schedule.step if isinstance(schedule, RigL) else _each_step(schedule)
+        return schedule.step if isinstance(schedule, RigL) else _step(schedule)
 
     training.train(begin)
 
 
-CRITERIA: dict[str, Criterion | TrainingCriterion] = {
-    "random": Criterion("random, at initialisation", "at initialisation", _random),
-    "magnitude_init": Criterion("magnitude, at initialisation", "at initialisation", partial(_at_once, magnitude)),
-    "snip": TrainingCriterion("SNIP, at initialisation", partial(_with_data, snip, 1)),
-    "snip_rounds": TrainingCriterion("SNIP in 20 rounds, at initialisation", partial(_with_data, snip, 20)),
-    "grasp": TrainingCriterion("GraSP, at initialisation", partial(_with_data, grasp, 1)),
-    "synflow": TrainingCriterion("SynFlow in 100 rounds, at initialisation", _synflow),
-    "ticket": TrainingCriterion(f"lottery ticket, magnitude in {_ROUNDS} rounds", _ticket, trainings=_ROUNDS + 1),
-    "set": TrainingCriterion("SET, while training", partial(_moving, SET)),
-    "rigl": TrainingCriterion("RigL, while training", partial(_moving, RigL)),
-    "gradual": TrainingCriterion("gradual magnitude (GMP), while training", _gradual),
-    "magnitude": Criterion("magnitude, after training", "after training", partial(_at_once, magnitude)),
-    "fitted": Criterion("magnitude, after training; IP: in fitted bases", "after training", _fitted),
-    "lamp": Criterion("LAMP, after training", "after training", partial(_at_once, lamp)),
-    "movement": TrainingCriterion("movement, while fine-tuning", _movement, finetunings=1),
+CRITERIA: dict[str, Criterion] = {
+    "random": Criterion.simple("random, at initialisation", "at initialisation", _random),
+    "magnitude_init": Criterion.simple("magnitude, at initialisation", "at initialisation", _magnitude),
+    "snip": Criterion("SNIP, at initialisation", "at initialisation", partial(_with_data, snip, 1)),
+    "snip_rounds": Criterion(
+        "SNIP in 20 rounds, at initialisation", "at initialisation", partial(_with_data, snip, 20)
+    ),
+    "grasp": Criterion("GraSP, at initialisation", "at initialisation", partial(_with_data, grasp, 1)),
+    "synflow": Criterion("SynFlow in 100 rounds, at initialisation", "at initialisation", _synflow),
+    "ticket": Criterion(
+        f"lottery ticket, magnitude in {_ROUNDS} rounds", "while training", _ticket, trainings=_ROUNDS + 1
+    ),
+    "set": Criterion("SET, while training", "while training", partial(_dynamic, SET)),
+    "rigl": Criterion("RigL, while training", "while training", partial(_dynamic, RigL)),
+    "gradual": Criterion("gradual magnitude (GMP), while training", "while training", _gradual),
+    "magnitude": Criterion.simple("magnitude, after training", "after training", _magnitude),
+    "fitted": Criterion.simple("magnitude, after training; IP: in fitted bases", "after training", _fitted),
+    "lamp": Criterion.simple("LAMP, after training", "after training", partial(_one_shot, lamp)),
+    "movement": Criterion("movement, while fine-tuning", "while training", _movement, finetunings=1),
 }

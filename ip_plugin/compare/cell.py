@@ -1,8 +1,8 @@
-"""One run: train, prune and measure one network; and the engine that does it run by run.
+"""One cell of a study: train, prune and measure one network.
 
 The two spaces of a pair start from the same weights, see the same batches in the same order and keep the same number of
-parameters: where ordinary pruning keeps k values, interspace pruning keeps k minus the numbers of its trained bases.
-Where channels are cut both keep the same channels' number, and the network of the interspace is baked: it has no bases.
+parameters: where ordinary pruning keeps k values, interspace pruning keeps k minus the size of its trained bases. Where
+channels are removed, both spaces keep equally many; the network of the interspace is then baked, and has no bases.
 """
 
 from __future__ import annotations
@@ -11,52 +11,48 @@ import copy
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from ip_plugin import interspace, prunable, report
-from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
+from ip_plugin.adapters import Criterion
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import InvalidStudyError, LayerCollapseWarning
+from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria
-from .config import Run, Settings
+from .config import Cell, Settings
 from .deployment import Deployment, measure
 from .tasks import TASKS, Split
-from .training import Memory, Training, accuracy
-
-EpochDone = Callable[[], None]
+from .training import Training, TrainingCache, accuracy
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured.
+    """What was measured in one cell.
 
     Attributes:
-        run: which run.
+        cell: which cell.
         accuracy: share of the test images classified correctly at the end, in percent.
-        accuracy_before_pruning: of the trained network before it was pruned; None where it was not pruned between
-            training and fine-tuning.
-        parameters: prunable parameters of the network.
-        parameters_left: non-zeros among them at the end, with the numbers of trained bases where the network needs
-            them (a network whose channels were cut is baked).
-        basis_parameters: numbers of trained bases.
+        accuracy_before_pruning: that of the trained network before pruning; None unless it was pruned between training
+            and fine-tuning.
+        parameters: number of prunable parameters.
+        parameters_left: non-zeros among them at the end, trained bases included where the network needs them (one
+            whose channels were removed is baked).
+        basis_parameters: size of the trained bases.
         spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
-        seconds: time of the run without what was measured for its deployment; short where a training was known from
-            another one.
+        seconds: time without that of `deployment`; short where the training was in the cache.
         macs: multiply-adds of the convolution and linear layers for one image, before pruning; None unless channels
-            were cut.
-        macs_left: after it.
-        deployment: what the pruned network costs when it is deployed; None unless the settings ask for it.
+            were removed.
+        macs_left: the same after pruning.
+        deployment: the cost of deploying the pruned network; None unless the settings ask for it.
     """
 
-    run: Run
+    cell: Cell
     accuracy: float
     accuracy_before_pruning: float | None
     parameters: int
@@ -69,145 +65,140 @@ class Result:
     deployment: Deployment | None = None
 
 
-def execute(run: Run, settings: Settings, epoch_done: EpochDone = lambda: None, memory: Memory | None = None) -> Result:
-    """Run one cell of the grid. Equal arguments give equal results (on one machine, with one number of threads).
+def execute(
+    cell: Cell,
+    settings: Settings,
+    epoch_done: Callable[[], None] = lambda: None,
+    cache: TrainingCache | None = None,
+) -> Result:
+    """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
-        run: the cell.
+        cell: which cell.
         settings: of its study.
         epoch_done: called after each epoch; `epochs_of` says how often.
-        memory: of runs with the same settings: a training that it knows is not done again, with the same result.
+        cache: of trainings of other cells with the same settings; it changes nothing but the time.
 
     Raises:
-        InvalidStudyError: the network is too small for the sparsity, or latencies cannot be measured here.
+        StudyError: the network is too small for the sparsity, or latencies cannot be measured here.
     """
     started = time.perf_counter()
-    criterion, task = criteria.load(run.criterion), TASKS[settings.task]
-    cuts = cuts_channels(criterion)
-    devices = [torch.device(settings.device)] if torch.device(settings.device).type == "cuda" else []
+    criterion, task = criteria.load(cell.criterion), TASKS[settings.task]
     train, test = (
         Split(*(tensor.to(settings.device) for tensor in split))
         for split in task.load(settings.data, settings.train_images)
     )
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", LayerCollapseWarning)  # a study compares criteria as they are
-        torch.manual_seed(run.seed)
+    image = train.images[:1]
+    with _seeded(cell.seed, settings.device):
         model = task.network().to(settings.device)
         dense = None if settings.deploy_threads is None else copy.deepcopy(model).eval()
         parameters = sum(getattr(*target).numel() for target in prunable(model))
-        macs = report(model, train.images[:1]).prunable.macs_dense if cuts else None
-        kept = round((1 - run.sparsity) * parameters)
-        spatial_layers: list[str] = []
-        if run.space == "interspace":
-            spatial_layers = _convert(model, run, settings, budget=not cuts)
+        macs = report(model, image).prunable.macs_dense if criterion.removes_channels else None
+        spatial_layers = _convert(model, cell, settings, criterion) if cell.space == "interspace" else ()
         basis_parameters = report(model).prunable.basis_parameters
-        if kept - basis_parameters < 1 and not cuts:
-            raise InvalidStudyError(
-                "A run must keep at least one parameter.",
-                f"{kept} of {parameters} at sparsity {run.sparsity:g}, {basis_parameters} of them in bases",
-                "compare at a lower sparsity",
-            )
-        torch.manual_seed(derived_seed(run.seed, "pruning"))
-        training = Training(model, train, task, settings, run.seed, epoch_done, memory)
-        before = None
-
-        def prune() -> None:
-            if isinstance(criterion, ChannelCriterion):
-                criterion.cut(model, run.sparsity, *training.batches(1)[0])
-            elif isinstance(criterion, ChannelTrainingCriterion):
-                criterion.train(model, run.sparsity, training)
-            elif isinstance(criterion, TrainingCriterion):
-                criterion.train(model, parameters - kept + basis_parameters, training)
-            else:
-                criterion.prune(model, parameters - kept + basis_parameters)
-
-        if isinstance(criterion, (TrainingCriterion, ChannelTrainingCriterion)):
-            prune()
-        elif criterion.when == "after training":
-            training.train()
-            before = accuracy(model, test)
-            prune()
-            training.finetune()
-        else:
-            prune()
-            training.train()
-    left = report(model, train.images[:1]).prunable
+        amount = _amount(cell, criterion, parameters, basis_parameters)
+        torch.manual_seed(derived_seed(cell.seed, "pruning"))
+        training = Training(model, train, task, settings, cell.seed, epoch_done, cache)
+        before = train_and_prune(criterion, amount, training, test)
+    left = report(model, image).prunable
     reached = accuracy(model, test)
     seconds = time.perf_counter() - started
     deployment = None
     if dense is not None and settings.deploy_threads is not None:
         deployment = measure(model, dense, test.images[:1], settings.deploy_threads)
     return Result(
-        run=run,
+        cell=cell,
         accuracy=reached,
         accuracy_before_pruning=before,
         parameters=parameters,
-        parameters_left=left.nonzeros + (0 if cuts else basis_parameters),
+        parameters_left=left.nonzeros + (0 if criterion.removes_channels else basis_parameters),
         basis_parameters=basis_parameters,
-        spatial_layers=tuple(spatial_layers),
+        spatial_layers=spatial_layers,
         seconds=seconds,
         macs=macs,
-        macs_left=left.macs_dense if cuts else None,
+        macs_left=left.macs_dense if criterion.removes_channels else None,
         deployment=deployment,
     )
 
 
-def epochs_of(run: Run, settings: Settings) -> int:
-    """How many epochs a run takes."""
-    criterion = criteria.load(run.criterion)
-    if isinstance(criterion, (TrainingCriterion, ChannelTrainingCriterion)):
-        return criterion.trainings * settings.epochs + criterion.finetunings * settings.finetune_epochs
-    return settings.epochs + (settings.finetune_epochs if criterion.when == "after training" else 0)
+def train_and_prune(criterion: Criterion, amount: float, training: Training, test: Split) -> float | None:
+    """Train, prune and fine-tune a network in the order that the criterion's stage says.
 
-
-def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> list[str]:
-    """Move to the interspace what can pay for its basis; returns the names of the convolutions that cannot.
-
-    Without a budget nothing is to be paid for.
+    Returns:
+        The accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
     """
-    sharers: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
+    before = None
+    if criterion.stage == "after training":
+        training.train()
+        before = accuracy(training.model, test)
+    criterion.prune(training.model, amount, training)
+    if criterion.stage == "at initialisation":
+        training.train()
+    elif criterion.stage == "after training":
+        training.finetune()
+    return before
+
+
+def epochs_of(cell: Cell, settings: Settings) -> int:
+    """Number of epochs that a cell takes."""
+    criterion = criteria.load(cell.criterion)
+    finetunings = 1 if criterion.stage == "after training" else criterion.finetunings
+    return criterion.trainings * settings.epochs + finetunings * settings.finetune_epochs
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Random numbers from `seed`, and the random state restored afterwards; no warnings of layer collapse.
+
+    A study compares criteria as they are, with the layers that they empty.
+    """
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapseWarning)
+        torch.manual_seed(seed)
+        yield
+
+
+def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters: int) -> float:
+    """The share of channels to remove, or the number of entries to prune, which pays for the bases."""
+    if criterion.removes_channels:
+        return cell.sparsity
+    kept = round((1 - cell.sparsity) * parameters)
+    if kept - basis_parameters < 1:
+        raise StudyError(
+            "A run must keep at least one parameter.",
+            f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases",
+            "compare at a lower sparsity",
+        )
+    return parameters - kept + basis_parameters
+
+
+def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criterion) -> tuple[str, ...]:
+    """Move layers to the interspace; returns the names of the convolutions that stay spatial.
+
+    A group of layers stays spatial if its basis has more parameters than the sparsity leaves to the group. Where
+    channels are removed, bases cost nothing.
+    """
+    groups: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
     for layer in prunable_tensors(model):
         shape = layer.parameter.shape
         elements = shape[2:].numel()
         if elements > 1:
             key = layer.module_name if settings.sharing == "layer" else shape[2:]
-            sharers[key].append((layer.module_name, shape.numel(), elements**2))
+            groups[key].append((layer.module_name, shape.numel(), elements**2))
     converted: list[str] = []
     spatial: list[str] = []
-    for members in sharers.values():
-        available = (1 - run.sparsity) * sum(size for _, size, _ in members)
-        pays = not budget or available > members[0][2]
+    for members in groups.values():
+        budget = (1 - cell.sparsity) * sum(size for _, size, _ in members)
+        pays = criterion.removes_channels or budget > members[0][2]
         (converted if pays else spatial).extend(name for name, _, _ in members)
     if converted:
-        how = {"basis": settings.basis, "sharing": settings.sharing, "constraint": settings.constraint}
-        interspace(model, layers=converted, seed=run.seed, **how)  # type: ignore[arg-type]
-    return spatial
-
-
-Outcomes: TypeAlias = Generator[tuple[Run, Result | Exception], None, None]
-#: Runs cells, and yields each with its result or with what went wrong, as they finish. It is told the cells, their
-#: settings, what to call when it begins a cell, and what to call after each epoch.
-Engine: TypeAlias = Callable[[Sequence[Run], Settings, Callable[[Run], None], EpochDone], Outcomes]
-
-
-def one_by_one(execute: Callable[[Run, Settings, EpochDone], Result]) -> Engine:
-    """The engine that runs cells in this process, one after the other, by a function like `execute`."""
-
-    def engine(
-        runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone
-    ) -> Outcomes:
-        for run in runs:
-            began(run)
-            outcome: Result | Exception
-            try:
-                outcome = execute(run, settings, epoch_done)
-            except Exception as error:
-                outcome = error
-            yield run, outcome
-
-    return engine
-
-
-def here(runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone) -> Outcomes:
-    """The engine that runs cells in this process, one after the other; what they train alike is trained once."""
-    yield from one_by_one(partial(execute, memory=Memory()))(runs, settings, began, epoch_done)
+        interspace(
+            model,
+            layers=converted,
+            basis=settings.basis,
+            sharing=settings.sharing,
+            constraint=settings.constraint,
+            seed=cell.seed,
+        )
+    return tuple(spatial)

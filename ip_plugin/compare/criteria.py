@@ -1,43 +1,42 @@
-"""Criteria by name: ``host:criterion``, found through the entry points of the adapters."""
+"""Criteria by their full name, ``adapter:criterion``, found through the entry points of the adapters."""
 
 from __future__ import annotations
 
-from typing import get_args
+from contextlib import suppress
 
-from ip_plugin.adapters import AnyCriterion, hosts
-from ip_plugin.errors import InvalidStudyError
+from ip_plugin.adapters import Criterion, hosts
+from ip_plugin.errors import StudyError
 
 
-def available() -> dict[str, AnyCriterion]:
-    """Every criterion of every host that can be imported, by its full name.
+def available() -> dict[str, Criterion]:
+    """Every criterion of every adapter that can be imported, by its full name.
 
     >>> "torch:l1" in available()
     True
     """
-    found: dict[str, AnyCriterion] = {}
-    for host, entry in sorted(hosts().items()):
-        try:
-            criteria = getattr(entry.load(), "CRITERIA", {})
-        except ImportError:
-            continue  # the adapter is here, its host is not installed
-        found |= {f"{host}:{name}": criterion for name, criterion in criteria.items()}
-    return found
+    criteria: dict[str, Criterion] = {}
+    for host in sorted(hosts()):
+        with suppress(ImportError):  # the adapter is there, its pruning library is not installed
+            criteria |= {f"{host}:{name}": criterion for name, criterion in _offered(host).items()}
+    return criteria
 
 
-def load(name: str) -> AnyCriterion:
+def load(name: str) -> Criterion:
     """A criterion by its full name.
 
     Raises:
-        InvalidStudyError: no such criterion, or its host is not installed.
+        StudyError: there is no such criterion, or its pruning library is not installed.
     """
     host, _, criterion = name.partition(":")
-    rule = "A criterion must be named host:criterion."
-    if host in hosts():
-        try:
-            found = getattr(hosts()[host].load(), "CRITERIA", {}).get(criterion)
-        except ImportError as error:
-            raise InvalidStudyError(rule, f"{name!r}: {error}", f"install the host {host!r}") from error
-        if found is not None:
-            assert isinstance(found, get_args(AnyCriterion))
-            return found  # type: ignore[no-any-return]
-    raise InvalidStudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")
+    rule = "A criterion must be named adapter:criterion."
+    try:
+        if host in hosts() and criterion in _offered(host):
+            return _offered(host)[criterion]
+    except ImportError as error:
+        raise StudyError(rule, f"{name!r}: {error}", f"install the pruning library of the adapter {host!r}") from error
+    raise StudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")
+
+
+def _offered(host: str) -> dict[str, Criterion]:
+    criteria: dict[str, Criterion] = getattr(hosts()[host].load(), "CRITERIA", {})
+    return criteria

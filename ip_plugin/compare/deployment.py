@@ -1,4 +1,4 @@
-"""What a pruned network costs when it is deployed: bytes of its compact file, and latency on a CPU."""
+"""The cost of deploying a pruned network: bytes of its compressed checkpoint, and latency on a CPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import save
-from ip_plugin.errors import InvalidStudyError
+from ip_plugin.errors import StudyError
 from ip_plugin.utils.timing import side_by_side
 
-#: How often each network is called and timed, after so many calls that are not.
+#: Timed calls of each network, and calls before them that are not timed.
 ROUNDS, WARMUP = 200, 20
 
 
@@ -24,32 +24,28 @@ class Deployment:
     """What was measured of a pruned network.
 
     Attributes:
-        file_bytes: of the compact file that `ip_plugin.save` writes.
-        latency: median time of a call with one image, in milliseconds, of what `ip_plugin.sparse.prepare` has made.
-        dense_latency: that of the network as it was before pruning, by torch as it is; both were measured in turns.
+        file_bytes: size of the file that `ip_plugin.save` writes.
+        latency: median time of a call with one image, in milliseconds, of the network that `ip_plugin.sparse.prepare`
+            makes of it.
+        dense_latency: that of the network before pruning, run by torch; calls of the two alternate.
     """
 
     file_bytes: int
     latency: float
     dense_latency: float
 
-    @property
-    def faster(self) -> float:
-        """How many times faster the pruned network is."""
-        return self.dense_latency / self.latency
-
 
 def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> Deployment:
     """Save a pruned network, prepare it, and time it side by side with a dense one.
 
     Args:
-        model: pruned, in either space, in evaluation mode, masked or with channels cut; goes to the CPU.
-        dense: the network that was not pruned, in evaluation mode; goes to the CPU.
+        model: a pruned network in either space, in evaluation mode; it is moved to the CPU.
+        dense: the network that was not pruned, in evaluation mode; it is moved to the CPU.
         image: a batch of one, ``(1, channels, height, width)``.
-        threads: that both run with; torch has its own number again afterwards.
+        threads: number of threads with which both run; torch's own number is restored afterwards.
 
     Raises:
-        InvalidStudyError: there is no numba, or it has fewer threads.
+        StudyError: numba is not installed, or has fewer threads.
     """
     check_threads(threads)
     from ip_plugin.sparse import prepare
@@ -72,15 +68,15 @@ def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> 
 
 
 def check_threads(threads: int) -> None:
-    """Whether latencies can be measured here, with so many threads.
+    """Check whether latencies can be measured here with this number of threads.
 
     Raises:
-        InvalidStudyError: numba is not installed, or has fewer threads.
+        StudyError: numba is not installed, or has fewer threads.
     """
     try:
         import ip_plugin.sparse  # noqa: F401
     except ImportError as error:
-        raise InvalidStudyError(
+        raise StudyError(
             "To measure latencies, numba must be installed.",
             str(error.__cause__ or error),
             "run: pip install 'ip-plugin[sparse]'",
@@ -90,21 +86,21 @@ def check_threads(threads: int) -> None:
     most = numba.config.NUMBA_NUM_THREADS
     if not 1 <= threads <= most:
         rule = f"`deploy_threads` must be a number from 1 to {most}, the threads that numba has here."
-        raise InvalidStudyError(rule, f"{threads}", "change deploy-threads, or the variable NUMBA_NUM_THREADS")
+        raise StudyError(rule, f"{threads}", "change deploy-threads, or the variable NUMBA_NUM_THREADS")
 
 
 def check_alone(threads: int | None, company: str) -> None:
-    """Refuse to measure latencies where other runs may take the processor meanwhile.
+    """Refuse to measure latencies while other cells may run.
 
     Args:
-        threads: as the settings of a study have them; None measures nothing.
-        company: what else may run, in words.
+        threads: `deploy_threads` of the settings; with None nothing is measured.
+        company: what else may run, for the message.
 
     Raises:
-        InvalidStudyError: latencies are to be measured.
+        StudyError: latencies are to be measured.
     """
     if threads is not None:
-        raise InvalidStudyError(
+        raise StudyError(
             "Latencies must be measured with nothing else running.",
             company,
             "leave out --jobs and --engine with --deploy, or leave out --deploy",

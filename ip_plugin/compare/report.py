@@ -1,189 +1,262 @@
-"""Showing results: a table, a plot of accuracy over sparsity, a self-contained HTML page."""
+"""Show an analysis: tables and remarks on the console, plots of accuracy over sparsity, a self-contained HTML page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ip_plugin.adapters import cuts_channels
+import pandas as pd
 
-from . import costs as deployed
+from ip_plugin.utils.atomic import write_whole
+
 from . import criteria
-from . import pairs as variety
-from .cell import Result
-from .config import Run, Space, Study
-from .spread import Spread
+from .analysis import Analysis, mean, p_value, std
+from .config import Space
+from .deployment import ROUNDS
 from .store import versions
 from .tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
+    from rich.console import Console
 
 SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One criterion at one sparsity, over the seeds.
+class TextTable:
+    """A table as text.
 
     Attributes:
-        criterion, sparsity: which.
-        accuracy: by space, in percent; None where nothing has been run.
-        difference: interspace minus spatial, of pairs with equal seed, in percentage points.
-        parameters_left: of the runs, the trained bases included; more than one number only if runs differ.
-        spatial_layers: convolutions that stayed spatial in the interspace runs.
-        macs_left: shares of the multiply-adds, of the runs; empty unless channels were cut.
+        title, headers, rows: what it shows.
+        caption: stands below it on the console.
+        by_criterion: whether the console separates criteria by space.
     """
 
-    criterion: str
-    sparsity: float
-    accuracy: Mapping[Space, Spread | None]
-    difference: Spread | None
-    parameters_left: tuple[int, ...]
-    spatial_layers: tuple[str, ...]
-    macs_left: tuple[float, ...] = ()
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str | None = None
+    by_criterion: bool = False
 
 
-def summarize(study: Study, results: Mapping[Run, Result]) -> list[Line]:
-    """The lines of a study's table, from those of its runs that are there."""
-    lines = []
-    for criterion in study.criteria:
-        for sparsity in study.sparsities:
-            cells: dict[Space, dict[int, Result]] = {}
-            for space in study.spaces:
-                runs = {seed: Run(criterion, sparsity, space, seed) for seed in study.seeds}
-                cells[space] = {seed: results[run] for seed, run in runs.items() if run in results}
-            spatial, inter = cells.get("spatial", {}), cells.get("interspace", {})
-            found = [result for by_seed in cells.values() for result in by_seed.values()]
-            pairs = [
-                inter[seed].accuracy - spatial[seed].accuracy
-                for seed in study.seeds
-                if seed in inter and seed in spatial
-            ]
-            lines.append(
-                Line(
-                    criterion,
-                    sparsity,
-                    {space: Spread.of([r.accuracy for r in by_seed.values()]) for space, by_seed in cells.items()},
-                    Spread.of(pairs),
-                    tuple(sorted({result.parameters_left for result in found})),
-                    tuple(dict.fromkeys(name for result in found for name in result.spatial_layers)),
-                    tuple(sorted({r.macs_left / r.macs for r in found if r.macs and r.macs_left is not None})),
-                )
-            )
-    return lines
+def write(analysis: Analysis, folder: Path, command: str = "") -> None:
+    """Write ``accuracy.png``, ``accuracy.svg`` and ``report.html``; equal results give equal files.
+
+    Args:
+        analysis: what is shown.
+        folder: where the files go.
+        command: how the study was started, for the page.
+    """
+    figure = plot(analysis)
+    svg = image(figure, "svg")
+    write_whole(folder / "accuracy.png", image(figure, "png"))
+    write_whole(folder / "accuracy.svg", svg)
+    write_whole(folder / "report.html", page(analysis, svg.decode(), command))
 
 
-def cells(line: Line, study: Study) -> list[str]:
-    """A line of the table as text."""
-    accuracies = [str(line.accuracy[space] or "–") for space in study.spaces]
-    difference = [] if len(study.spaces) < 2 else ["–" if line.difference is None else line.difference.signed]
-    left = " or ".join(f"{count:,}" for count in line.parameters_left) or "–"
-    macs = [" or ".join(f"{share:.1%}" for share in line.macs_left) or "–"] if shows_macs(study) else []
-    return [line.criterion, f"{line.sparsity:.4g}", *accuracies, *difference, left, *macs]
-
-
-def shows_macs(study: Study) -> bool:
-    """Whether a criterion of the study cuts channels."""
-    return any(cuts_channels(criteria.load(name)) for name in study.criteria)
-
-
-def headers(study: Study) -> list[str]:
-    """The heads of the table's columns."""
-    accuracies = [f"{SHORT[space]} %" for space in study.spaces]
-    difference = [] if len(study.spaces) < 2 else ["IP − SP"]
-    macs = ["MACs left"] if shows_macs(study) else []
-    return ["criterion", "sparsity", *accuracies, *difference, "parameters left", *macs]
-
-
-def table(study: Study, lines: Sequence[Line]) -> Table:
-    """The table for a terminal."""
+def show(analysis: Analysis, console: Console) -> None:
+    """Print the tables and remarks."""
     from rich import box
     from rich.table import Table
 
-    seeds = len(study.seeds)
-    found = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title=f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
-        caption="parameters left: trained bases included, equally many in both spaces",
-    )
-    for index, header in enumerate(headers(study)):
-        if index == 0:
-            found.add_column(header, overflow="fold")
-        else:
-            found.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
-    for index, line in enumerate(lines):
-        if index and line.criterion != lines[index - 1].criterion:
-            found.add_section()
-        found.add_row(*cells(line, study))
-    return found
+    for table in tables(analysis):
+        shown = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=table.title, caption=table.caption
+        )
+        shown.add_column(table.headers[0], overflow="fold", min_width=len(table.headers[0]))
+        for header in table.headers[1:]:
+            shown.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
+        for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
+            shown.add_row(*row, end_section=table.by_criterion and following is not None and following[0] != row[0])
+        console.print(shown)
+    for remark in remarks(analysis):
+        console.print(f"- {remark}")
 
 
-def variety_table(pairs: Sequence[variety.Pair]) -> Table:
-    """The table of criteria with variety and without, for a terminal."""
-    title = "With filter variety and without: accuracy, pairs of equal seed, a paired t-test"
-    return _table(title, variety.HEADERS, [variety.cells(pair) for pair in pairs])
+def tables(analysis: Analysis) -> list[TextTable]:
+    """The tables of a study: accuracies, and what filter variety and deployment bring where they were measured."""
+    others = [(analysis.variety, variety_table), (analysis.deployment, deployment_table)]
+    return [accuracy_table(analysis), *(make(analysis) for frame, make in others if len(frame))]
 
 
-def cost_table(study: Study, costs: Sequence[deployed.Cost]) -> Table:
-    """The table of bytes and latencies, for a terminal."""
-    return _table(deployed.title(study), deployed.HEADERS, [deployed.cells(cost) for cost in costs])
+def accuracy_table(analysis: Analysis) -> TextTable:
+    """One row for each criterion and sparsity."""
+    study, seeds = analysis.study, len(analysis.study.seeds)
+    compares = len(study.spaces) == 2
+    removes = any(criteria.load(name).removes_channels for name in study.criteria)
+    rows = []
+    for criterion, sparsity in product(study.criteria, study.sparsities):
+        row = [criterion, f"{sparsity:.4g}"]
+        row += [plus_minus(analysis.accuracy.loc[criterion, sparsity, space]) for space in study.spaces]
+        if compares:
+            row.append(signed(analysis.space_difference.loc[criterion, sparsity]))
+        runs = analysis.results[analysis.results["criterion"].eq(criterion) & analysis.results["sparsity"].eq(sparsity)]
+        row.append(_alternatives(runs["parameters_left"], ","))
+        if removes:
+            row.append(_alternatives((runs["macs_left"] / runs["macs"]).dropna(), ".1%"))
+        rows.append(row)
+    return TextTable(
+        f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
+        [
+            "criterion", "sparsity", *(f"{SHORT[space]} %" for space in study.spaces), *["IP − SP"] * compares,
+            "parameters left", *["MACs left"] * removes,
+        ],
+        rows,
+        "parameters left: trained bases included, equally many in both spaces",
+        by_criterion=True,
+    )  # fmt: skip
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
+def variety_table(analysis: Analysis) -> TextTable:
+    """One row for each criterion, sparsity and space that was run with filter variety and without."""
+    return TextTable(
+        "With filter variety and without: accuracy, pairs of equal seed, a paired t-test",
+        ("criterion", "sparsity", "space", "without %", "with variety %", "difference", "p"),
+        [
+            [*_names(key), plus_minus(row["without"]), plus_minus(row["varied"]), signed(row["difference"]),
+             probability(row["difference"]["p_value"])]
+            for key, row in analysis.variety.iterrows()
+        ],
+    )  # fmt: skip
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
-    found.add_column(headers[0], overflow="fold", min_width=len(headers[0]))
-    for header in headers[1:]:
-        found.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        found.add_row(*row)
-    return found
+
+def deployment_table(analysis: Analysis) -> TextTable:
+    """One row for each criterion, sparsity and space whose deployment was measured; 1 KB are 1,000 bytes."""
+    threads = analysis.study.settings.deploy_threads
+    return TextTable(
+        f"Deployed: compact file, and latency of one image on the CPU with {threads} thread{'s' * (threads != 1)}",
+        ("criterion", "sparsity", "space", "file KB", "sparse µs", "dense µs", "times faster"),
+        [
+            [*_names(key), plus_minus(1e-3 * row["file_bytes"], ",.1f"), plus_minus(1e3 * row["latency_ms"], ",.0f"),
+             plus_minus(1e3 * row["dense_latency_ms"], ",.0f"), plus_minus(row["speedup"], ".2f")]
+            for key, row in analysis.deployment.iterrows()
+        ],
+    )  # fmt: skip
 
 
-def remarks(lines: Sequence[Line]) -> list[str]:
-    """What a reader must know to read the table rightly, where interspace pruning loses included."""
-    found = []
-    compared = [(line, line.difference) for line in lines if line.difference is not None]
-    losses = [f"{line.criterion} at {line.sparsity:g}" for line, difference in compared if difference.mean < 0]
-    unclear = [difference for _, difference in compared if abs(difference.mean) < difference.deviation]
-    if compared:
-        found.append(
+def _names(key: tuple[str, float, Space]) -> list[str]:
+    criterion, sparsity, space = key
+    return [criterion, f"{sparsity:.4g}", SHORT[space]]
+
+
+def _alternatives(values: pd.Series, spec: str) -> str:
+    """The values that occur: one, unless the cells of a row differ."""
+    return " or ".join(f"{value:{spec}}" for value in sorted(set(values))) or "–"
+
+
+def plus_minus(row: Mapping[str, float], spec: str = ".1f") -> str:
+    """Mean and standard deviation, both in one format.
+
+    >>> plus_minus(pd.Series({"mean": 1.0, "std": 0.25}), ".2f")
+    '1.00 ± 0.25'
+    """
+    return "–" if pd.isna(row["mean"]) else f"{row['mean']:{spec}} ± {row['std']:{spec}}"
+
+
+def signed(row: Mapping[str, float]) -> str:
+    """Mean and standard deviation of a difference.
+
+    >>> signed(pd.Series({"mean": -1.5, "std": 0.7}))
+    '−1.5 ± 0.7'
+    """
+    return "–" if pd.isna(row["mean"]) else f"{row['mean']:+.1f} ± {row['std']:.1f}".replace("-", "−")
+
+
+def probability(p: float) -> str:
+    """A p-value.
+
+    >>> probability(0.0004), probability(0.25), probability(float("nan"))
+    ('< 0.001', '0.25', '–')
+    """
+    return "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def remarks(analysis: Analysis) -> list[str]:
+    """What a reader must know to read the tables rightly, including where interspace pruning loses."""
+    return [
+        *_space_remarks(analysis),
+        *_network_remarks(analysis),
+        *_variety_remarks(analysis),
+        *_cost_remarks(analysis),
+    ]
+
+
+def _space_remarks(analysis: Analysis) -> Iterable[str]:
+    differences = analysis.space_difference.dropna()
+    losses = [f"{criterion} at {sparsity:g}" for criterion, sparsity in differences.index[differences["mean"] < 0]]
+    unclear = int((differences["mean"].abs() < differences["std"]).sum())
+    if len(differences):
+        yield (
             f"On average over the seeds interspace pruning is below ordinary pruning in {len(losses)} of "
-            f"{len(compared)} lines{': ' + '; '.join(losses) if losses else ''}."
+            f"{len(differences)} lines{': ' + '; '.join(losses) if losses else ''}."
         )
     if unclear:
-        found.append(
-            f"In {len(unclear)} of {len(compared)} lines the mean difference is smaller than its standard deviation "
+        yield (
+            f"In {unclear} of {len(differences)} lines the mean difference is smaller than its standard deviation "
             "over the seeds."
         )
-    cutting = dict.fromkeys(line.criterion for line in lines if line.macs_left)
-    if cutting:
-        found.append(
-            f"{', '.join(cutting)}: sparsity is the share of the channels that are cut. The networks of both spaces "
-            "are equally large, as that of the interspace is baked and needs no basis then."
+
+
+def _network_remarks(analysis: Analysis) -> Iterable[str]:
+    results = analysis.results
+    removing = results.loc[results["macs_left"].notna(), "criterion"].unique()
+    if len(removing):
+        yield (
+            f"{', '.join(removing)}: sparsity is the share of the channels that are removed. The networks of both "
+            "spaces are equally large, as that of the interspace is baked and needs no basis then."
         )
-    found.extend(
-        f"{line.criterion} at {line.sparsity:g}: {', '.join(line.spatial_layers)} stayed spatial in the interspace "
-        "runs, as the budget would not pay for the basis."
-        for line in lines
-        if line.spatial_layers
+    unpaid = results[results["spatial_layers"] != ""]
+    for (criterion, sparsity), texts in unpaid.groupby(["criterion", "sparsity"], sort=False)["spatial_layers"]:
+        names = dict.fromkeys(" ".join(texts).split())
+        yield (
+            f"{criterion} at {sparsity:g}: {', '.join(names)} stayed spatial in the interspace runs, as the budget "
+            "would not pay for the basis."
+        )
+
+
+def _variety_remarks(analysis: Analysis) -> Iterable[str]:
+    if analysis.variety.empty:
+        return
+    difference = analysis.variety["difference"]
+    higher, clear = difference["mean"] > 0, difference["p_value"] < 0.05
+    text = (
+        f"With filter variety the mean is higher in {higher.sum()} of {len(difference)} lines. A paired t-test has "
+        f"p < 0.05 in {(clear & higher).sum()} lines where it is higher and in {(clear & ~higher).sum()} where it is "
+        "lower; by chance alone that is one line in twenty."
     )
-    return found
+    by_seed = analysis.variety_by_seed()
+    if len(by_seed) > 1:
+        overall = pd.Series({"mean": mean(by_seed), "std": std(by_seed)})
+        text += f" Mean over all lines, by seed: {signed(overall)} (p = {probability(p_value(by_seed))})."
+    yield text
 
 
-def plot(study: Study, lines: Sequence[Line]) -> Figure:
+def _cost_remarks(analysis: Analysis) -> Iterable[str]:
+    costs = analysis.deployment
+    if costs.empty:
+        return
+    slower = [
+        f"{criterion} at {sparsity:g}, {space}"
+        for criterion, sparsity, space in costs.index[costs["speedup", "mean"] < 1]
+    ]
+    yield (
+        f"Latencies are medians of {ROUNDS} calls: of the pruned network by ip_plugin.sparse, and in turns with it of "
+        "the network that was not pruned, by torch as it is. Run sparse, the pruned network is slower in "
+        f"{len(slower)} of {len(costs)} lines{': ' + '; '.join(slower) if slower else ''}."
+    )
+
+
+def plot(analysis: Analysis) -> Figure:
     """Accuracy over sparsity, one panel for each criterion."""
     from matplotlib.figure import Figure
 
+    study = analysis.study
     count = len(study.criteria)
     columns = min(count, 4)
     rows = -(-count // columns)
@@ -191,25 +264,21 @@ def plot(study: Study, lines: Sequence[Line]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in panels[count:]:
         unused.set_axis_off()
-    positions = {sparsity: place for place, sparsity in enumerate(sorted(study.sparsities))}
+    positions = {sparsity: position for position, sparsity in enumerate(sorted(study.sparsities))}
     style = {"spatial": ("tab:gray", "s", "--"), "interspace": ("tab:blue", "o", "-")}
-    for panel, criterion in zip(panels[:count], study.criteria, strict=True):
+    for panel, name in zip(panels[:count], study.criteria, strict=True):
+        criterion = criteria.load(name)
         for offset, space in zip((-0.03, 0.03), study.spaces, strict=False):
-            points = [
-                (positions[line.sparsity] + offset, spread.mean, spread.deviation)
-                for line in sorted(lines, key=lambda line: line.sparsity)
-                if line.criterion == criterion and (spread := line.accuracy[space]) is not None
-            ]
-            if points:
+            points = analysis.accuracy.xs((name, space), level=("criterion", "space")).dropna().sort_index()
+            if len(points):
                 color, marker, dashes = style[space]
-                x, mean, deviation = zip(*points, strict=True)
                 panel.errorbar(
-                    x, mean, deviation, color=color, marker=marker, linestyle=dashes, capsize=3,
-                    label=f"{space} ({SHORT[space]})",
+                    [positions[sparsity] + offset for sparsity in points.index], points["mean"], points["std"],
+                    color=color, marker=marker, linestyle=dashes, capsize=3, label=f"{space} ({SHORT[space]})",
                 )  # fmt: skip
-        panel.set_title(criteria.load(criterion).title, fontsize="medium")
+        panel.set_title(criterion.title, fontsize="medium")
         panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
-        panel.set_xlabel("share of channels cut" if cuts_channels(criteria.load(criterion)) else "sparsity")
+        panel.set_xlabel("share of channels cut" if criterion.removes_channels else "sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in %")
     if panels[0].get_legend_handles_labels()[0]:
@@ -228,33 +297,20 @@ def image(figure: Figure, kind: str) -> bytes:
     return out.getvalue()
 
 
-def page(
-    study: Study,
-    lines: Sequence[Line],
-    pairs: Sequence[variety.Pair],
-    costs: Sequence[deployed.Cost],
-    svg: str,
-    command: str,
-) -> str:
-    """The HTML page: tables, plot, settings and remarks, nothing outside of it needed."""
+def page(analysis: Analysis, svg: str, command: str) -> str:
+    """The HTML page: tables, plot, remarks and settings, with no reference to anything outside of it."""
     from jinja2 import Environment
 
+    study = analysis.study
     template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         task=TASKS[study.settings.task].title,
-        headers=headers(study),
-        rows=[cells(line, study) for line in lines],
-        svg=svg[svg.index("<svg") :],
-        remarks=remarks(lines) + variety.remarks(pairs) + deployed.remarks(costs),
-        variety_headers=variety.HEADERS,
-        variety_rows=[variety.cells(pair) for pair in pairs],
-        cost_title=deployed.title(study),
-        cost_headers=deployed.HEADERS,
-        cost_rows=[deployed.cells(cost) for cost in costs],
-        settings=vars(study.settings),
         seeds=study.seeds,
-        criteria={name: criteria.load(name) for name in study.criteria},
-        versions=versions(),
+        tables=tables(analysis),
+        svg=svg[svg.index("<svg") :],
+        remarks=remarks(analysis),
         command=command,
+        criteria={name: criteria.load(name) for name in study.criteria},
+        facts=vars(study.settings) | versions(),
     )

@@ -1,7 +1,8 @@
-"""Results on disk: a folder that belongs to one study, and loses no finished run.
+"""Results on disk: a folder that belongs to one study and is valid whenever the study is interrupted.
 
-``study.json`` says with which settings and versions the runs were made, ``results.csv`` holds one line for each run.
-Both are always whole; a study that was stopped is opened again and goes on with what is missing.
+``study.json`` has the settings and versions with which results were made, ``results.csv`` one line for each cell that
+has finished. Both are replaced atomically; an interrupted study is opened again and goes on with the cells that are
+missing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 
 import ip_plugin
-from ip_plugin.errors import ForeignFolderError
+from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
 from .cell import Result
-from .config import SPACES, Run, Settings
+from .config import SPACES, Cell, Settings
 from .deployment import Deployment
 
 COLUMNS = (
@@ -32,26 +33,67 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Results:
-    """The runs that a folder holds, by cell of the grid."""
+def to_row(result: Result) -> dict[str, Any]:
+    """A result as one flat row, by `COLUMNS`; None where nothing was measured."""
+    deployment = (None, None, None) if result.deployment is None else astuple(result.deployment)
+    values = (
+        *result.cell, result.accuracy, result.accuracy_before_pruning, result.parameters, result.parameters_left,
+        result.basis_parameters, " ".join(result.spatial_layers), round(result.seconds, 3), result.macs,
+        result.macs_left, *deployment,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
 
-    def __init__(self, folder: Path, rows: dict[Run, Result]) -> None:
+
+def from_row(row: Mapping[str, Any]) -> Result:
+    """The result of a row, which may be one of text; older files do not have the last columns.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: the row is not that of a result.
+    """
+
+    def optional(name: str, kind: type) -> Any:
+        return None if row.get(name) in (None, "") else kind(row[name])
+
+    if row["space"] not in SPACES:
+        raise ValueError(f"space {row['space']!r}")
+    deployment = None
+    if any(row.get(name) not in (None, "") for name in COLUMNS[-3:]):
+        deployment = Deployment(int(row["file_bytes"]), float(row["latency_ms"]), float(row["dense_latency_ms"]))
+    return Result(
+        cell=Cell(row["criterion"], float(row["sparsity"]), row["space"], int(row["seed"])),
+        accuracy=float(row["accuracy"]),
+        accuracy_before_pruning=optional("accuracy_before_pruning", float),
+        parameters=int(row["parameters"]),
+        parameters_left=int(row["parameters_left"]),
+        basis_parameters=int(row["basis_parameters"]),
+        spatial_layers=tuple(row["spatial_layers"].split()),
+        seconds=float(row["seconds"]),
+        macs=optional("macs", int),
+        macs_left=optional("macs_left", int),
+        deployment=deployment,
+    )
+
+
+class Results:
+    """The results that a folder holds, by cell of the grid."""
+
+    def __init__(self, folder: Path, rows: dict[Cell, Result]) -> None:
         self.folder = folder
         self.rows = rows
 
     @classmethod
     @contextmanager
     def open(cls, folder: Path, settings: Settings) -> Iterator[Results]:
-        """Open a folder for one study and one process; it is made if it is not there.
+        """Open a folder for one study and one process; it is made if it does not exist.
 
         Raises:
-            ForeignFolderError: it holds something else, results of other settings or versions, or is in use.
+            StudyError: it holds something else, results of other settings or versions, or is in use.
         """
         from filelock import FileLock, Timeout
 
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
-            raise ForeignFolderError(folder, "a file")
+            raise _foreign(folder, "a file")
         description = {"settings": asdict(settings), "versions": versions()}
         _check(folder, description)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,26 +103,51 @@ class Results:
                     write_whole(folder / "study.json", json.dumps(description, indent=2) + "\n")
                 yield cls(folder, read(folder / "results.csv"))
         except Timeout:
-            raise ForeignFolderError(folder, "another process that is writing to it now") from None
+            found = "another process that is writing to it now"
+            raise _foreign(folder, found, "wait for it to end, or choose another folder with --output") from None
 
     def add(self, result: Result) -> None:
         """Keep a result; when this returns it is on the disk."""
-        self.rows[result.run] = result
-        write_whole(self.folder / "results.csv", _to_csv(self.rows))
+        self.rows[result.cell] = result
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(to_row, self.rows.values()))
+        write_whole(self.folder / "results.csv", text.getvalue())
+
+
+def read(path: Path) -> dict[Cell, Result]:
+    """The results in a ``results.csv``, by cell; none if there is no such file.
+
+    Raises:
+        StudyError: a line cannot be read.
+    """
+    if not path.exists():
+        return {}
+    results: dict[Cell, Result] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                result = from_row(row)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                found = f"results.csv, whose line {number} cannot be read ({error})"
+                raise _foreign(path.parent, found) from error
+            results[result.cell] = result
+    return results
 
 
 def versions() -> dict[str, str]:
-    """What the results depend on besides the settings."""
+    """Versions of the packages that results depend on."""
     return {"ip-plugin": ip_plugin.__version__, "torch": torch.__version__}
 
 
 def _check(folder: Path, description: dict[str, Any]) -> None:
-    """Refuse a folder that is not new, not empty and not this study's."""
-    found = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
-    if not found:
+    """Refuse a folder that is neither new, nor empty, nor this study's."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
+    if not names:
         return
-    if "study.json" not in found:
-        raise ForeignFolderError(folder, f"no study.json, but {', '.join(found[:5])}")
+    if "study.json" not in names:
+        raise _foreign(folder, f"no study.json, but {', '.join(names[:5])}")
     try:
         there = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         differences = [
@@ -90,71 +157,14 @@ def _check(folder: Path, description: dict[str, Any]) -> None:
             if there[part].get(name) != value
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ForeignFolderError(folder, f"a study.json that cannot be read ({error})") from error
+        raise _foreign(folder, f"a study.json that cannot be read ({error})") from error
     if differences:
-        raise ForeignFolderError(folder, f"a study of other settings: {'; '.join(differences)}")
+        raise _foreign(folder, f"a study of other settings: {'; '.join(differences)}")
 
 
-def _to_csv(rows: dict[Run, Result]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for run, result in rows.items():
-        before = "" if result.accuracy_before_pruning is None else result.accuracy_before_pruning
-        counts = (result.parameters, result.parameters_left, result.basis_parameters)
-        layers = " ".join(result.spatial_layers)
-        macs = ["" if count is None else count for count in (result.macs, result.macs_left)]
-        costs = ("", "", "") if result.deployment is None else astuple(result.deployment)
-        writer.writerow([*run, result.accuracy, before, *counts, layers, round(result.seconds, 3), *macs, *costs])
-    return out.getvalue()
-
-
-def read(path: Path) -> dict[Run, Result]:
-    """The rows of a ``results.csv``, by cell; none if it is not there.
-
-    Raises:
-        ForeignFolderError: a line cannot be read.
-    """
-    if not path.exists():
-        return {}
-    rows: dict[Run, Result] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, line in enumerate(csv.DictReader(file), start=2):
-            try:
-                result = _parse(line)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise ForeignFolderError(
-                    path.parent, f"results.csv, whose line {number} cannot be read ({error})"
-                ) from error
-            rows[result.run] = result
-    return rows
-
-
-def _parse(line: dict[str, str]) -> Result:
-    spaces = {space: space for space in SPACES}
-    if line["space"] not in spaces:
-        raise ValueError(f"space {line['space']!r}")
-    before = line["accuracy_before_pruning"]
-    macs = [int(line[name]) if line[name] else None for name in ("macs", "macs_left")]
-    return Result(
-        run=Run(line["criterion"], float(line["sparsity"]), spaces[line["space"]], int(line["seed"])),
-        accuracy=float(line["accuracy"]),
-        accuracy_before_pruning=float(before) if before else None,
-        parameters=int(line["parameters"]),
-        parameters_left=int(line["parameters_left"]),
-        basis_parameters=int(line["basis_parameters"]),
-        spatial_layers=tuple(line["spatial_layers"].split()),
-        seconds=float(line["seconds"]),
-        macs=macs[0],
-        macs_left=macs[1],
-        deployment=_deployment(line),
+def _foreign(
+    folder: Path, found: str, remedy: str = "choose another folder with --output, or remove this one"
+) -> StudyError:
+    return StudyError(
+        f"The output folder {str(folder)!r} must be new, empty, or hold results of the same study.", found, remedy
     )
-
-
-def _deployment(line: dict[str, str]) -> Deployment | None:
-    """Files of before it could be measured do not have the columns."""
-    found = [line.get(name) for name in ("file_bytes", "latency_ms", "dense_latency_ms")]
-    if not any(found):
-        return None
-    file_bytes, latency, dense_latency = (value or "" for value in found)
-    return Deployment(int(file_bytes), float(latency), float(dense_latency))

@@ -1,4 +1,4 @@
-"""What networks are compared on: data, and a network."""
+"""Tasks of studies: a data set, and a network for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from ip_plugin.errors import InvalidStudyError
+from ip_plugin.errors import StudyError
 
 
 class Split(NamedTuple):
@@ -27,11 +27,11 @@ class Task:
     """A data set and a network for it.
 
     Attributes:
-        title: what it is, for the report.
-        read: called with where the data lies; (training split, test split), the images as they are.
-        network: a new network, initialised from torch's random state.
+        title: for the report.
+        read: called with the path of the data; returns (training split, test split), the images as they are stored.
+        network: makes a new network, initialised from torch's random state.
         augment: called with a batch of training images and a generator.
-        needs: what must be given as data, in words; None for a task that brings its own.
+        needs: what the path of the data must be, in words; None for a task that brings its own data.
     """
 
     title: str
@@ -41,33 +41,33 @@ class Task:
     needs: str | None = None
 
     def check(self, data: str | None) -> None:
-        """Whether `data` can be what the task reads.
+        """Check whether a path is given if and only if the task needs one, and exists.
 
         Raises:
-            InvalidStudyError: data is missing, or not wanted.
+            StudyError: it is not so.
         """
         if self.needs is None and data is not None:
-            raise InvalidStudyError("The task brings its data.", f"data {data!r}", "leave data out, or choose a task")
+            raise StudyError("The task brings its data.", f"data {data!r}", "leave data out, or choose another task")
         if self.needs is not None and (data is None or not Path(data).exists()):
             found = "no data" if data is None else f"nothing at {data!r}"
-            raise InvalidStudyError("The task must have data.", found, f"give {self.needs}")
+            raise StudyError("The task must have data.", found, f"give {self.needs}")
 
     def load(self, data: str | None, train_images: int | None = None) -> tuple[Split, Split]:
         """(training split, test split), normalised: mean 0 and variance 1 for each channel of the training images.
 
         Args:
-            data: where it lies.
-            train_images: how many training images are taken, by chance but always the same; None for all.
+            data: path of the data.
+            train_images: how many training images are taken, always the same random ones; None for all.
 
         Raises:
-            InvalidStudyError: it cannot be read, or has fewer training images.
+            StudyError: the data cannot be read, or has fewer training images.
         """
         self.check(data)
         train, test = self.read(data)
         if train_images is not None:
             if train_images > len(train.labels):
-                raise InvalidStudyError(
-                    "A study must find as many training images as it asks for.",
+                raise StudyError(
+                    "The data must have as many training images as `train_images` asks for.",
                     f"{len(train.labels)} instead of {train_images}",
                     "ask for fewer",
                 )
@@ -75,11 +75,13 @@ class Task:
             train = Split(train.images[chosen], train.labels[chosen])
         # On a CPU convolutions are faster with channels last.
         layout = torch.channels_last if train.images.shape[1] > 1 else torch.contiguous_format
-        found = [Split(split.images.float().contiguous(memory_format=layout), split.labels) for split in (train, test)]
-        std, mean = torch.std_mean(found[0].images, (0, 2, 3), keepdim=True)
-        for split in found:
+        train, test = (
+            Split(split.images.float().contiguous(memory_format=layout), split.labels) for split in (train, test)
+        )
+        std, mean = torch.std_mean(train.images, (0, 2, 3), keepdim=True)
+        for split in (train, test):
             split.images.sub_(mean).div_(std)
-        return found[0], found[1]
+        return train, test
 
 
 def _digits(data: str | None) -> tuple[Split, Split]:
@@ -95,19 +97,19 @@ def _digits(data: str | None) -> tuple[Split, Split]:
 
 
 def _cifar10(data: str | None) -> tuple[Split, Split]:
-    """From an archive of arrays, or from the folder in which torchvision keeps the data set."""
+    """From an .npz file, or from the folder in which torchvision keeps the data set."""
     assert data is not None
     try:
         if Path(data).is_dir():
             from torchvision.datasets import CIFAR10
 
             sets = [CIFAR10(data, train=train) for train in (True, False)]
-            arrays = [(each.data, np.asarray(each.targets)) for each in sets]
+            arrays = [(dataset.data, np.asarray(dataset.targets)) for dataset in sets]
         else:
             with np.load(data, allow_pickle=False) as file:
                 arrays = [(file[f"{split}_images"], file[f"{split}_labels"]) for split in ("train", "test")]
     except (ImportError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InvalidStudyError(
+        raise StudyError(
             "The data must be CIFAR-10.", f"{data!r}: {type(error).__name__}: {error}", f"give {_CIFAR10}"
         ) from error
     splits = []
@@ -115,9 +117,9 @@ def _cifar10(data: str | None) -> tuple[Split, Split]:
         shapes = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
         labels = labels.reshape(-1)
         if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3) or not len(labels):
-            raise InvalidStudyError("Images must be uint8 (N, 32, 32, 3).", shapes, f"give {_CIFAR10}")
+            raise StudyError("Images must be uint8 (N, 32, 32, 3).", shapes, f"give {_CIFAR10}")
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 9:
-            raise InvalidStudyError("Labels must be integers from 0 to 9.", shapes, f"give {_CIFAR10}")
+            raise StudyError("Labels must be integers from 0 to 9.", shapes, f"give {_CIFAR10}")
         splits.append(Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))))
     return splits[0], splits[1]
 
@@ -129,13 +131,13 @@ _CIFAR10 = (
 
 
 def _mirrored(images: Tensor, order: Generator) -> Tensor:
-    """Every second one, by chance, is flipped left to right."""
+    """Flip each image left to right with probability 1/2."""
     flip = torch.rand((len(images), 1, 1, 1), generator=order).to(images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
 def _vgg(inputs: int, *widths: int | str) -> nn.Module:
-    """3x3 convolutions of these widths, "M" for max pooling; then mean pooling and a linear layer."""
+    """3x3 convolutions of these widths ("M" is max pooling), then average pooling and a linear layer."""
     modules: list[nn.Module] = []
     for width in widths:
         if isinstance(width, str):
@@ -165,7 +167,7 @@ class _Residual(nn.Module):
 
 
 def _resnet(inputs: int, *widths: int) -> nn.Module:
-    """A 3x3 convolution and max pooling, residual blocks of these widths, mean pooling and a linear layer."""
+    """A 3x3 convolution and max pooling, residual blocks of these widths, average pooling and a linear layer."""
     first = widths[0]
     stem = [nn.Conv2d(inputs, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)]
     blocks = [_Residual(*pair) for pair in zip((first, *widths), widths, strict=False)]
@@ -180,7 +182,7 @@ TASKS = {
         lambda: _vgg(1, 32, 64, "M", 64),
     ),
     "cifar10": Task(
-        "CIFAR-10: photographs, 32x32 pixels, mirrored by chance in training; a small VGG of six 3x3 convolutions (16, "
+        "CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small VGG of six 3x3 convolutions (16, "
         "32, 64, 64, 128, 128 channels), 8.7 million multiply-adds",
         _cifar10,
         lambda: _vgg(3, 16, "M", 32, "M", 64, 64, "M", 128, 128),
@@ -188,7 +190,7 @@ TASKS = {
         _CIFAR10,
     ),
     "cifar10-resnet": Task(
-        "CIFAR-10: photographs, 32x32 pixels, mirrored by chance in training; a small ResNet of a 3x3 convolution (32 "
+        "CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small ResNet of a 3x3 convolution (32 "
         "channels) and three residual blocks (32, 64, 128 channels), 12.9 million multiply-adds",
         _cifar10,
         lambda: _resnet(3, 32, 64, 128),

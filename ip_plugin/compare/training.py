@@ -18,58 +18,49 @@ from ip_plugin.utils.seeds import derived_seed
 from .config import Settings
 from .tasks import Split, Task
 
-#: Fine-tuning begins at this part of the learning rate of the training.
-FINETUNING = 0.25
+#: The learning rate of a fine-tuning, as a part of that of a training.
+FINETUNING_LR = 0.25
 
 
 class _End(NamedTuple):
-    """What a training has changed."""
+    """The state in which a training ended."""
 
     tensors: dict[str, Tensor]
     order: Tensor
     random_state: Tensor
 
 
-class Memory:
-    """How trainings of one study have ended, by what they began with, so that none is done twice.
+class TrainingCache:
+    """The states in which trainings of one study ended, so that no training is done twice.
 
-    Criteria that prune a trained network begin with the same training. What is kept is the end of the last trainings
-    that were not interfered with; another one that begins as one of them did, in every bit of model and random state,
-    ends there at once. Gradients and the state of the optimizer are left by no training.
+    Criteria that prune a trained network begin with the same training. A training that begins like an earlier one, in
+    every bit of the model and of the random state, ends as that one did. Only trainings without a `begin` callback are
+    kept. A training leaves no gradients and no optimizer state behind, so nothing else needs to be kept.
 
     Args:
-        size: how many are kept.
+        size: how many trainings are kept; the one that was not used for the longest time goes first.
     """
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
         self._ends: OrderedDict[str, _End] = OrderedDict()
 
-    def recall(self, training: Training) -> tuple[str, bool]:
-        """A name for a training that is to begin now; whether it is known, and has ended now."""
-        model = training.model
-        key = hashlib.sha256(repr(model).encode())
-        numbers: dict[int, int] = {}  # tell which names are one tensor
-        for name, tensor in _tensors(model):
-            number = numbers.setdefault(id(tensor), len(numbers))
-            layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
-            key.update(f"{name} {number} {layout}".encode())
-            key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for state in (training.order.get_state(), torch.get_rng_state()):
-            key.update(state.numpy().tobytes())
-        end = self._ends.get(key.hexdigest())
-        if end is not None:
-            self._ends.move_to_end(key.hexdigest())
-            model.train()
-            with torch.no_grad():
-                for name, tensor in _tensors(model):
-                    tensor.copy_(end.tensors[name])
-            training.order.set_state(end.order)
-            torch.set_rng_state(end.random_state)
-        return key.hexdigest(), end is not None
+    def restore(self, key: str, training: Training) -> bool:
+        """Put a training into the state in which one with this key ended; returns whether there was one."""
+        end = self._ends.get(key)
+        if end is None:
+            return False
+        self._ends.move_to_end(key)
+        training.model.train()
+        with torch.no_grad():
+            for name, tensor in _tensors(training.model):
+                tensor.copy_(end.tensors[name])
+        training.order.set_state(end.order)
+        torch.set_rng_state(end.random_state)
+        return True
 
     def keep(self, key: str, training: Training) -> None:
-        """Remember how it has ended."""
+        """Keep the state in which a training has ended."""
         tensors = {name: tensor.detach().clone() for name, tensor in _tensors(training.model)}
         self._ends[key] = _End(tensors, training.order.get_state(), torch.get_rng_state())
         if len(self._ends) > self.size:
@@ -82,16 +73,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Training:
-    """The training of one model: SGD with momentum and a one-cycle schedule; see `ip_plugin.adapters.Training`.
+    """The `ip_plugin.adapters.TrainingContext` of studies: SGD with momentum and a one-cycle schedule.
 
     Args:
-        model: what is trained.
-        split: on the model's device.
+        model: the network to train.
+        split: training images and labels, on the model's device.
         task: says how images are augmented.
         settings: of the study.
-        seed: of the run: the order of the images and their augmentation.
+        seed: of the cell, for the order of the images and their augmentation.
         epoch_done: called after each epoch.
-        memory: of trainings with the same split, task and settings; None does every training anew.
+        cache: of trainings with the same split, task and settings; without one every training is done.
     """
 
     def __init__(
@@ -101,29 +92,29 @@ class Training:
         task: Task,
         settings: Settings,
         seed: int,
-        epoch_done: Callable[[], None],
-        memory: Memory | None = None,
+        epoch_done: Callable[[], None] = lambda: None,
+        cache: TrainingCache | None = None,
     ) -> None:
         self.model, self.split, self.task, self.settings, self.seed = model, split, task, settings, seed
-        self._epoch_done, self._memory = epoch_done, memory
+        self._epoch_done, self._cache = epoch_done, cache
         self.order = torch.Generator().manual_seed(derived_seed(seed, "order of images"))
 
     @property
-    def _steps_of_an_epoch(self) -> int:
+    def _steps_per_epoch(self) -> int:
         return -(-len(self.split.labels) // self.settings.batch_size)
 
     @property
     def steps(self) -> int:
-        """Of a training."""
-        return self.settings.epochs * self._steps_of_an_epoch
+        """Optimizer steps of one `train`."""
+        return self.settings.epochs * self._steps_per_epoch
 
     @property
     def finetuning_steps(self) -> int:
-        """Of the fine-tuning."""
-        return self.settings.finetune_epochs * self._steps_of_an_epoch
+        """Optimizer steps of one `finetune`."""
+        return self.settings.finetune_epochs * self._steps_per_epoch
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first batches of the training images, in their own order."""
+        """The first `count` batches of the training images, in the order in which they are stored."""
         size = self.settings.batch_size
         return list(zip(self.split.images.split(size), self.split.labels.split(size), strict=True))[:count]
 
@@ -133,22 +124,37 @@ class Training:
 
     def train(self, begin: Begin | None = None) -> None:
         """Train for all epochs."""
-        if begin is not None or self._memory is None:
-            self._run(self.settings.epochs, self.settings.lr, begin)
+        epochs, lr = self.settings.epochs, self.settings.lr
+        if begin is not None or self._cache is None:
+            self.fit(epochs, lr, begin)
             return
-        key, known = self._memory.recall(self)
-        if known:
-            for _ in range(self.settings.epochs):
+        key = self._fingerprint()
+        if self._cache.restore(key, self):
+            for _ in range(epochs):
                 self._epoch_done()
         else:
-            self._run(self.settings.epochs, self.settings.lr, None)
-            self._memory.keep(key, self)
+            self.fit(epochs, lr)
+            self._cache.keep(key, self)
 
     def finetune(self, begin: Begin | None = None) -> None:
         """Train for the epochs of fine-tuning, at a part of the learning rate."""
-        self._run(self.settings.finetune_epochs, self.settings.lr * FINETUNING, begin)
+        self.fit(self.settings.finetune_epochs, self.settings.lr * FINETUNING_LR, begin)
 
-    def _run(self, epochs: int, lr: float, begin: Begin | None) -> None:
+    def _fingerprint(self) -> str:
+        """A hash of everything that a training depends on."""
+        digest = hashlib.sha256(repr(self.model).encode())
+        numbers: dict[int, int] = {}  # tell which names are one tensor
+        for name, tensor in _tensors(self.model):
+            number = numbers.setdefault(id(tensor), len(numbers))
+            layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
+            digest.update(f"{name} {number} {layout}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for state in (self.order.get_state(), torch.get_rng_state()):
+            digest.update(state.numpy().tobytes())
+        return digest.hexdigest()
+
+    def fit(self, epochs: int, lr: float, begin: Begin | None = None) -> None:
+        """Train with a new optimizer and a whole one-cycle schedule that peaks at `lr`."""
         if epochs == 0:
             return
         model, (images, labels) = self.model, self.split
@@ -157,7 +163,7 @@ class Training:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
-            total_steps=epochs * self._steps_of_an_epoch,
+            total_steps=epochs * self._steps_per_epoch,
             pct_start=0.15,
         )
         after_step = None if begin is None else begin(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -46,6 +47,8 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
     ) -> Any:
         """Run an operation on the ordinary tensors, pass writes on to the coefficients, and return views as views."""
         kwargs = kwargs or {}
+        if func in _COUNTS_ZEROS:
+            _warn_of_counted_zeros(func, args)
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls]
         with torch._C.DisableTorchFunctionSubclass():
             before = [weight._whole.clone() for weight in weights] if _may_write(func, kwargs) else []
@@ -80,6 +83,34 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied: Tensor = _plain(self).__deepcopy__(memo)
         return copied
+
+
+_COUNTS_ZEROS = (
+    Tensor.eq,
+    Tensor.__eq__,
+    Tensor.ne,
+    Tensor.__ne__,
+    torch.eq,
+    torch.ne,
+    torch.count_nonzero,
+    Tensor.count_nonzero,
+)
+_warned_of_zeros = False
+
+
+def _warn_of_counted_zeros(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Warn once if zeros are looked for in a kernel that is composed of pruned coefficients: there are none."""
+    global _warned_of_zeros
+    counts = "count_nonzero" in func.__name__ or (len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 0)
+    chain = getattr(args[0], "_chain", None)
+    pruned = chain is not None and hasattr(chain[0], "basis") and chain[0].mask is not None
+    if counts and pruned and not _warned_of_zeros:
+        _warned_of_zeros = True
+        warnings.warn(
+            "zeros are counted in the weight of a layer in the interspace: they are in its coefficients, and kernels "
+            "composed of them have hardly any. ip_plugin.report(model) counts them",
+            stacklevel=3,
+        )
 
 
 def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..errors import ConversionError, SelectionError, listed
@@ -203,14 +203,6 @@ def unknown_layer(name: str, known: Iterable[str], argument: str = "layers") -> 
         f"no module {name!r}",
         f"use names from `model.named_modules()`; the closest are {listed(close)}",
     )
-
-
-def output_filters(module: nn.Module, weight: Tensor) -> Tensor:
-    """One row for each output channel of a layer, from its weight or coefficients of the weight's shape."""
-    if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *kernel)
-        parts = weight.reshape(module.groups, module.in_channels // module.groups, *weight.shape[1:])
-        weight = parts.transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
 
 
 def inner(model: nn.Module) -> nn.Module:

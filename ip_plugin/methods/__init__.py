@@ -1,7 +1,8 @@
-"""Sparse training in either space.
+"""Sparse training and post-training pruning, in either space.
 
-What an entry is worth (`scores`), which entries go (`selection`), and when: once, in rounds or while training
-(`schedules`), again and again from an early state (`ticket`), or moving (`dynamic`).
+`scores` rate every prunable entry, `selection` turns scores into masks, and the rest says when to prune: once, in
+rounds or gradually while training (`schedules`), repeatedly with rewinding (`lottery_ticket`), with masks that change
+while training (`dynamic`), or without training (`post_training`).
 """
 
 from .derivatives import Batches, Loss

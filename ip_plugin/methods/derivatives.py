@@ -1,7 +1,7 @@
-"""A model as a function of its prunable tensors: derivatives of a loss, without a trace in the model.
+"""Derivatives of a loss with respect to the prunable tensors of a model, which stays as it is.
 
-The model is called with detached leaves in the place of its Parameters (`torch.func.functional_call`), so nothing needs
-to be put back but attributes and the random state.
+The model is called with detached leaves instead of its Parameters (`torch.func.functional_call`), so only attributes
+and the random state have to be restored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.tensor_ref import TensorRef, inner, prunable_tensors
-from ..errors import InvalidBatchError, InvalidLossError, NoBatchesError, NothingToPruneError
+from ..errors import BatchError, SelectionError
+from ..utils.preserved_state import preserved_state
 
 #: Called with (outputs, targets); returns a tensor of one element.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -26,21 +27,29 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
-    """The model inside of torch's wrappers, and its prunable layers."""
+    """The model inside of torch's wrappers, and its prunable layers.
+
+    Raises:
+        SelectionError: it has none.
+    """
     model = inner(model)
-    found = prunable_tensors(model)
-    if not found:
-        raise NothingToPruneError
-    return model, found
+    refs = prunable_tensors(model)
+    if not refs:
+        raise SelectionError(
+            "The model must have a convolution or linear layer that can be pruned.",
+            f"none in a {type(model).__name__}",
+            "pass a model that `ip_plugin.prunable(model)` finds something in",
+        )
+    return model, refs
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """In what sums over batches are kept: float32 at least."""
+    """The dtype of sums over batches: float32 at least."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def first_order(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    """The gradient; what `derive` can be asked for."""
+    """The gradient, as a `derivative` of `derive`."""
     return torch.autograd.grad(value, tensors, materialize_grads=True)
 
 
@@ -48,13 +57,12 @@ def derive(
     model: nn.Module, batches: Batches, loss: Loss, derivative: Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
 ) -> tuple[list[TensorRef], list[Tensor]]:
     """The prunable layers, and for each the sum of a derivative over batches (and over processes)."""
-    inner, found = unwrapped(model)
+    inner, refs = unwrapped(model)
     sums: list[Tensor] = []
     with pure(inner):
-        leaves, tensors = _leaves(inner, found)
-        for number, batch in enumerate(batches):
-            inputs, targets = pair(batch)
-            value = _checked_loss(loss(call(inner, tensors, inputs), targets))
+        leaves, tensors = _leaves(inner, refs)
+        for number, (inputs, targets) in enumerate(pairs(batches)):
+            value = check_loss(loss(call(inner, tensors, inputs), targets))
             derived = derivative(value, leaves)
             del value
             derived = [d.detach().to(sum_dtype(d)) for d in derived]
@@ -63,49 +71,75 @@ def derive(
             else:
                 for total, d in zip(sums, derived, strict=True):
                     total.add_(d)
-    if not sums:
-        raise NoBatchesError
     for wrapper in model.modules():
         if isinstance(wrapper, DistributedDataParallel):
             sums = [total.clone(memory_format=torch.contiguous_format) for total in sums]
             for total in sums:
                 dist.all_reduce(total, group=wrapper.process_group)
-    return found, sums
+    return refs, sums
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
-    """The inputs and the targets of a batch."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise InvalidBatchError(f"a {type(batch).__name__}{length}")
-    return batch[0], batch[1]
+def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """The inputs and the targets of every batch.
+
+    Raises:
+        BatchError: there is no batch, or one is not a pair.
+    """
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise BatchError(
+                "Every batch must be a pair (inputs, targets).",
+                f"a {type(batch).__name__}{length}",
+                "pass for example [(images, labels)]; several inputs go into a tuple, named ones into a dict",
+            )
+        empty = False
+        yield batch[0], batch[1]
+    if empty:
+        raise BatchError(
+            "At least one batch must be given, a pair (inputs, targets).",
+            "an empty iterable (a generator that was used up before?)",
+            "pass a list of batches, or a DataLoader",
+        )
 
 
 def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
-    """The outputs of a model in which these tensors have the place of its own."""
+    """The outputs of a model with these tensors instead of its own."""
     if isinstance(inputs, Mapping):
         return functional_call(model, tensors, (), dict(inputs))
     return functional_call(model, tensors, inputs if isinstance(inputs, tuple) else (inputs,))
 
 
-def _checked_loss(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InvalidLossError(f"a {type(value).__name__}")
-    if value.numel() != 1:
-        raise InvalidLossError(f"a tensor of shape {tuple(value.shape)}")
-    if not bool(value.isfinite()):
-        raise InvalidLossError(f"a loss of {value.item()}")
-    if not value.requires_grad:
-        raise InvalidLossError("a loss that does not depend on any prunable tensor")
-    return value
+def check_loss(value: object) -> Tensor:
+    """The value of a loss function, which must be differentiable to one finite gradient.
 
-
-def _leaves(model: nn.Module, found: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The prunable tensors as leaves of a graph of their own, and all tensors of the model by name.
-
-    Leaves share the Parameters' memory, and nothing but they gets a gradient. Buffers are copies, to be written to.
+    Raises:
+        BatchError: it is not.
     """
-    leaf_of = {id(each.parameter): each.parameter.detach().requires_grad_() for each in found}
+    if not isinstance(value, Tensor):
+        problem = f"a {type(value).__name__}"
+    elif value.numel() != 1:
+        problem = f"a tensor of shape {tuple(value.shape)}"
+    elif not bool(value.isfinite()):
+        problem = f"a loss of {value.item()}"
+    elif not value.requires_grad:
+        problem = "a loss that does not depend on any prunable tensor"
+    else:
+        return value
+    raise BatchError(
+        "The loss must be a finite tensor of one element, computed from the model's outputs.",
+        problem,
+        "pass for example torch.nn.functional.cross_entropy, and outputs that are not detached",
+    )
+
+
+def _leaves(model: nn.Module, refs: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The prunable tensors as new leaves, and all tensors of the model by name.
+
+    Leaves share the memory of the Parameters; only they get gradients. Buffers are copies, which the model may change.
+    """
+    leaf_of = {id(ref.parameter): ref.parameter.detach().requires_grad_() for ref in refs}
     tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}
     tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     return list(leaf_of.values()), tensors
@@ -113,25 +147,9 @@ def _leaves(model: nn.Module, found: list[TensorRef]) -> tuple[list[Tensor], dic
 
 @contextmanager
 def pure(model: nn.Module) -> Iterator[None]:
-    """With gradients on; afterwards the modules' attributes and the random state are as they were.
-
-    A forward pass sets attributes: the hook of `torch.nn.utils.prune` does.
-    """
-    places = [place for m in model.modules() for place in (vars(m), m._parameters, m._buffers)]
-    before = [dict(place) for place in places]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=[each.index for each in devices]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        try:
-            for module in model.modules():
-                if module._compiled_call_impl is not None:
-                    module._compiled_call_impl = None
-            yield
-        finally:
-            for place, old in zip(places, before, strict=True):
-                if place.keys() != old.keys() or any(place[key] is not value for key, value in old.items()):
-                    place.clear()
-                    place.update(old)
+    """`preserved_state` with attributes, which forward passes may set; gradients are on, and compiled calls off."""
+    with preserved_state(model, attributes=True), torch.inference_mode(False), torch.enable_grad():
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        yield

@@ -1,4 +1,4 @@
-"""Lottery tickets: train, prune, put everything back to an early step, and train again."""
+"""Lottery tickets: train, prune, rewind to an early step, and train again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 
 from ..core.parametrization import Mask
 from ..core.tensor_ref import parametrized_tensors
-from ..errors import InvalidScheduleError
-from ..utils.validation import is_fraction
+from ..utils.validation import check_fraction
 from .schedules import Score, pruned_share
-from .scores import magnitude
+from .scores import check_state, magnitude
 from .selection import Scope, apply_masks, select
 
 
@@ -24,18 +23,18 @@ class LotteryTicket:
 
     ::
 
-        ticket = LotteryTicket(model, optimizer)      # at the start, or after a few steps: what is rewound to
+        ticket = LotteryTicket(model, optimizer)      # at the start, or after a few steps: remembers this state
         for _ in range(rounds):
             train(model, optimizer)
-            ticket.next_round(fraction=0.2)           # prunes a fifth of what is left, and rewinds
+            ticket.next_round(fraction=0.2)           # prunes a fifth of the remaining entries, and rewinds
         train(model, optimizer)
 
-    Coefficients, bases, biases, norms with their statistics, and the optimizer's state are put back; masks stay.
+    Coefficients, bases, biases, norms with their statistics, and the optimizer's state are rewound; masks stay.
 
     Args:
-        model: remembered as it is now.
+        model: its present state is remembered.
         optimizer: one that trains the model, remembered too; None if there is none.
-        score: what to keep.
+        score: entries with the highest scores are kept.
         scope, min_per_layer: see `select`.
 
     >>> model = nn.Linear(10, 10, bias=False)
@@ -62,62 +61,57 @@ class LotteryTicket:
         self.remember()
 
     def remember(self) -> None:
-        """Rewind to the present state from now on."""
+        """Remember the present state, to rewind to it from now on."""
         self._values = {name: tensor.detach().clone() for name, tensor in _tensors(self.model).items()}
         self._optimizer = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
 
     def next_round(self, fraction: float = 0.2) -> None:
-        """Prune a fraction of what is left by the present scores, then rewind.
+        """Prune a fraction of the remaining entries by the present scores, then rewind.
 
         Raises:
-            InvalidScheduleError: the fraction is not in [0, 1].
+            AmountError: the fraction is not in [0, 1].
         """
-        if not is_fraction(fraction):
-            raise InvalidScheduleError("fraction", "a number in [0, 1]", fraction)
+        check_fraction(fraction, "fraction")
         scores = self.score(self.model)
         size = sum(score.numel() for score in scores.values())
-        gone = round(pruned_share(scores) * size)
-        count = gone + round(fraction * (size - gone))
+        pruned = round(pruned_share(scores) * size)
+        count = pruned + round(fraction * (size - pruned))
         apply_masks(self.model, select(scores, count=count, scope=self.scope, min_per_layer=self.min_per_layer))
         self.rewind()
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Put everything but the masks back to what was remembered; Parameters stay the same objects."""
+        """Restore the remembered values of everything but the masks; Parameters stay the same objects."""
         for name, tensor in _tensors(self.model).items():
             tensor.copy_(self._values[name])
         if self.optimizer is not None and self._optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self._optimizer))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered; masks and present values are in the model's own state."""
+        """The remembered state; masks and present values are in the model's own state."""
         return {"values": dict(self._values), "optimizer": copy.deepcopy(self._optimizer)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Rewind to a remembered state of another run.
+        """Rewind to the remembered state of another run from now on.
 
         Raises:
-            InvalidScheduleError: it is one of another model; nothing has changed.
+            CheckpointError: it is one of another model; nothing has changed.
         """
         values: Mapping[str, Tensor] = state_dict["values"]
-        expected = {name: tensor.shape for name, tensor in self._values.items()}
-        found = {name: tensor.shape for name, tensor in values.items()}
-        if expected != found:
-            differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise InvalidScheduleError("state_dict", "the remembered tensors of this model", f"other {differ[:4]}")
-        self._values = {name: values[name].detach().clone() for name in expected}
+        check_state(values, self._values)
+        self._values = {name: values[name].detach().clone() for name in self._values}
         self._optimizer = copy.deepcopy(state_dict["optimizer"])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers without masks, by names that do not change when a layer is masked."""
-    of_ours = {id(each.chain): each for each in parametrized_tensors(model)}
-    found: dict[str, Tensor] = {}
+    refs = {id(ref.chain): ref for ref in parametrized_tensors(model)}
+    tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        each = of_ours.get(id(module))
+        ref = refs.get(id(module))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or (isinstance(module, Mask) and name != "basis"):
                 continue
-            plain = each.name if each and name == "original" else f"{prefix}.{name}"
-            found[plain.removeprefix(".")] = tensor
-    return found
+            plain = ref.name if ref and name == "original" else f"{prefix}.{name}"
+            tensors[plain.removeprefix(".")] = tensor
+    return tensors

@@ -1,4 +1,4 @@
-"""Schedules that only prune: once, in rounds, or more and more while the network trains."""
+"""Pruning schedules: at once, in rounds, or gradually while the network trains."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..core.tensor_ref import Model
-from ..errors import InvalidScheduleError
+from ..errors import AmountError, ArgumentError
 from ..utils.validation import check_fraction, is_count
 from .scores import Scores, magnitude
 from .selection import Scope, apply_masks, select
 
-#: Called with the model; a score of `ip_plugin.methods`, with its other arguments bound by `functools.partial`.
+#: A function of the model: a score of `ip_plugin.methods`, with its other arguments bound by `functools.partial`.
 Score = Callable[[nn.Module], Scores]
 
 
@@ -28,12 +28,12 @@ def prune(
     min_per_layer: int = 0,
     after_round: Callable[[], object] = lambda: None,
 ) -> Model:
-    """Prune at once, or in rounds that score anew what is left: round k of n goes to density ``d**(k / n)``.
+    """Prune at once, or in rounds that compute the scores again: round k of n prunes to the density ``d**(k / n)``.
 
     Args:
-        model: changed in place: its masks.
-        score: what to keep.
-        sparsity: of the prunable tensors at the end; rounds that would leave more than there is are passed over.
+        model: its masks are changed in place.
+        score: entries with the highest scores are kept.
+        sparsity: of the prunable tensors at the end. Rounds whose sparsity the model has already are skipped.
         rounds: 100 for SynFlow (Tanaka et al. 2020, arXiv 2006.05467), a few for iterative SNIP.
         scope, min_per_layer: see `select`.
         after_round: called after each round that has pruned, the last one included; `reconstruct` for example.
@@ -42,8 +42,8 @@ def prune(
         The model.
 
     Raises:
-        InvalidScheduleError: fewer than one round.
-        InvalidAmountError, AlreadySparserError: see `select`; the model keeps the rounds that were done.
+        ArgumentError: fewer than one round.
+        AmountError: see `select`; the model keeps the rounds that were done.
 
     >>> from functools import partial
     >>> import torch
@@ -54,35 +54,36 @@ def prune(
     >>> report(model).prunable.nonzeros
     65
     """
-    whole(rounds, "rounds", 1)
+    check_whole(rounds, "rounds", 1)
     check_fraction(sparsity)
     for done in range(1, rounds + 1):
         scores = score(model)
-        partly = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
-        if done == rounds or partly > pruned_share(scores):
-            apply_masks(model, select(scores, sparsity=partly, scope=scope, min_per_layer=min_per_layer))
+        sparsity_now = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
+        if done == rounds or sparsity_now > pruned_share(scores):
+            apply_masks(model, select(scores, sparsity=sparsity_now, scope=scope, min_per_layer=min_per_layer))
             del scores
             after_round()
     return model
 
 
 class Gradual:
-    """Gradual magnitude pruning: sparsity rises by a cubic law while the network trains.
+    """Gradual magnitude pruning: the sparsity follows a cubic schedule while the network trains.
 
-    After Zhu and Gupta 2017 (arXiv 1710.01878). Call `step` after each ``optimizer.step()``. What is pruned stays so.
+    After Zhu and Gupta 2017 (arXiv 1710.01878). Call `step` after each ``optimizer.step()``. Pruned entries stay so.
 
     Args:
-        model: changed in place: its masks.
-        sparsity: at the end.
+        model: its masks are changed in place.
+        sparsity: final sparsity.
         end_step: the step at which it is reached.
-        begin_step: the step at which the first pruning happens.
-        update_every: how many steps lie between two prunings.
+        begin_step: the step of the first pruning.
+        update_every: number of steps between two prunings.
         initial: sparsity at `begin_step`.
-        score: what to keep, asked anew each time.
+        score: entries with the highest scores are kept; computed again at each pruning.
         scope, min_per_layer: see `select`.
 
     Raises:
-        InvalidAmountError, InvalidScheduleError
+        AmountError: of the sparsities.
+        ArgumentError: of the steps.
 
     >>> model = nn.Linear(10, 10)
     >>> schedule = Gradual(model, sparsity=0.8, end_step=3)
@@ -110,11 +111,13 @@ class Gradual:
     ) -> None:
         check_fraction(sparsity)
         check_fraction(initial, "initial")
-        whole(begin_step, "begin_step", 0)
-        whole(update_every, "update_every", 1)
-        whole(end_step, "end_step", begin_step + 1)
+        check_whole(begin_step, "begin_step", 0)
+        check_whole(update_every, "update_every", 1)
+        check_whole(end_step, "end_step", begin_step + 1)
         if initial > sparsity:
-            raise InvalidScheduleError("initial", f"at most the final sparsity {sparsity}", initial)
+            raise AmountError(
+                f"`initial` must be at most the final sparsity {sparsity}.", f"{initial!r}", "lower `initial`"
+            )
         self.model, self.score, self.scope, self.min_per_layer = model, score, scope, min_per_layer
         self.sparsity, self.initial = sparsity, initial
         self.begin_step, self.end_step, self.update_every = begin_step, end_step, update_every
@@ -122,12 +125,12 @@ class Gradual:
 
     @property
     def sparsity_now(self) -> float:
-        """What the law says for the steps that were made."""
-        left = 1 - min(1.0, max(0.0, (self.steps - self.begin_step) / (self.end_step - self.begin_step)))
-        return self.sparsity + (self.initial - self.sparsity) * left**3
+        """The sparsity of the schedule after the steps so far."""
+        remaining = 1 - min(1.0, max(0.0, (self.steps - self.begin_step) / (self.end_step - self.begin_step)))
+        return self.sparsity + (self.initial - self.sparsity) * remaining**3
 
     def step(self) -> bool:
-        """Count a step of training, and prune if it is time; returns whether masks have changed."""
+        """Count a training step, and prune if it is due; returns whether masks have changed."""
         self.steps += 1
         if not due(self.steps, self.begin_step, self.end_step, self.update_every):
             return False
@@ -140,26 +143,26 @@ class Gradual:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed needs besides the model's own state, masks included."""
+        """What is needed to resume, besides the model's state (which includes masks)."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self.steps = int(state_dict["steps"])
 
 
 def due(step: int, begin_step: int, end_step: int, update_every: int) -> bool:
-    """Whether a schedule acts at a step: every so many from `begin_step` on, and at `end_step`."""
+    """Whether a schedule acts at a step: from `begin_step` on every `update_every` steps, and at `end_step`."""
     return begin_step <= step <= end_step and ((step - begin_step) % update_every == 0 or step == end_step)
 
 
 def pruned_share(scores: Scores) -> float:
     """The share of entries that are pruned already: their scores are -inf."""
-    gone = sum(int((score == -math.inf).sum()) for score in scores.values())
-    return gone / max(1, sum(score.numel() for score in scores.values()))
+    pruned = sum(int((score == -math.inf).sum()) for score in scores.values())
+    return pruned / max(1, sum(score.numel() for score in scores.values()))
 
 
-def whole(value: object, name: str, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`."""
+def check_whole(value: object, name: str, least: int) -> None:
+    """Raise ArgumentError if the argument `name` is not a whole number of at least `least`."""
     if not is_count(value, least):
-        raise InvalidScheduleError(name, f"a whole number of at least {least}", value)
+        raise ArgumentError(f"`{name}` must be a whole number of at least {least}.", f"{value!r}", f"change `{name}`")

@@ -1,17 +1,17 @@
-"""Scores: what every prunable entry of a model is worth. The larger, the sooner it is kept.
+"""Importance scores of every prunable entry of a model; entries with the highest scores are kept.
 
 Scores are a dict with one tensor for each target of ``ip_plugin.prunable(model)``, of the target's shape, contiguous.
-In the interspace they are about coefficients; scores that depend on the gauge read them with basis filters of unit
-norm. Entries that are pruned already, by our mask or by that of `torch.nn.utils.prune`, have the score -inf; all others
-are finite.
+In the interspace they rate coefficients; scores that depend on the filter scale use the coefficients that belong to
+basis filters of unit norm. Entries that are pruned already, by our mask or by that of `torch.nn.utils.prune`, have the
+score -inf; all others are finite.
 
 The functions are pure: parameters, buffers (BatchNorm statistics), gradients, modes and the random state of torch are
-afterwards as they were, also if a function fails. Data is scored in the mode that the model is in. A model that is
-wrapped in DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A
-compiled model is scored without being compiled.
+afterwards as they were, also if a function fails. The model runs in the mode that it is in. A model that is wrapped in
+DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A compiled model
+runs uncompiled.
 
-Scores can be given to `torch.nn.utils.prune` as ``importance_scores``. That host ranks by absolute value; `grasp` and
-`movement` have signs, so give it their `ranks`.
+Scores can be passed to `torch.nn.utils.prune` as ``importance_scores``. That library ranks by absolute value; `grasp`
+and `movement` have signs, so pass their `ranks`.
 
 >>> from torch.nn.utils import prune
 >>> from ip_plugin import interspace, prunable
@@ -36,13 +36,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..core.gauge import unit_gauge
 from ..core.parametrization import Interspace
 from ..core.tensor_ref import Target, TensorRef, prunable_tensors
-from ..errors import (
-    InvalidOutputsError,
-    InvalidTemperatureError,
-    MovementMismatchError,
-    NonFiniteScoresError,
-    NothingToPruneError,
-)
+from ..errors import ArgumentError, BatchError, CheckpointError, ScoreError, SelectionError, listed
 from ..utils.example_input import run
 from .derivatives import Batches, Loss, derive, first_order, pure, sum_dtype, unwrapped
 
@@ -54,48 +48,48 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
 
     Args:
         model: not changed.
-        generator: source of the noise; a CPU generator gives the same noise whatever device the model is on. Its seed
-            must not be the one that has initialised the weights: the noise would rank them.
+        generator: source of the noise; a CPU generator gives the same noise for models on any device. Its seed must not
+            be the one that initialised the weights: the noise would be a function of them.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
+        SelectionError: the model has no prunable layer.
 
     >>> [score.shape for score in random(nn.Linear(3, 2), generator=torch.Generator()).values()]
     [torch.Size([2, 3])]
     """
-    _, found = unwrapped(model)
-    noise = [torch.rand(each.parameter.shape, generator=generator, device=generator.device) for each in found]
-    return _scores(found, [n.to(each.parameter.device) for n, each in zip(noise, found, strict=True)])
+    _, refs = unwrapped(model)
+    noise = [torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs]
+    return _scores(refs, [n.to(ref.parameter.device) for n, ref in zip(noise, refs, strict=True)])
 
 
 @torch.no_grad()
 def magnitude(model: nn.Module) -> Scores:
-    """``abs(t)`` in unit gauge (Han et al. 2015, arXiv 1506.02626).
+    """``abs(t)`` for basis filters of unit norm (Han et al. 2015, arXiv 1506.02626).
 
     Args:
         model: not changed.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NonFiniteScoresError: NaN or infinity in the model.
+        SelectionError: the model has no prunable layer.
+        ScoreError: NaN or infinity in the model.
     """
-    _, found = unwrapped(model)
-    return _scores(found, [unit_gauge(each.parameter.detach(), each.parametrization).abs() for each in found])
+    _, refs = unwrapped(model)
+    return _scores(refs, [unit_gauge(ref.parameter.detach(), ref.parametrization).abs() for ref in refs])
 
 
 @torch.no_grad()
 def lamp(model: nn.Module) -> Scores:
-    """``t^2`` in unit gauge, over the sum of ``t^2`` of those entries of the layer that are at least as large.
+    """``t^2`` over the sum of ``t^2`` of the entries of the layer that are at least as large, for filters of unit norm.
 
-    After Lee et al. 2021 (arXiv 2010.07611). Pruned entries are in no sum. Every layer's largest entry has the score 1
-    (if no other is as large), so that pruning by one global threshold leaves something of each.
+    After Lee et al. 2021 (arXiv 2010.07611). Pruned entries are in no sum. The largest entry of every layer has the
+    score 1 (if no other is as large), so that pruning by one global threshold keeps some of each layer.
 
     Args:
         model: not changed.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NonFiniteScoresError: NaN or infinity in the model.
+        SelectionError: the model has no prunable layer.
+        ScoreError: NaN or infinity in the model.
 
     >>> model = nn.Linear(3, 1)
     >>> model.weight.data = torch.tensor([[1.0, -3.0, 2.0]])
@@ -103,14 +97,14 @@ def lamp(model: nn.Module) -> Scores:
     >>> score * 182
     tensor([[ 13., 182.,  56.]], dtype=torch.float64)
     """
-    _, found = unwrapped(model)
-    return _scores(found, [_lamp(each) for each in found])
+    _, refs = unwrapped(model)
+    return _scores(refs, [_lamp(ref) for ref in refs])
 
 
-def _lamp(layer: TensorRef) -> Tensor:
-    magnitudes = unit_gauge(layer.parameter.detach(), layer.parametrization).abs()
-    if layer.mask is not None:
-        magnitudes = magnitudes * layer.mask
+def _lamp(ref: TensorRef) -> Tensor:
+    magnitudes = unit_gauge(ref.parameter.detach(), ref.parametrization).abs()
+    if ref.mask is not None:
+        magnitudes = magnitudes * ref.mask
     ascending, order = magnitudes.flatten().sort()
     squares = ascending.double().square()
     sums = squares.flip(0).cumsum(0).flip(0)
@@ -126,15 +120,15 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``abs(t * dL/dt)``, the gradients summed over the batches (Lee et al. 2019, arXiv 1810.02340).
 
     Args:
-        model: not changed; scored in the mode that it is in.
+        model: not changed; run in the mode that it is in.
         batches: pairs (inputs, targets), on the model's device.
         loss: called with (outputs, targets).
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        NoBatchesError, InvalidBatchError: there are no batches, or one is no pair.
-        InvalidLossError: the loss is not one finite number, or does not depend on the prunable tensors.
-        NonFiniteScoresError: NaN or infinity among the gradients.
+        SelectionError: the model has no prunable layer.
+        BatchError: there are no batches, or one is no pair; the loss is not one finite number, or does not depend on
+            the prunable tensors.
+        ScoreError: NaN or infinity among the gradients.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.data = torch.tensor([[3.0, -1.0]])
@@ -142,49 +136,57 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     >>> score
     tensor([[6., 5.]])
     """
-    found, gradients = derive(model, batches, loss, first_order)
-    return _scores(found, [_times(each, g).abs_() for each, g in zip(found, gradients, strict=True)])
+    refs, gradients = derive(model, batches, loss, first_order)
+    return _scores(refs, [_times(ref, g).abs_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``-t * dL/dt``, summed over the batches (Sanh et al. 2020, arXiv 2005.07683), without training in between.
 
-    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates the same over a
-    training run.
+    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates it over a training
+    run.
 
     Args, raises: as `snip`.
     """
-    found, gradients = derive(model, batches, loss, first_order)
-    return _scores(found, [_times(each, g).neg_() for each, g in zip(found, gradients, strict=True)])
+    refs, gradients = derive(model, batches, loss, first_order)
+    return _scores(refs, [_times(ref, g).neg_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 200) -> Scores:
     """``t * (H v)``: `v` the gradient and `H` the Hessian over the prunable tensors, summed over the batches.
 
-    After Wang et al. 2020 (arXiv 2002.07376), who remove the largest ``-t * (H v)``: the same order. In unit gauge,
-    which takes `H` and `v` with it. Dropout falls alike in both derivatives.
+    After Wang et al. 2020 (arXiv 2002.07376), who remove the largest ``-t * (H v)``: the same order. `t`, `H` and `v`
+    are those for basis filters of unit norm. Dropout is the same in both derivatives.
 
     Args:
-        model: not changed; scored in the mode that it is in. Its outputs must be one tensor, the logits.
-        batches: pairs (inputs, targets), on the model's device; all are kept until the end, for they are read twice.
+        model: not changed; run in the mode that it is in. Its output must be one tensor, the logits.
+        batches: pairs (inputs, targets), on the model's device; all are held in memory, as they are used twice.
         loss: called with (outputs / temperature, targets).
-        temperature: what outputs are divided by.
+        temperature: outputs are divided by it.
 
     Raises:
-        As `snip`, and InvalidTemperatureError, InvalidOutputsError.
+        As `snip`, and
+        BatchError: the model's output is not one tensor.
+        ArgumentError: the temperature is not a finite number above zero.
     """
     if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
-        raise InvalidTemperatureError(temperature)
+        raise ArgumentError(
+            "`temperature` must be a finite number above zero.", f"{temperature!r}", "leave it out, the default is 200"
+        )
 
     def cooled(outputs: Any, targets: Any) -> Tensor:
         if not isinstance(outputs, Tensor):
-            raise InvalidOutputsError("GraSP", "outputs that can be divided: one tensor", f"a {type(outputs).__name__}")
+            raise BatchError(
+                "The model's output must be one tensor, the logits, which GraSP divides by the temperature.",
+                f"a {type(outputs).__name__}",
+                "wrap the model so that it returns the logits, or use another score",
+            )
         return loss(outputs / temperature, targets)
 
     kept = list(batches)
-    found, gradient = derive(model, kept, cooled, first_order)
+    refs, gradient = derive(model, kept, cooled, first_order)
     with torch.inference_mode(False):
-        directions = [_over_squared_norms(each, g) for each, g in zip(found, gradient, strict=True)]
+        directions = [_over_squared_norms(ref, g) for ref, g in zip(refs, gradient, strict=True)]
 
     def product_with_hessian(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
         gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
@@ -194,29 +196,29 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
             return [torch.zeros_like(t) for t in tensors]
         return torch.autograd.grad(along, tensors, materialize_grads=True)
 
-    found, products = derive(model, kept, cooled, product_with_hessian)
-    return _scores(found, [_times(each, p) for each, p in zip(found, products, strict=True)])
+    refs, products = derive(model, kept, cooled, product_with_hessian)
+    return _scores(refs, [_times(ref, p) for ref, p in zip(refs, products, strict=True)])
 
 
-def _over_squared_norms(layer: TensorRef, gradient: Tensor) -> Tensor:
-    """Of the two factors one belongs to the gradient, the other to the Hessian that is applied to it."""
-    norms = None if layer.interspace is None else layer.interspace.filter_norms
-    if norms is not None:
-        norms = norms.reshape(1, 1, *gradient.shape[2:])
-        # The gradient of a coefficient whose filter is zero is zero; so is its score.
-        return gradient * torch.where(norms > 0, norms.square().reciprocal(), 0.0)
-    return gradient
+def _over_squared_norms(ref: TensorRef, gradient: Tensor) -> Tensor:
+    """Divided twice by the filter norms: once for the gradient, once for the Hessian that is applied to it."""
+    norms = None if ref.interspace is None else ref.interspace.filter_norms
+    if norms is None:
+        return gradient
+    norms = norms.reshape(1, 1, *gradient.shape[2:])
+    # The gradient of a coefficient whose filter is zero is zero; so is its score.
+    return gradient * torch.where(norms > 0, norms.square().reciprocal(), 0.0)
 
 
 def synflow(model: nn.Module, example_input: Any) -> Scores:
-    """``abs(t * dR/dt)``: the flow through every entry of a network without signs. Needs no data.
+    """``abs(t * dR/dt)``: the synaptic flow through every entry, without data.
 
     After Tanaka et al. 2020 (arXiv 2006.05467). `R` is the sum of the outputs in evaluation mode, for an input of ones,
-    when all parameters (coefficients and bases too) have their absolute values. Running means are read as zero: they
-    are those of a network with signs, and would close gates. Works and returns in float64, for the flow through a deep
-    network leaves the range of float32.
+    with the absolute values of all parameters (coefficients and bases too). Running means are taken as zero: they
+    belong to the network with signs, and would switch off activations. Computed and returned in float64, because the
+    flow through a deep network leaves the range of float32.
 
-    Meant for many rounds, each of which prunes a little: density ``d**((k + 1) / 100)`` in round ``k`` of 100.
+    Meant for many rounds, each of which prunes a little: see `prune` with ``rounds=100``.
 
     Args:
         model: not changed.
@@ -224,10 +226,10 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
             that are not floating point (token ids) are used as they are.
 
     Raises:
-        NothingToPruneError: the model has no prunable layer.
-        ExampleInputError: the model does not run on the example input.
-        InvalidOutputsError: no output is a floating point tensor that depends on the prunable tensors.
-        NonFiniteScoresError: NaN or infinity in the model, or a flow out of the range of float64.
+        SelectionError: the model has no prunable layer.
+        BatchError: the model does not run on the example input, or no output is a floating point tensor that depends on
+            the prunable tensors.
+        ScoreError: NaN or infinity in the model, or a flow out of the range of float64.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     >>> model[0].weight.data = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
@@ -237,7 +239,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
     [[2.0, 4.0], [0.0, 3.0]]
     [[6.0, 3.0]]
     """
-    inner, found = unwrapped(model)
+    inner, refs = unwrapped(model)
     means = {id(module.running_mean) for module in inner.modules() if isinstance(module, _NormBase)}
     with pure(inner):
         tensors = {name: _wide(p.detach().abs()) for name, p in inner.named_parameters()}
@@ -245,23 +247,26 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
             tensors[name] = _wide(torch.zeros_like(buffer) if id(buffer) in means else buffer.detach().clone())
         name_of = {id(p): name for name, p in inner.named_parameters()}
         for space in inner.modules():
-            if isinstance(space, Interspace):  # it is the filters that kernels are composed of that lose their signs
+            if isinstance(space, Interspace):  # the signs that count are those of the effective basis
                 tensors[name_of[id(space.basis)]] = _wide(space.effective_basis.detach().abs())
         for space in inner.modules():
             if isinstance(space, Interspace):
                 space.constraint = "none"
-        leaves = [tensors[name_of[id(each.parameter)]].requires_grad_() for each in found]
+        leaves = [tensors[name_of[id(ref.parameter)]].requires_grad_() for ref in refs]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
-        flow = sum(each.double().sum() for each in _floating(outputs))
+        flow = sum(output.double().sum() for output in _floating(outputs))
         if not isinstance(flow, Tensor) or not flow.requires_grad:
-            rule = "a floating point output that depends on the prunable tensors"
-            raise InvalidOutputsError("SynFlow", rule, f"a {type(outputs).__name__}")
+            raise BatchError(
+                "SynFlow needs a floating point output that depends on the prunable tensors.",
+                f"a {type(outputs).__name__}",
+                "wrap the model so that it returns the logits, or use another score",
+            )
         gradients = torch.autograd.grad(flow, leaves, materialize_grads=True)
-    return _scores(found, [(t.detach() * g).abs_() for t, g in zip(leaves, gradients, strict=True)])
+    return _scores(refs, [(t.detach() * g).abs_() for t, g in zip(leaves, gradients, strict=True)])
 
 
 class _Substituted(nn.Module):
-    """A model with other tensors in the place of its own, which keeps the graph where gradients are off."""
+    """A model called with other tensors instead of its own, with gradients even where they are switched off."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -301,10 +306,10 @@ class Movement:
     """Movement accumulated over a training run: ``-t * dL/dt`` of every step (Sanh et al. 2020, arXiv 2005.07683).
 
     Call `update` after each ``loss.backward()`` and before ``optimizer.step()``; with a gradient scaler, after
-    ``scaler.unscale_(optimizer)``. In DistributedDataParallel gradients, and so scores, are equal in every process.
+    ``scaler.unscale_(optimizer)``. With DistributedDataParallel, gradients and so scores are equal in every process.
 
     Args:
-        model: its prunable tensors are followed, not changed.
+        model: not changed.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.data = torch.tensor([[3.0, -1.0]])
@@ -318,84 +323,96 @@ class Movement:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, found = unwrapped(model)
-        tensors = {each.module_name: each.parameter.detach() for each in found}
+        self._model, refs = unwrapped(model)
+        tensors = {ref.module_name: ref.parameter.detach() for ref in refs}
         self._sums = {name: torch.zeros_like(t, dtype=sum_dtype(t)) for name, t in tensors.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add what the present gradients say; a layer without a gradient adds nothing."""
-        for layer in prunable_tensors(self._model):
-            gradient = layer.parameter.grad
+        """Add the movement of the present gradients; a layer without a gradient adds nothing."""
+        for ref in prunable_tensors(self._model):
+            gradient = ref.parameter.grad
             if gradient is not None:
-                total = self._sums[layer.module_name] = self._sums[layer.module_name].to(gradient.device)
-                total.addcmul_(layer.parameter.to(total.dtype), gradient.to(total.dtype), value=-1)
+                total = self._sums[ref.module_name] = self._sums[ref.module_name].to(gradient.device)
+                total.addcmul_(ref.parameter.to(total.dtype), gradient.to(total.dtype), value=-1)
 
     def scores(self) -> Scores:
-        """The sums so far, copies; entries that are pruned by now have the score -inf.
+        """Copies of the sums so far; entries that are pruned by now have the score -inf.
 
         Raises:
-            NonFiniteScoresError: a gradient was NaN or infinite.
+            ScoreError: a gradient was NaN or infinite.
         """
-        _, found = unwrapped(self._model)
-        return _scores(
-            found, [self._sums[each.module_name].clone(memory_format=torch.contiguous_format) for each in found]
-        )
+        _, refs = unwrapped(self._model)
+        sums = [self._sums[ref.module_name].clone(memory_format=torch.contiguous_format) for ref in refs]
+        return _scores(refs, sums)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{layer name: sum}, copies. Inverse: `load_state_dict`."""
+        """{layer name: copy of its sum}. Inverse: `load_state_dict`."""
         return {name: total.clone() for name, total in self._sums.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Raises:
-            MovementMismatchError: the state of another model; nothing has changed.
+            CheckpointError: the state of another model; nothing has changed.
         """
-        if state_dict.keys() != self._sums.keys():
-            differ = sorted(state_dict.keys() ^ self._sums.keys())
-            raise MovementMismatchError(f"layers that only one of both has: {', '.join(map(repr, differ))}")
-        for name, total in self._sums.items():
-            if state_dict[name].shape != total.shape:
-                shapes = f"shape {tuple(state_dict[name].shape)} instead of {tuple(total.shape)}"
-                raise MovementMismatchError(f"layer {name!r}: {shapes}")
+        check_state(state_dict, self._sums)
         for name, total in self._sums.items():
             total.copy_(state_dict[name])
 
 
-def ranks(scores: Mapping[Target, Tensor]) -> Scores:
-    """Scores that are not negative, in the same order: 0 for the smallest of all tensors together, float64.
+def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless tensors of a saved state have the names and shapes of the present ones."""
+    shapes, others = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved, present))
+    if shapes != others:
+        differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+        name = differing[0]
+        raise CheckpointError(
+            "A saved state must have the tensors of this model, in the same shapes.",
+            f"differences in {listed(differing)}; {name!r} has shape {shapes.get(name)} instead of {others.get(name)}",
+            "load the state that was saved for this model",
+        )
 
-    For hosts that rank by absolute value; equal scores have equal ranks.
+
+def ranks(scores: Mapping[Target, Tensor]) -> Scores:
+    """Non-negative scores in the same order, float64: 0 for the smallest of all tensors together.
+
+    For libraries that rank by absolute value. Equal scores have equal ranks.
 
     >>> layer = nn.Linear(3, 1)
     >>> list(ranks({(layer, "weight"): torch.tensor([[-5.0, 2.0, -5.0]])}).values())
     [tensor([[0., 1., 0.]], dtype=torch.float64)]
     """
     if not scores:
-        raise NothingToPruneError
+        raise SelectionError(
+            "There must be scores to rank.", "an empty mapping", "pass what a score of `ip_plugin.methods` has returned"
+        )
     first = next(iter(scores.values()))
     flat = torch.cat([score.detach().flatten().to(first.device) for score in scores.values()])
-    places = torch.unique(flat, return_inverse=True)[1].double().split([score.numel() for score in scores.values()])
+    numbers = torch.unique(flat, return_inverse=True)[1].double().split([score.numel() for score in scores.values()])
     return {
-        where: place.reshape(score.shape).to(score.device)
-        for (where, score), place in zip(scores.items(), places, strict=True)
+        target: number.reshape(score.shape).to(score.device)
+        for (target, score), number in zip(scores.items(), numbers, strict=True)
     }
 
 
 @torch.no_grad()
-def _times(layer: TensorRef, gradient: Tensor) -> Tensor:
-    return gradient * layer.parameter.detach()
+def _times(ref: TensorRef, gradient: Tensor) -> Tensor:
+    return gradient * ref.parameter.detach()
 
 
 @torch.no_grad()
-def _scores(found: list[TensorRef], values: list[Tensor]) -> Scores:
-    """Values by target, checked, and -inf where an entry is pruned."""
-    for layer, value in zip(found, values, strict=True):
-        # The sum tells by one pass; it may be infinite without any entry being so.
+def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
+    """Values by target, checked to be finite, and -inf where an entry is pruned."""
+    for ref, value in zip(refs, values, strict=True):
+        # One pass computes the sum, which may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
-            raise NonFiniteScoresError(f"layer {layer.module_name!r}", bad)
+            raise ScoreError(
+                "Scores must be finite.",
+                f"layer {ref.module_name!r}: {bad} NaN or infinite scores",
+                "score a model that has not diverged, on data and with a loss whose gradients are finite",
+            )
     return {
-        layer.target: (value if layer.mask is None else value.masked_fill(~layer.mask, -math.inf)).contiguous()
-        for layer, value in zip(found, values, strict=True)
+        ref.target: (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
+        for ref, value in zip(refs, values, strict=True)
     }

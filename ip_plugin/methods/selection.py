@@ -1,4 +1,4 @@
-"""Selection: from scores to masks that prune an exact count, in a scope or a pattern.
+"""Selection: turn scores into masks that prune an exact count of entries, in a scope or an N:M pattern.
 
 >>> from torch import nn
 >>> from ip_plugin import interspace
@@ -20,17 +20,7 @@ from torch import Tensor
 
 from ..core.masking import set_masks, warn_of_thin_layers
 from ..core.tensor_ref import Model, Target, TensorRef, described, prunable_tensors
-from ..errors import (
-    AlreadySparserError,
-    InvalidAmountError,
-    InvalidFloorError,
-    InvalidPatternError,
-    InvalidScopeError,
-    NonFiniteScoresError,
-    NothingToPruneError,
-    PatternMismatchError,
-    UnknownTargetError,
-)
+from ..errors import AmountError, ArgumentError, ScoreError, SelectionError, listed
 from ..utils.topk import keep_largest
 from ..utils.validation import check_count, check_fraction, is_count
 
@@ -40,7 +30,7 @@ Masks: TypeAlias = dict[Target, Tensor]
 
 @dataclass(frozen=True)
 class NofM:
-    """Of every `m` consecutive entries the `n` best are kept.
+    """An N:M pattern: of every `m` consecutive entries the `n` with the highest scores are kept.
 
     Attributes:
         n, m: ``1 <= n <= m``.
@@ -57,7 +47,11 @@ class NofM:
 
     def __post_init__(self) -> None:
         if not is_count(self.n, 1) or not is_count(self.m, self.n) or self.along not in ("kernel", "input"):
-            raise InvalidPatternError(f"{self!r}")
+            raise ArgumentError(
+                'An N:M pattern must keep 1 <= n <= m of every m entries, along "kernel" or "input".',
+                f"{self!r}",
+                "pass for example NofM(2, 4)",
+            )
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape can be divided into groups of `m`."""
@@ -84,28 +78,29 @@ def select(
     min_per_layer: int = 0,
     pattern: NofM | None = None,
 ) -> Masks:
-    """Masks that keep what scores highest and prune exactly as much as asked for.
+    """Masks that keep the entries with the highest scores, and prune exactly the given amount.
 
     Args:
-        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned and count.
+        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned, and count as
+            pruned.
         sparsity: fraction of all entries that the masks prune; rounded to a count.
         count: number of entries that the masks prune, instead of a sparsity.
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
             `erk`. Counts of layers sum to the count exactly (largest remainder).
-        min_per_layer: how many entries every layer keeps at least (fewer only where fewer are left). With the default 0
-            the scores alone decide.
+        min_per_layer: the least number of entries that every layer keeps (all where fewer are not pruned yet). With
+            the default 0 the scores alone decide.
         pattern: N of every M entries, in each layer alike; instead of sparsity, count, scope and min_per_layer.
 
     Returns:
-        {target: bool mask of its shape}, True = kept. Equal scores at the threshold are spread evenly over all entries
-        that have them, so over the layers too, and always alike.
+        {target: bool mask of its shape}, True = kept. Of equal scores at the threshold, those to keep are spread evenly
+        over all entries that have them, and so over layers, deterministically.
 
     Raises:
-        NothingToPruneError: no scores.
-        NonFiniteScoresError: scores that are NaN or +inf.
-        InvalidAmountError: no amount, two, or one outside of what there is.
-        AlreadySparserError: more is pruned already than is asked for.
-        InvalidScopeError, InvalidFloorError, InvalidPatternError, PatternMismatchError
+        SelectionError: no scores, or layers that the pattern does not fit.
+        ScoreError: scores that are NaN or +inf.
+        AmountError: no amount, two, or one out of range; more is pruned already; or `min_per_layer` is no count, or
+            impossible.
+        ArgumentError: of `scope` or `pattern`.
 
     Warns:
         LayerCollapseWarning: layers keep less than a tenth of the share of entries that all layers keep together.
@@ -119,30 +114,32 @@ def select(
     """
     _check(scores)
     if pattern is not None:
-        if not isinstance(pattern, NofM):
-            raise InvalidPatternError(f"{pattern!r}")
         others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
-        if others != {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}:
-            raise InvalidPatternError(f"{pattern} and {others}")
-        misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
-        if misfits:
-            raise PatternMismatchError(str(pattern), misfits)
+        _check_pattern(pattern, scores, others)
         return {where: pattern.mask(score) for where, score in scores.items()}
     if scope not in ("global", "layer", "erk"):
-        raise InvalidScopeError(scope)
+        raise ArgumentError(
+            '`scope` must be "global", "layer" or "erk".',
+            f"{scope!r}",
+            '"global" puts all layers under one threshold, "layer" gives each the same sparsity',
+        )
     values = [_flat(score) for score in scores.values()]
     sizes = [len(value) for value in values]
     keep = sum(sizes) - pruned(sparsity, count, sum(sizes))
     left = [int((value > -math.inf).sum()) for value in values]
     if keep > sum(left):
-        raise AlreadySparserError(keep, sum(left))
+        raise AmountError(
+            "Entries that are pruned already (score -inf) stay pruned, so no more than the rest can be kept.",
+            f"{keep} entries to keep, {sum(left)} that are not pruned",
+            "ask for a higher sparsity, or score the model without masks",
+        )
     bounds = least(min_per_layer, left, keep)
     if scope == "global":
         device = values[0].device
-        held = [
-            v.masked_fill(keep_largest([v], f)[0], math.inf) if f else v for v, f in zip(values, bounds, strict=True)
+        ranked = [
+            v.masked_fill(keep_largest([v], n)[0], math.inf) if n else v for v, n in zip(values, bounds, strict=True)
         ]
-        kept = keep_largest([h.to(device) for h in held], keep)
+        kept = keep_largest([r.to(device) for r in ranked], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
         counts = _whole(_shares(weights, bounds, left, Fraction(keep)))
@@ -162,13 +159,14 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
 
     Args:
         model: changed in place; the one that the scores were computed for.
-        masks: {target: mask}. A target may have been pruned since (``(conv, "weight")`` finds its tensor).
+        masks: {target: mask}. A target stays valid when its tensor has been pruned since: ``(conv, "weight")`` works.
 
     Returns:
         The model.
 
     Raises:
-        UnknownTargetError, InvalidMaskError: the model is as it was.
+        SelectionError: a target of another model; the model is as it was.
+        MaskError: a mask of another shape; the model is as it was.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> model = apply_masks(model, {(model, "weight"): torch.tensor([[True, False]])})
@@ -178,7 +176,11 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
     for where, mask in masks.items():
         name = names.get(TensorRef(*where).target)
         if name is None:
-            raise UnknownTargetError(where[1], type(where[0]).__name__)
+            raise SelectionError(
+                "Everything in `masks` must be a target of the model, one of `ip_plugin.prunable(model)`.",
+                f"{where[1]!r} of a {type(where[0]).__name__} that is no target of this model",
+                "compute the scores for this model, after it was copied, converted or baked",
+            )
         by_name[name] = mask
     return set_masks(model, by_name)
 
@@ -186,35 +188,37 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
 def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
     """Densities of layers by the Erdos-Renyi-kernel rule: proportional to ``sum(shape) / prod(shape)``.
 
-    Layers above 1 are made dense, and the rest is solved again (Evci et al. 2020, arXiv 1911.11134).
+    Where that is above 1, the layer is dense, and the rule is applied to the others again (Evci et al. 2020, arXiv
+    1911.11134).
 
     Args:
         shapes: of the tensors.
-        density: of all together.
+        density: of all tensors together.
 
     Returns:
-        One density for each shape; those of all entries together average to `density`.
+        One density for each shape; their average over all entries is `density`.
 
     Raises:
-        NothingToPruneError, InvalidAmountError
+        SelectionError: no shapes.
+        AmountError: the density is not in [0, 1].
 
     >>> erk([(2, 2), (4, 16), (4, 8)], 0.36)
     [1.0, 0.3125, 0.375]
     """
-    listed = [tuple(shape) for shape in shapes]
-    if not listed:
-        raise NothingToPruneError
-    sizes = [math.prod(shape) for shape in listed]
+    shapes = [tuple(shape) for shape in shapes]
+    if not shapes:
+        raise SelectionError("There must be shapes.", "an empty iterable", "pass the shapes of the prunable tensors")
+    sizes = [math.prod(shape) for shape in shapes]
     total = Fraction(check_fraction(density, "density")) * sum(sizes)
-    shares = _shares([sum(shape) for shape in listed], [0] * len(sizes), sizes, total)
+    shares = _shares([sum(shape) for shape in shapes], [0] * len(sizes), sizes, total)
     return [float(share / size) if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
 
 
 def _shares(weights: Sequence[int], least: Sequence[int], most: Sequence[int], total: Fraction) -> list[Fraction]:
     """Split `total` in proportion to `weights`, each share within its bounds; the bounds must allow it.
 
-    As long as shares are out of bounds, those on the side that is further out in sum are set to their bound, and the
-    rest is split again: nothing set so would come back, for the rest moves away from it.
+    While shares are out of bounds, those of the side with the larger total violation are fixed at their bound, and the
+    rest is split again. This moves the other shares away from that side, so a fixed share never has to be released.
     """
     shares = [Fraction(0)] * len(weights)
     free = set(range(len(weights)))
@@ -244,15 +248,15 @@ def _whole(shares: Sequence[Fraction]) -> list[int]:
 
 
 def _flat(score: Tensor) -> Tensor:
-    """As a vector in a dtype that every device can rank, and that has an infinity."""
+    """As a vector, in a dtype that every device can sort and that has an infinity."""
     wide = torch.promote_types(score.dtype, torch.float32) if score.is_floating_point() else torch.float64
     return score.detach().flatten().to(wide)
 
 
 def pruned(sparsity: object, count: object, size: int) -> int:
-    """How many entries of `size` are to be pruned; raises as `select`."""
+    """The number of entries to prune, of `size` in all; raises as `select`."""
     if (sparsity is None) == (count is None):
-        raise InvalidAmountError(
+        raise AmountError(
             "Either `sparsity` or `count` must say how much to prune.",
             f"sparsity={sparsity!r}, count={count!r}",
             f"pass sparsity=, a fraction in [0, 1], or count=, an int between 0 and {size}; not both",
@@ -261,19 +265,48 @@ def pruned(sparsity: object, count: object, size: int) -> int:
 
 
 def least(min_per_layer: object, left: Sequence[int], keep: int) -> list[int]:
-    """How many entries each layer keeps at least, of those that it has left; raises as `select`."""
+    """The least number of entries that each layer keeps, of those that are not pruned yet; raises as `select`."""
     if not is_count(min_per_layer):
-        raise InvalidFloorError(f"{min_per_layer!r}")
+        raise AmountError(
+            "`min_per_layer` must be a whole number of at least 0.", f"{min_per_layer!r}", "pass a count of entries"
+        )
     bounds = [min(int(min_per_layer), n) for n in left]
     if sum(bounds) > keep:
-        raise InvalidFloorError(f"{min_per_layer} for each of {len(left)} layers, {keep} entries kept in all")
+        raise AmountError(
+            "Every layer must be able to keep `min_per_layer` entries within the count that is kept in all.",
+            f"{min_per_layer} for each of {len(left)} layers, {keep} entries kept in all",
+            "lower min_per_layer or the sparsity",
+        )
     return bounds
+
+
+def _check_pattern(pattern: object, scores: Mapping[Target, Tensor], others: Mapping[str, object]) -> None:
+    alone = others == {"sparsity": None, "count": None, "scope": "global", "min_per_layer": 0}
+    if not isinstance(pattern, NofM) or not alone:
+        raise ArgumentError(
+            "`pattern` must be a NofM, given without sparsity, count, scope and min_per_layer.",
+            f"{pattern!r} and {others}",
+            'pass pattern=NofM(2, 4, along="input") alone',
+        )
+    misfits = [described(where, score) for where, score in scores.items() if not pattern.fits(score.shape)]
+    if misfits:
+        raise SelectionError(
+            f"The dimension along which {pattern} is to hold must be divisible by m.",
+            f"not so in {listed(misfits)}",
+            "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
+        )
 
 
 def _check(scores: Mapping[Target, Tensor]) -> None:
     if not any(score.numel() for score in scores.values()):
-        raise NothingToPruneError
+        raise SelectionError(
+            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
+        )
     for where, score in scores.items():
         bad = int((score.isnan() | (score == math.inf)).sum())
         if bad:
-            raise NonFiniteScoresError(described(where, score), bad)
+            raise ScoreError(
+                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
+                f"{described(where, score)}: {bad} NaN or infinite scores",
+                "score a model that has not diverged",
+            )

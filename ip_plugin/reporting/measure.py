@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checkpoint.contents import packed
-from ..core.tensor_ref import TensorRef, by_basis, output_filters, prunable_tensors, tensors_of
+from ..core.channels import output_filters
+from ..core.tensor_ref import TensorRef, by_basis, prunable_tensors, tensors_of
 from ..utils.example_input import run
 from .table import Report, Row
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip_plugin import interspace, masks, prunable
-from ip_plugin.adapters import Begin, TrainingCriterion
+from ip_plugin.adapters import Begin
 from ip_plugin.adapters.torch_prune import criteria as torch_criteria
 from ip_plugin.compare import builtin_criteria, config
 from ip_plugin.compare.builtin_criteria import CRITERIA
-from ip_plugin.compare.cell import epochs_of, execute
-from ip_plugin.compare.config import Run, Settings
+from ip_plugin.compare.cell import epochs_of, execute, train_and_prune
+from ip_plugin.compare.config import Cell, Settings
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
 from ip_plugin.core.tensor_ref import prunable_tensors
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseW
 SETTINGS = Settings(epochs=1, finetune_epochs=1)
 FEW_IMAGES = Settings(epochs=1, finetune_epochs=1, train_images=200)
 TOTAL = 56224
-IN_TRAINING = [name for name, criterion in CRITERIA.items() if isinstance(criterion, TrainingCriterion)]
 
 
 def network(space: str, seed: int = 0) -> nn.Module:
@@ -44,12 +43,12 @@ class Watched(Training):
 
     def __init__(self, model: nn.Module, settings: Settings = SETTINGS) -> None:
         train, _ = TASKS["digits"].load(None, settings.train_images)
-        super().__init__(model, train, TASKS["digits"], settings, 0, lambda: None)
+        super().__init__(model, train, TASKS["digits"], settings, 0)
         self.parts: list[tuple[int, dict[str, Tensor], int]] = []
         self.pruned: list[int] = []
         self.masks: list[dict[str, Tensor]] = []
 
-    def _run(self, epochs: int, lr: float, begin: Begin | None) -> None:
+    def fit(self, epochs: int, lr: float, begin: Begin | None = None) -> None:
         self.parts.append((epochs, values(self.model), count(self.model)))
 
         def watching(optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], Tensor]], object]:
@@ -63,15 +62,15 @@ class Watched(Training):
 
             return after
 
-        super()._run(epochs, lr, watching)
+        super().fit(epochs, lr, watching)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    found = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
+    coefficients = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
     bases = {
         id(layer.interspace.basis): layer.interspace.basis for layer in prunable_tensors(model) if layer.interspace
     }
-    return found | {f"basis {n}": basis.detach().clone() for n, basis in enumerate(bases.values())}
+    return coefficients | {f"basis {n}": basis.detach().clone() for n, basis in enumerate(bases.values())}
 
 
 def count(model: nn.Module) -> int:
@@ -80,9 +79,7 @@ def count(model: nn.Module) -> int:
 
 def run(name: str, model: nn.Module, number: int, settings: Settings = SETTINGS) -> Watched:
     training = Watched(model, settings)
-    criterion = CRITERIA[name]
-    assert isinstance(criterion, TrainingCriterion)
-    criterion.train(model, number, training)
+    train_and_prune(CRITERIA[name], number, training, training.split)
     return training
 
 
@@ -92,18 +89,18 @@ def run(name: str, model: nn.Module, number: int, settings: Settings = SETTINGS)
 )
 def test_both_spaces_keep_equally_many_parameters(name: str, sparsity: float) -> None:
     for space in config.SPACES:
-        run, done = Run(f"ip:{name}", sparsity, space, 0), []
-        result = execute(run, FEW_IMAGES, lambda done=done: done.append(1))
+        cell, done = Cell(f"ip:{name}", sparsity, space, 0), []
+        result = execute(cell, FEW_IMAGES, lambda done=done: done.append(1))
         assert (result.parameters, result.parameters_left) == (TOTAL, round((1 - sparsity) * TOTAL))
         assert result.basis_parameters == (81 if space == "interspace" else 0)
-        assert len(done) == epochs_of(run, FEW_IMAGES)
+        assert len(done) == epochs_of(cell, FEW_IMAGES)
         after_training = name in ("magnitude", "fitted", "lamp")
         assert (result.accuracy_before_pruning is not None) == after_training
 
 
 @pytest.mark.parametrize("name", ["random", "set", "rigl", "movement"])
 def test_equal_runs_give_equal_results(name: str) -> None:
-    cell = Run(f"ip:{name}", 0.9, "interspace", 3)
+    cell = Cell(f"ip:{name}", 0.9, "interspace", 3)
     first = execute(cell, FEW_IMAGES)
     torch.manual_seed(99)
     assert replace(execute(cell, FEW_IMAGES), seconds=0) == replace(first, seconds=0)
@@ -114,23 +111,22 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
     """Weights and scores from equal streams would leave negative weights only."""
     kept: list[Tensor] = []
 
-    def watched(prune: Callable[[nn.Module, int], None], model: nn.Module, number: int) -> None:
-        prune(model, number)
+    def watched(prune: Callable[..., object], model: nn.Module, number: int, training: Training) -> None:
+        prune(model, number, training)
         kept.extend(layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None)
 
     host, _, criterion = name.partition(":")
     module: Any = {"torch": torch_criteria, "ip": builtin_criteria}[host]
-    found = module.CRITERIA[criterion]
-    monkeypatch.setitem(module.CRITERIA, criterion, replace(found, prune=partial(watched, found.prune)))
-    execute(Run(name, 0.9, "spatial", 0), SETTINGS)
-    positive = float((torch.cat([each.flatten() for each in kept]) > 0).float().mean())
+    original = module.CRITERIA[criterion]
+    monkeypatch.setitem(module.CRITERIA, criterion, replace(original, prune=partial(watched, original.prune)))
+    execute(Cell(name, 0.9, "spatial", 0), SETTINGS)
+    positive = float((torch.cat([values.flatten() for values in kept]) > 0).float().mean())
     assert 0.45 < positive < 0.55  # of 5,622
 
 
 def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> None:
     model = network("spatial")  # torch's seed is the one that has made the weights
-    criterion: Any = CRITERIA["random"]
-    criterion.prune(model, 50000)
+    CRITERIA["random"].prune(model, 50000, Watched(model))
     kept = torch.cat(
         [layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None]
     )
@@ -140,10 +136,10 @@ def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> Non
 @pytest.mark.parametrize("space", config.SPACES)
 @pytest.mark.parametrize("name", ["snip", "snip_rounds", "grasp", "synflow"])
 def test_scores_at_initialisation_choose_before_training(name: str, space: str) -> None:
-    model, twin = network(space), network(space)
+    model, reference = network(space), network(space)
     training = run(name, model, 50000, FEW_IMAGES)
     assert [pruned for _, _, pruned in training.parts] == [50000] and set(training.pruned) == {50000}
-    batches = Watched(twin, FEW_IMAGES).batches(10)
+    batches = Watched(reference, FEW_IMAGES).batches(10)
     assert sum(len(labels) for _, labels in batches) == 200
     score: Any = {
         "snip": partial(snip, batches=batches, loss=F.cross_entropy),
@@ -152,17 +148,16 @@ def test_scores_at_initialisation_choose_before_training(name: str, space: str) 
         "synflow": partial(synflow, example_input=batches[0][0][:1]),
     }[name]
     rounds = {"snip_rounds": 20, "synflow": 100}.get(name, 1)
-    prune(twin, score, sparsity=50000 / TOTAL, rounds=rounds, min_per_layer=1)
-    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+    prune(reference, score, sparsity=50000 / TOTAL, rounds=rounds, min_per_layer=1)
+    assert all(torch.equal(mask, masks(reference)[n]) for n, mask in masks(model).items())
 
 
 @pytest.mark.parametrize(("name", "score"), [("magnitude_init", magnitude), ("magnitude", magnitude), ("lamp", lamp)])
 def test_scores_without_data(name: str, score: Any) -> None:
-    model, twin = network("interspace"), network("interspace")
-    criterion: Any = CRITERIA[name]
-    criterion.prune(model, 50000)
-    apply_masks(twin, select(score(twin), count=50000, min_per_layer=1))
-    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+    model, reference = network("interspace"), network("interspace")
+    CRITERIA[name].prune(model, 50000, Watched(model))
+    apply_masks(reference, select(score(reference), count=50000, min_per_layer=1))
+    assert all(torch.equal(mask, masks(reference)[n]) for n, mask in masks(model).items())
 
 
 @pytest.mark.parametrize("space", config.SPACES)
@@ -237,23 +232,19 @@ def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
     model = network("spatial")
     training = run("movement", model, 50000, replace(SETTINGS, finetune_epochs=0))
     assert training.pruned[-1] == 0 and count(model) == 50000
-    twin = network("spatial")
-    again = Watched(twin)
+    reference = network("spatial")
+    again = Watched(reference)
     again.train()
-    scores = movement(twin, again.batches(10), F.cross_entropy)
-    apply_masks(twin, select(scores, count=50000, scope="layer", min_per_layer=1))
-    assert all(torch.equal(mask, masks(twin)[n]) for n, mask in masks(model).items())
+    scores = movement(reference, again.batches(10), F.cross_entropy)
+    apply_masks(reference, select(scores, count=50000, scope="layer", min_per_layer=1))
+    assert all(torch.equal(mask, masks(reference)[n]) for n, mask in masks(model).items())
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("set", "rigl")])  # by ERK, all keep some
 def test_no_layer_loses_everything(name: str) -> None:
     model = network("spatial")
     size = sum(getattr(*target).numel() for target in prunable(model))
-    criterion: Any = CRITERIA[name]
-    if name in IN_TRAINING:
-        run(name, model, size - 8, FEW_IMAGES)
-    else:
-        criterion.prune(model, size - 8)
+    CRITERIA[name].prune(model, size - 8, Watched(model, FEW_IMAGES))
     assert sum(int(mask.sum()) for mask in masks(model).values()) == 8
     assert all(mask.any() for mask in masks(model).values())
 

@@ -1,4 +1,4 @@
-"""Criteria that cut channels: each with filter variety and without, and those that take part in the training."""
+"""Criteria that remove channels, with filter variety and without."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import interspace
-from ip_plugin.adapters import VARIED, Begin, ChannelTrainingCriterion, cuts_channels
+from ip_plugin.adapters import VARIED, Begin
 from ip_plugin.compare import config, criteria
 from ip_plugin.compare.cell import epochs_of, execute
-from ip_plugin.compare.config import Run, Settings
+from ip_plugin.compare.config import Cell, Settings
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import movement
@@ -67,7 +67,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def test_every_channel_criterion_is_there_with_variety_and_without() -> None:
     known = criteria.available()
-    names = {name for name, criterion in known.items() if cuts_channels(criterion)}
+    names = {name for name, criterion in known.items() if criterion.removes_channels}
     varied = {name for name in names if name.endswith(VARIED)}
     assert len(varied) >= 15 and names == varied | {name.removesuffix(VARIED) for name in varied}
     for name in varied:
@@ -81,8 +81,7 @@ def test_with_variety_as_many_channels_go_but_others(name: str) -> None:
     if name.startswith("nni"):
         pytest.importorskip("nni")
     for space in config.SPACES:
-        run = Run(name, 0.5, space, 0)
-        plain, varied = (execute(each, SETTINGS) for each in (run, run._replace(criterion=name + VARIED)))
+        plain, varied = (execute(Cell(name + suffix, 0.5, space, 0), SETTINGS) for suffix in ("", VARIED))
         assert varied.macs_left == plain.macs_left and varied.parameters_left == plain.parameters_left
         assert plain.macs_left == 64 * (144 + 4608) + 16 * 9216 + 320
         assert plain.accuracy_before_pruning == varied.accuracy_before_pruning
@@ -97,7 +96,7 @@ def test_with_variety_other_channels_are_kept(name: str, space: str) -> None:
     for suffix in ("", "", VARIED):
         model = network(space)
         torch.manual_seed(1)
-        criteria.load(name + suffix).cut(model, 0.5, *Acted(model).batches(1)[0])  # type: ignore[union-attr]
+        criteria.load(name + suffix).prune(model, 0.5, Acted(model))
         kept.append(model[0].weight.detach())
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
@@ -105,67 +104,64 @@ def test_with_variety_other_channels_are_kept(name: str, space: str) -> None:
 def test_epochs_of_those_that_take_part_in_the_training() -> None:
     settings = replace(SETTINGS, epochs=2)
     for name, expected in (("tp:movement", 3), ("tp:ticket+variety", 4)):
-        run, done = Run(name, 0.5, "spatial", 0), []
-        execute(run, settings, lambda done=done: done.append(1))  # type: ignore[misc]
-        assert len(done) == epochs_of(run, settings) == expected
+        cell, done = Cell(name, 0.5, "spatial", 0), []
+        execute(cell, settings, lambda done=done: done.append(1))  # type: ignore[misc]
+        assert len(done) == epochs_of(cell, settings) == expected
 
 
 def run_acted(name: str, space: str, ratio: float = 0.5) -> tuple[Any, Acted]:
     model = network(space)
-    training, criterion = Acted(model), criteria.load(name)
-    assert isinstance(criterion, ChannelTrainingCriterion)
-    criterion.train(model, ratio, training)
+    training = Acted(model)
+    criteria.load(name).prune(model, ratio, training)
     return model, training
 
 
 @pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("space", config.SPACES)
-def test_movement_cuts_the_filters_of_least_movement(space: str, varied: bool) -> None:
+def test_movement_removes_the_filters_of_least_movement(space: str, varied: bool) -> None:
     _, training = run_acted("tp:movement" + VARIED * varied, space)
-    twin = network(space)
-    twin.load_state_dict(training.ended[0])
-    twin.eval()
-    scores = movement(twin, training.batches(10), training.loss)
-    first = prunable_tensors(twin)[0]
+    reference = network(space)
+    reference.load_state_dict(training.ended[0])
+    reference.eval()
+    scores = movement(reference, training.batches(10), training.loss)
+    first = next(prunable_tensors(reference))
     worth, values = scores[first.target].flatten(1).sum(1), first.parameter.detach()
     assert len(worth.unique()) == 32
     order = removal_order(worth, values, strength=float(varied))
     kept = order[16:].sort().values
-    found = training.began[1]
+    start = training.began[1]
     name = "0.weight" if space == "spatial" else "0.parametrizations.weight.original"
-    torch.testing.assert_close(found[name], values[kept], rtol=0, atol=0)
+    torch.testing.assert_close(start[name], values[kept], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("space", config.SPACES)
 def test_a_ticket_begins_with_what_its_channels_began_with(space: str, varied: bool) -> None:
     model, training = run_acted("tp:ticket" + VARIED * varied, space)
-    twin = network(space)
-    initial = state(twin)
-    twin.load_state_dict(training.ended[0])
+    reference = network(space)
+    initial = state(reference)
+    reference.load_state_dict(training.ended[0])
     name = "0.weight" if space == "spatial" else "0.parametrizations.weight.original"
-    trained = state(twin)[name]
-    criteria.load("tp:l1" + VARIED * varied).cut(twin, 0.5, *training.batches(1)[0])  # type: ignore[union-attr]
-    kept = [int((trained == row).flatten(1).all(1).nonzero()) for row in state(twin)[name]]
+    trained = state(reference)[name]
+    criteria.load("tp:l1" + VARIED * varied).prune(reference, 0.5, training)
+    kept = [int((trained == row).flatten(1).all(1).nonzero()) for row in state(reference)[name]]
     again = training.began[1]
     assert torch.equal(again[name], initial[name][kept])
     assert torch.equal(again["1.running_mean"], initial["1.running_mean"][kept])  # norms, too
-    for basis in (each for each in initial if each.endswith("basis")):
-        assert torch.equal(again[basis], initial[basis])
+    assert all(torch.equal(again[name], initial[name]) for name in initial if name.endswith("basis"))
     assert model[0].out_channels == 16 and len(training.began) == 2
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_gradients_of_the_training_are_no_part_of_a_score() -> None:
     """Once the gradient of the last step of a training was added to that of the batch that is scored."""
-    images, labels = Acted(nn.Identity()).batches(1)[0]
     kept = []
     for stale in (False, True):
         model = network("spatial")
         if stale:
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
-        criteria.load("tp:taylor").cut(model, 0.5, images, labels)  # type: ignore[union-attr]
+        criteria.load("tp:taylor").prune(model, 0.5, Acted(model))
         kept.append(model[0].weight.detach())
     assert torch.equal(*kept)
 
@@ -173,7 +169,7 @@ def test_gradients_of_the_training_are_no_part_of_a_score() -> None:
 @pytest.mark.parametrize(
     "name", ["tp:l1+variety", "tp:movement", "tp:ticket", "nni:l1_norm", "nni:l1_norm+variety", "nni:taylor+variety"]
 )
-def test_the_residual_network_is_cut_to_the_same_shape_in_both_spaces(name: str) -> None:
+def test_the_residual_network_gets_the_same_shape_in_both_spaces(name: str) -> None:
     if name.startswith("nni"):
         pytest.importorskip("nni")
     shapes = []
@@ -182,13 +178,9 @@ def test_the_residual_network_is_cut_to_the_same_shape_in_both_spaces(name: str)
         model = TASKS["cifar10-resnet"].network()
         if space == "interspace":
             interspace(model, basis="orthonormal", sharing="model", seed=0)
-        training, criterion = Acted(model), criteria.load(name)
-        images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-        if isinstance(criterion, ChannelTrainingCriterion):
-            training.batches = lambda count: [(images, labels)] * count  # type: ignore[method-assign]
-            criterion.train(model, 0.5, training)
-        else:
-            criterion.cut(model, 0.5, images, labels)  # type: ignore[union-attr]
+        training, images, labels = Acted(model), torch.randn(4, 3, 32, 32), torch.arange(4)
+        training.batches = lambda count: [(images, labels)] * count  # type: ignore[method-assign]
+        criteria.load(name).prune(model, 0.5, training)
         shapes.append([tuple(layer.parameter.shape) for layer in prunable_tensors(model)])
         assert model(images).isfinite().all()
     assert shapes[0] == shapes[1]

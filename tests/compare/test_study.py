@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,15 +25,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from ip_plugin import cli, interspace, masks, report
-from ip_plugin.adapters import ChannelCriterion, Criterion, torch_prune
+from ip_plugin.adapters import torch_prune
 from ip_plugin.compare import config, criteria
-from ip_plugin.compare import report as shown
-from ip_plugin.compare.cell import Result, epochs_of, execute, one_by_one
-from ip_plugin.compare.config import Run, Settings, Study
-from ip_plugin.compare.store import COLUMNS, Results
+from ip_plugin.compare.analysis import Analysis
+from ip_plugin.compare.cell import Result, epochs_of, execute
+from ip_plugin.compare.config import Cell, Settings, Study
+from ip_plugin.compare.engines import EngineError
+from ip_plugin.compare.engines.local import one_by_one
+from ip_plugin.compare.report import accuracy_table, image, plot, remarks
+from ip_plugin.compare.store import COLUMNS, Results, from_row, to_row
 from ip_plugin.compare.study import compare
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.errors import ForeignFolderError, InvalidStudyError
+from ip_plugin.errors import StudyError
 
 #: Criteria as they are: some leave layers almost empty.
 pytestmark = pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
@@ -46,16 +50,16 @@ def silent() -> Console:
     return Console(file=io.StringIO(), width=120)
 
 
-def made_up(run: Run, settings: Settings = QUICK, epoch_done: Callable[[], None] = lambda: None) -> Result:
-    """A result that is told by its run: SP 80, 81, ...; IP 1, 2, ... above it; no training."""
-    for _ in range(epochs_of(run, settings)):
+def made_up(cell: Cell, settings: Settings = QUICK, epoch_done: Callable[[], None] = lambda: None) -> Result:
+    """SP has accuracies of 80, 81, ...; IP is 1, 2, ... above it."""
+    for _ in range(epochs_of(cell, settings)):
         epoch_done()
-    accuracy = 80.0 + run.seed + (1 + run.seed if run.space == "interspace" else 0) - 10 * (run.sparsity == 0.98)
-    basis = 81 if run.space == "interspace" else 0
-    return Result(run, accuracy, None, 1000, 100, basis, (), 0.5)
+    accuracy = 80.0 + cell.seed + (1 + cell.seed if cell.space == "interspace" else 0) - 10 * (cell.sparsity == 0.98)
+    basis = 81 if cell.space == "interspace" else 0
+    return Result(cell, accuracy, None, 1000, 100, basis, (), 0.5)
 
 
-# Runs
+# Cells
 
 
 @pytest.mark.parametrize("sharing", ["layer", "model"])
@@ -65,7 +69,7 @@ def made_up(run: Run, settings: Settings = QUICK, epoch_done: Callable[[], None]
 )
 def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: float, sharing: Any) -> None:
     settings = replace(QUICK, epochs=1, sharing=sharing, train_images=200)
-    spatial, inter = (execute(Run(criterion, sparsity, space, 0), settings) for space in config.SPACES)
+    spatial, inter = (execute(Cell(criterion, sparsity, space, 0), settings) for space in config.SPACES)
     total = sum(p.numel() for n, p in TASKS["digits"].network().named_parameters() if p.ndim > 1)
     assert spatial.parameters == inter.parameters == total == 56224
     assert spatial.parameters_left == inter.parameters_left == round((1 - sparsity) * total)
@@ -76,44 +80,41 @@ def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: floa
     assert inter.spatial_layers == (("0",) if layers == 2 else ())
 
 
-def test_both_spaces_start_from_the_same_weights_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    # With the standard basis, frozen, an unpruned interspace network is the plain one, in every digit.
-    import ip_plugin.compare.cell as runs
-
-    monkeypatch.setattr(runs, "interspace", lambda *a, **k: interspace(*a, **{**k, "train_basis": False}))
-    settings = replace(QUICK, basis="standard")
-    spatial, inter = (execute(Run("torch:l1", 0.0, space, 3), settings) for space in config.SPACES)
+def test_both_spaces_start_from_the_same_weights_and_batches() -> None:
+    # With the standard basis, which does not move, an unpruned interspace network is the plain one, in every digit.
+    settings = replace(QUICK, basis="standard", basis_lr=0.0)
+    spatial, inter = (execute(Cell("torch:l1", 0.0, space, 3), settings) for space in config.SPACES)
     assert inter.accuracy_before_pruning == spatial.accuracy_before_pruning
     assert inter.basis_parameters == 81
 
 
 def test_equal_runs_give_equal_results_and_leave_the_random_state() -> None:
-    run = Run("torch:random", 0.9, "interspace", 5)
+    cell = Cell("torch:random", 0.9, "interspace", 5)
     state = torch.get_rng_state()
-    first = execute(run, QUICK)
+    first = execute(cell, QUICK)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert replace(execute(run, QUICK), seconds=0) == replace(first, seconds=0)
-    assert execute(run._replace(seed=6), QUICK).accuracy != first.accuracy
+    assert replace(execute(cell, QUICK), seconds=0) == replace(first, seconds=0)
+    assert execute(cell._replace(seed=6), QUICK).accuracy != first.accuracy
 
 
 def test_training_learns_and_pruning_is_measured() -> None:
-    result = execute(Run("torch:l1", 0.5, "spatial", 0), Settings(epochs=6, finetune_epochs=2))
+    result = execute(Cell("torch:l1", 0.5, "spatial", 0), Settings(epochs=6, finetune_epochs=2))
     assert result.accuracy > 90 and result.accuracy_before_pruning is not None and result.accuracy_before_pruning > 90
-    chance = execute(Run("torch:random", 0.999, "spatial", 0), QUICK)
+    chance = execute(Cell("torch:random", 0.999, "spatial", 0), QUICK)
     assert chance.accuracy < 40 and chance.accuracy_before_pruning is None
 
 
 def test_a_sparsity_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(InvalidStudyError, match="keep at least one parameter"):
-        execute(Run("torch:random", 0.999999, "interspace", 0), QUICK)
+    with pytest.raises(StudyError, match="keep at least one parameter"):
+        execute(Cell("torch:random", 0.999999, "interspace", 0), QUICK)
 
 
 def test_progress_counts_every_epoch() -> None:
     for criterion, expected in (("torch:random", 2), ("torch:l1", 3)):
-        run, done = Run(criterion, 0.9, "spatial", 0), []
-        execute(run, QUICK, lambda done=done: done.append(1))
-        assert len(done) == epochs_of(run, QUICK) == expected
+        cell, done = Cell(criterion, 0.9, "spatial", 0), []
+        execute(cell, QUICK, lambda done=done: done.append(1))
+        assert len(done) == epochs_of(cell, QUICK) == expected
 
 
 # Config
@@ -125,12 +126,12 @@ def test_progress_counts_every_epoch() -> None:
         (lambda: Study(criteria=("torch:l2",)), "'torch:l2'\n.*use one of .*torch:l1"),
         (lambda: Study(criteria=("snip",)), "'snip'"),
         (lambda: Study(criteria=("jax:l1",)), "'jax:l1'"),
-        (lambda: Study(criteria=()), "`criteria` must be at least one value"),
+        (lambda: Study(criteria=()), "`criteria` must have at least one value"),
         (lambda: Study(sparsities=(0.9, 1.0)), "1.0"),
         (lambda: Study(sparsities=(-0.1,)), "-0.1"),
         (lambda: Study(sparsities=(float("nan"),)), "nan"),
         (lambda: Study(spaces=("fourier",)), "'fourier'"),  # type: ignore[arg-type]
-        (lambda: Study(seeds=(0, 0)), "each value once"),
+        (lambda: Study(seeds=(0, 0)), "every value once"),
         (lambda: Study(seeds=(-1,)), "-1"),
         (lambda: Settings(epochs=0), "`epochs`"),
         (lambda: Settings(lr=0.0), "`lr`"),
@@ -142,72 +143,76 @@ def test_progress_counts_every_epoch() -> None:
     ],
 )
 def test_studies_that_make_no_sense_are_refused(make: Callable[[], object], text: str) -> None:
-    with pytest.raises(InvalidStudyError, match=text):
+    with pytest.raises(StudyError, match=text):
         make()
 
 
 def test_the_grid_is_whole_and_pairs_run_one_after_the_other() -> None:
-    runs = Study().runs()
-    assert len(runs) == len(set(runs)) == 2 * 3 * 2 * 5
-    for spatial, inter in zip(runs[::2], runs[1::2], strict=True):
+    cells = Study().cells()
+    assert len(cells) == len(set(cells)) == 2 * 3 * 2 * 5
+    for spatial, inter in zip(cells[::2], cells[1::2], strict=True):
         assert inter == spatial._replace(space="interspace") and spatial.space == "spatial"
 
 
 def test_criteria_prune_in_either_space() -> None:
-    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+    batch = torch.randn(8, 1, 8, 8), torch.arange(8)
+    context: Any = SimpleNamespace(batches=lambda count: [batch], loss=nn.functional.cross_entropy)
     for name, criterion in criteria.available().items():
         for convert in (False, True):
+            if criterion.stage == "while training":  # see test_builtin_criteria.py, test_channel_criteria.py
+                continue
             model = TASKS["digits"].network()
             model = interspace(model) if convert else model
-            if isinstance(criterion, ChannelCriterion):
-                criterion.cut(model, 0.5, images, labels)
+            criterion.prune(model, 0.5 if criterion.removes_channels else 50000, context)
+            if criterion.removes_channels:
                 assert [module.out_channels for module in model if isinstance(module, nn.Conv2d)] == [16, 32, 32], name
                 assert all(p.grad is None for p in model.parameters())
-            elif isinstance(criterion, Criterion):  # others: test_method_criteria.py, test_channel_criteria.py
-                criterion.prune(model, 50000)
+            else:
                 assert report(model).prunable.nonzeros == 6224, name
 
 
 @pytest.mark.parametrize("name", ["tp:magnitude", "tp:random"])
-def test_channels_are_cut_to_the_same_shape_in_both_spaces(name: str) -> None:
+def test_both_spaces_keep_equally_many_channels(name: str) -> None:
     pytest.importorskip("torch_pruning")
-    found = [execute(Run(name, 0.5, space, 0), replace(QUICK, epochs=1)) for space in config.SPACES]
+    results = [execute(Cell(name, 0.5, space, 0), replace(QUICK, epochs=1)) for space in config.SPACES]
     # 16, 32 and 32 channels of 3x3 kernels on 8x8 and 4x4 positions, and a linear layer.
-    assert [result.parameters_left for result in found] == [144 + 4608 + 9216 + 320] * 2
-    assert [result.macs for result in found] == [64 * (288 + 18432) + 16 * 36864 + 640] * 2
-    assert [result.macs_left for result in found] == [64 * (144 + 4608) + 16 * 9216 + 320] * 2
-    assert [result.basis_parameters for result in found] == [0, 81]
+    assert [result.parameters_left for result in results] == [144 + 4608 + 9216 + 320] * 2
+    assert [result.macs for result in results] == [64 * (288 + 18432) + 16 * 36864 + 640] * 2
+    assert [result.macs_left for result in results] == [64 * (144 + 4608) + 16 * 9216 + 320] * 2
+    assert [result.basis_parameters for result in results] == [0, 81]
 
 
-def test_multiply_adds_are_shown_where_channels_are_cut(tmp_path: Path) -> None:
+def test_multiply_adds_are_shown_where_channels_are_removed(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     study = replace(SMALL, criteria=("tp:magnitude", "torch:l1"))
 
-    def made(run: Run, *rest: Any) -> Result:
-        return replace(made_up(run, *rest), **({"macs": 200, "macs_left": 31} if run.criterion[:2] == "tp" else {}))
+    def made(cell: Cell, *rest: Any) -> Result:
+        return replace(made_up(cell, *rest), **({"macs": 200, "macs_left": 31} if cell.criterion[:2] == "tp" else {}))
 
     out = io.StringIO()
     compare(study, tmp_path, Console(file=out, width=150), engine=one_by_one(made))
-    assert shown.headers(study)[-1] == "MACs left" and shown.headers(SMALL)[-1] == "parameters left"
+    last = [accuracy_table(Analysis(grid, {})).headers[-1] for grid in (study, SMALL)]
+    assert last == ["MACs left", "parameters left"]
     assert re.search(r"tp:magnitude .* 15.5%", out.getvalue())
     assert re.search(r"torch:l1 .* –", out.getvalue())
-    assert "sparsity is the share of the channels that are cut" in (tmp_path / "report.html").read_text()
+    assert "sparsity is the share of the channels that are removed" in (tmp_path / "report.html").read_text()
 
 
 # Results
 
 
 def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
-    first = made_up(Run("torch:l1", 0.95, "interspace", 0))
+    first = made_up(Cell("torch:l1", 0.95, "interspace", 0))
     second = replace(
-        first, run=first.run._replace(seed=1), accuracy=1 / 3, accuracy_before_pruning=0.1, spatial_layers=("a", "b"),
+        first, cell=first.cell._replace(seed=1), accuracy=1 / 3, accuracy_before_pruning=0.1, spatial_layers=("a", "b"),
         macs=200, macs_left=31,
     )  # fmt: skip
     with Results.open(tmp_path / "new" / "folder", QUICK) as results:
         results.add(first)
         results.add(second)
     with Results.open(tmp_path / "new" / "folder", QUICK) as results:
-        assert results.rows == {first.run: first, second.run: second}
+        assert results.rows == {first.cell: first, second.cell: second}
+    assert [from_row(json.loads(json.dumps(to_row(result)))) for result in (first, second)] == [first, second]
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [".lock", "results.csv", "study.json"]
 
 
@@ -244,17 +249,17 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(name: str, tmp_pat
     make, text = FOREIGN[name]
     make(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ForeignFolderError, match=text):
+    with pytest.raises(StudyError, match=text):
         compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
 
 
 def test_a_file_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ForeignFolderError, match="a file"):
+    with pytest.raises(StudyError, match="a file"):
         compare(SMALL, tmp_path / "file", silent(), engine=one_by_one(made_up))
     open_and_close(tmp_path / "used", QUICK)
-    with FileLock(tmp_path / "used" / ".lock"), pytest.raises(ForeignFolderError, match="another process"):
+    with FileLock(tmp_path / "used" / ".lock"), pytest.raises(StudyError, match="another process"):
         compare(SMALL, tmp_path / "used", silent(), engine=one_by_one(made_up))
 
 
@@ -262,13 +267,13 @@ def test_a_file_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_study_goes_on_where_it_was_and_grows(tmp_path: Path) -> None:
-    executed: list[Run] = []
+    executed: list[Cell] = []
 
-    def counting(run: Run, settings: Settings, epoch_done: Callable[[], None]) -> Result:
+    def counting(cell: Cell, settings: Settings, epoch_done: Callable[[], None]) -> Result:
         if len(executed) == 5:
             raise KeyboardInterrupt
-        executed.append(run)
-        return made_up(run, settings, epoch_done)
+        executed.append(cell)
+        return made_up(cell, settings, epoch_done)
 
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL, tmp_path, silent(), engine=one_by_one(counting))
@@ -276,15 +281,15 @@ def test_a_study_goes_on_where_it_was_and_grows(tmp_path: Path) -> None:
     finished = list(executed)
     executed.clear()
     console = silent()
-    noted = one_by_one(lambda r, s, d: (executed.append(r), made_up(r, s, d))[1])
+    noted = one_by_one(lambda cell, *rest: (executed.append(cell), made_up(cell, *rest))[1])
     assert compare(SMALL, tmp_path, console, engine=noted) == {}
-    assert executed == SMALL.runs()[5:] and finished == SMALL.runs()[:5]
+    assert executed == SMALL.cells()[5:] and finished == SMALL.cells()[:5]
     assert "5 of 8 runs are in" in console.file.getvalue()  # type: ignore[attr-defined]
     # More seeds and another criterion: only what is new is run.
     executed.clear()
     more = replace(SMALL, seeds=(0, 1, 2), criteria=("torch:l1",))
     compare(more, tmp_path, silent(), engine=noted)
-    assert {run.seed for run in executed} == {2} and len(executed) == 2
+    assert {cell.seed for cell in executed} == {2} and len(executed) == 2
     assert len(read(tmp_path)) == 10
 
 
@@ -293,13 +298,13 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
-    bad = SMALL.runs()[3]
+def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+    bad = SMALL.cells()[3]
 
-    def failing(run: Run, settings: Settings, epoch_done: Callable[[], None]) -> Result:
-        if run == bad:
+    def failing(cell: Cell, settings: Settings, epoch_done: Callable[[], None]) -> Result:
+        if cell == bad:
             raise RuntimeError("out of [memory]")
-        return made_up(run, settings, epoch_done)
+        return made_up(cell, settings, epoch_done)
 
     console = silent()
     failures = compare(SMALL, tmp_path, console, engine=one_by_one(failing))
@@ -310,39 +315,42 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
     assert compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up)) == {} and len(read(tmp_path)) == 8
 
 
-def test_the_table_by_hand(tmp_path: Path) -> None:
+def test_the_table_by_hand() -> None:
     study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9, 0.98), seeds=(0, 1, 2))
-    lines = shown.summarize(study, {run: made_up(run) for run in study.runs()})
-    assert shown.headers(study) == ["criterion", "sparsity", "SP %", "IP %", "IP − SP", "parameters left"]
+    analysis = Analysis(study, {cell: made_up(cell) for cell in study.cells()})
+    table = accuracy_table(analysis)
+    assert table.headers == ["criterion", "sparsity", "SP %", "IP %", "IP − SP", "parameters left"]
     # SP 80, 81, 82; IP 81, 83, 85; differences 1, 2, 3.
-    assert shown.cells(lines[0], study) == ["torch:l1", "0.9", "81.0 ± 1.0", "83.0 ± 2.0", "+2.0 ± 1.0", "100"]
-    assert shown.cells(lines[1], study) == ["torch:l1", "0.98", "71.0 ± 1.0", "73.0 ± 2.0", "+2.0 ± 1.0", "100"]
-    assert "below ordinary pruning in 0 of 2 lines." in shown.remarks(lines)[0]
+    assert table.rows == [
+        ["torch:l1", "0.9", "81.0 ± 1.0", "83.0 ± 2.0", "+2.0 ± 1.0", "100"],
+        ["torch:l1", "0.98", "71.0 ± 1.0", "73.0 ± 2.0", "+2.0 ± 1.0", "100"],
+    ]
+    assert "below ordinary pruning in 0 of 2 lines." in remarks(analysis)[0]
 
 
 def test_a_loss_is_said() -> None:
     study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0, 1))
-    results = {run: made_up(run) for run in study.runs()}
-    for run in results:
-        if run.space == "interspace":
-            results[run] = replace(results[run], accuracy=70.0 + run.seed, spatial_layers=("0",))
-    lines = shown.summarize(study, results)
-    assert shown.cells(lines[0], study)[4] == "−10.0 ± 0.0"
-    first, second = shown.remarks(lines)
+    results = {cell: made_up(cell) for cell in study.cells()}
+    for cell in results:
+        if cell.space == "interspace":
+            results[cell] = replace(results[cell], accuracy=70.0 + cell.seed, spatial_layers=("0",))
+    analysis = Analysis(study, results)
+    assert accuracy_table(analysis).rows[0][4] == "−10.0 ± 0.0"
+    first, second = remarks(analysis)
     assert "below ordinary pruning in 1 of 1 lines: torch:l1 at 0.9" in first
     assert "0 stayed spatial" in second
 
 
 def test_half_a_study_and_one_space_are_shown() -> None:
     study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0,))
-    (line,) = shown.summarize(study, {})
-    assert shown.cells(line, study) == ["torch:l1", "0.9", "–", "–", "–", "–"]
+    nothing = Analysis(study, {})
+    assert accuracy_table(nothing).rows == [["torch:l1", "0.9", "–", "–", "–", "–"]]
     alone = replace(study, spaces=("interspace",))
-    (line,) = shown.summarize(alone, {run: made_up(run) for run in alone.runs()})
-    assert shown.cells(line, alone) == ["torch:l1", "0.9", "81.0 ± 0.0", "100"]
-    assert len(shown.headers(alone)) == 4
-    for each in (study, alone):
-        assert shown.image(shown.plot(each, shown.summarize(each, {})), "png").startswith(b"\x89PNG")
+    analysis = Analysis(alone, {cell: made_up(cell) for cell in alone.cells()})
+    assert accuracy_table(analysis).rows == [["torch:l1", "0.9", "81.0 ± 0.0", "100"]]
+    assert len(accuracy_table(analysis).headers) == 4
+    for analysis in (nothing, Analysis(alone, {})):
+        assert image(plot(analysis), "png").startswith(b"\x89PNG")
 
 
 def test_the_page_stands_alone_and_equal_results_give_equal_files(tmp_path: Path) -> None:
@@ -406,6 +414,16 @@ def test_a_mistake_leaves_no_traceback(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_engine_that_fails_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    def broken(*arguments: object) -> Any:
+        raise EngineError("out of order")
+
+    monkeypatch.setattr(cli, "local", broken)
+    assert refused("compare", "--output", str(tmp_path / "out")) == "error: out of order"
+
+
 def test_criteria_and_version_are_listed() -> None:
     listed = CliRunner().invoke(cli.app, ["criteria"])
     assert "torch:l1" in listed.output and "global magnitude, after training" in listed.output
@@ -427,9 +445,9 @@ entry.main()
 
 
 def test_magnitude_pruning_of_the_study_is_the_adapters() -> None:
-    model, twin = (TASKS["digits"].network() for _ in range(2))
-    twin.load_state_dict(model.state_dict())
+    model, reference = (TASKS["digits"].network() for _ in range(2))
+    reference.load_state_dict(model.state_dict())
     criteria.load("torch:l1").prune(model, 1000)
-    pairs = [(m, "weight") for m in twin.modules() if hasattr(m, "weight") and m.weight.ndim > 1]
+    pairs = [(m, "weight") for m in reference.modules() if hasattr(m, "weight") and m.weight.ndim > 1]
     torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=1000)
-    assert all(torch.equal(mask, masks(twin)[name]) for name, mask in masks(model).items())
+    assert all(torch.equal(mask, masks(reference)[name]) for name, mask in masks(model).items())

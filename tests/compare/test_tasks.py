@@ -16,9 +16,9 @@ from torch import Generator, nn
 
 from ip_plugin import report
 from ip_plugin.compare.cell import execute
-from ip_plugin.compare.config import Run, Settings
+from ip_plugin.compare.config import Cell, Settings
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.errors import InvalidStudyError
+from ip_plugin.errors import StudyError
 
 CIFAR10 = TASKS["cifar10"]
 
@@ -134,19 +134,19 @@ def cut(path: str) -> str:
 def test_what_is_no_cifar10_is_refused(name: str, tmp_path: Path) -> None:
     make, message = BAD[name]
     data = make(tmp_path)
-    with pytest.raises(InvalidStudyError, match=f"(?s){message}.*train_labels"):
+    with pytest.raises(StudyError, match=f"(?s){message}.*train_labels"):
         CIFAR10.load(data)
 
 
 def test_settings_of_data_are_checked_before_anything_runs(tmp_path: Path) -> None:
     data = archive(tmp_path)
-    with pytest.raises(InvalidStudyError, match="no data"):
+    with pytest.raises(StudyError, match="no data"):
         Settings(task="cifar10")
-    with pytest.raises(InvalidStudyError, match="brings its data"):
+    with pytest.raises(StudyError, match="brings its data"):
         Settings(data=data)
-    with pytest.raises(InvalidStudyError, match="train_images"):
+    with pytest.raises(StudyError, match="train_images"):
         Settings(task="cifar10", data=data, train_images=0)
-    with pytest.raises(InvalidStudyError, match="60 instead of 61"):
+    with pytest.raises(StudyError, match="60 instead of 61"):
         CIFAR10.load(data, 61)
 
 
@@ -161,12 +161,12 @@ def test_half_of_the_images_are_mirrored() -> None:
 
 def test_the_networks() -> None:
     torch.manual_seed(0)
-    found = report(CIFAR10.network(), torch.zeros(1, 3, 32, 32))
-    assert found.prunable.parameters == 282800 and found.prunable.macs_dense == 8_701_184
-    found = report(TASKS["cifar10-resnet"].network(), torch.zeros(1, 3, 32, 32))
+    network = report(CIFAR10.network(), torch.zeros(1, 3, 32, 32))
+    assert network.prunable.parameters == 282800 and network.prunable.macs_dense == 8_701_184
+    network = report(TASKS["cifar10-resnet"].network(), torch.zeros(1, 3, 32, 32))
     # 3x3: 3 to 32; 32 to 32, twice; 32 to 64 to 64; 64 to 128 to 128; two 1x1 shortcuts; a linear layer.
-    assert found.prunable.parameters == 9 * (96 + 2 * 1024 + 2048 + 4096 + 8192 + 16384) + 2048 + 8192 + 1280
-    assert found.prunable.macs_dense == 12_944_640
+    assert network.prunable.parameters == 9 * (96 + 2 * 1024 + 2048 + 4096 + 8192 + 16384) + 2048 + 8192 + 1280
+    assert network.prunable.macs_dense == 12_944_640
     convolutions = [m for m in TASKS["digits"].network().modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [32, 64, 64]
 
@@ -185,8 +185,8 @@ def test_the_residual_network_adds_what_its_blocks_compute() -> None:
 def test_a_run_on_cifar10_learns(tmp_path: Path) -> None:
     made = archive(tmp_path, **arrays(300, 100))
     settings = Settings(task="cifar10", data=made, train_images=250, epochs=6, batch_size=25)
-    result = execute(Run("ip:snip", 0.5, "interspace", 0), settings)
+    result = execute(Cell("ip:snip", 0.5, "interspace", 0), settings)
     assert result.accuracy > 40  # chance: 10
     assert result.parameters == 282800 and result.parameters_left == 141400
-    other = execute(Run("ip:snip", 0.5, "interspace", 0), replace(settings, train_images=200))
+    other = execute(Cell("ip:snip", 0.5, "interspace", 0), replace(settings, train_images=200))
     assert other.accuracy != result.accuracy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -177,3 +178,19 @@ def test_a_forward_pass_computes_with_ordinary_tensors() -> None:
     layer = interspace(Standardised(3, 8, 3))
     layer(torch.randn(1, 3, 5, 5))
     assert seen == [Tensor] and type(layer.weight) is ComposedWeight
+
+
+def test_counting_zeros_of_a_pruned_kernel_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ip_plugin.core.composed_weight._warned_of_zeros", False)
+    model = interspace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2)), basis="dct")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert int((model[0].weight == 0).sum()) == 0
+        set_masks(model, {"0": torch.rand(4, 3, 3, 3) < 0.5, "1": torch.eye(2)})
+        assert int((model[1].weight == 0).sum()) == 2  # its zeros are in the weight
+        assert bool((model[0].weight == model[0].weight.clone()).all())
+    with pytest.warns(UserWarning, match="zeros are counted") as caught:
+        assert int((model[0].weight == 0).sum()) < 54
+        torch.count_nonzero(model[0].weight)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

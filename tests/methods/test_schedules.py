@@ -16,13 +16,7 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import (
-    AlreadySparserError,
-    AmountError,
-    InvalidAmountError,
-    InvalidLossError,
-    InvalidScheduleError,
-)
+from ip_plugin.errors import AmountError, ArgumentError, BatchError, CheckpointError
 from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
 
 pytestmark = [
@@ -112,7 +106,7 @@ def test_rounds_score_anew_what_is_left() -> None:
     prune(model, score, sparsity=0.9, rounds=3, min_per_layer=1)  # the first round would leave more than there is
     assert seen[2:4] == [TOTAL - round(0.75 * TOTAL)] * 2
     assert left(model) == TOTAL - round(0.9 * TOTAL)
-    with pytest.raises(AlreadySparserError):
+    with pytest.raises(AmountError, match="entries to keep"):
         prune(model, sparsity=0.5)
 
 
@@ -317,7 +311,7 @@ def test_a_loss_that_is_none_moves_nothing(bad: Any) -> None:
     model = model_in("interspace")
     schedule = RigL(model, sgd(model), sparsity=0.5, end_step=100, update_every=1)
     before, steps = masks(model), schedule.steps
-    with pytest.raises(InvalidLossError):
+    with pytest.raises(BatchError, match="finite tensor of one element"):
         schedule.step(lambda: bad)
     assert schedule.steps == steps
     assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
@@ -401,7 +395,7 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
     other_ticket.rewind()
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(list(other.parameters()), list(model.parameters()), strict=True))
-    with pytest.raises(InvalidScheduleError, match="state_dict"):
+    with pytest.raises(CheckpointError, match="the tensors of this model"):
         LotteryTicket(nn.Linear(2, 2)).load_state_dict(saved[1])
 
 
@@ -413,20 +407,20 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
     [
         (lambda m: prune(m, sparsity=1.5), AmountError, "1.5"),
         (lambda m: prune(m, sparsity=math.nan), AmountError, "nan"),
-        (lambda m: prune(m, sparsity=0.5, rounds=0), InvalidScheduleError, "rounds"),
+        (lambda m: prune(m, sparsity=0.5, rounds=0), ArgumentError, "rounds"),
         (lambda m: Gradual(m, sparsity=2, end_step=3), AmountError, "2"),
-        (lambda m: Gradual(m, sparsity=0.5, end_step=3, begin_step=3), InvalidScheduleError, "`end_step`.*4"),
-        (lambda m: Gradual(m, sparsity=0.5, end_step=3, update_every=0), InvalidScheduleError, "every"),
-        (lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=0.6), InvalidScheduleError, "initial"),
-        (lambda m: LotteryTicket(m).next_round(1.2), InvalidScheduleError, "fraction"),
-        (lambda m: SET(m, sgd(m), end_step=3), InvalidAmountError, "no layer of the model has a mask"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, begin_step=3), ArgumentError, "`end_step`.*4"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, update_every=0), ArgumentError, "every"),
+        (lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=0.6), AmountError, "initial"),
+        (lambda m: LotteryTicket(m).next_round(1.2), AmountError, "fraction"),
+        (lambda m: SET(m, sgd(m), end_step=3), AmountError, "no layer of the model has a mask"),
         (
             lambda m: Gradual(m, sparsity=0.5, end_step=3, initial=-1),
             AmountError,
             "`initial` must be a fraction",
         ),
-        (lambda m: SET(m, sgd(m), sparsity=0.5, end_step=0), InvalidScheduleError, "end"),
-        (lambda m: RigL(m, sgd(m), sparsity=0.5, end_step=5, drop_fraction=True), InvalidScheduleError, "fraction"),
+        (lambda m: SET(m, sgd(m), sparsity=0.5, end_step=0), ArgumentError, "end"),
+        (lambda m: RigL(m, sgd(m), sparsity=0.5, end_step=5, drop_fraction=True), AmountError, "fraction"),
         (lambda m: RigL(m, sgd(m), sparsity=-1, end_step=5), AmountError, "-1"),
     ],
 )

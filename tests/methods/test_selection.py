@@ -1,4 +1,4 @@
-"""Selection: exact counts, scopes, ties, floors and patterns; literals worked out by hand, and slow oracles."""
+"""Selection: exact counts, scopes, ties, minimums and patterns; literals worked out by hand, and slow oracles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LITERALS: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "erk nearly dense": ({"count": 1, "scope": "erk"}, [[1, 0, 1, 1], [1, 1], [1, 1]]),
     # the largest two would be 6 and 5
     "min_per_layer": ({"count": 5, "min_per_layer": 1}, [[1, 0, 0, 0], [1, 0], [0, 1]]),
-    "floor of two": ({"count": 2, "min_per_layer": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
+    "two in every layer": ({"count": 2, "min_per_layer": 2}, [[1, 0, 1, 0], [1, 1], [1, 1]]),
 }
 
 
@@ -67,7 +67,7 @@ def test_masks_worked_out_by_hand(case: str) -> None:
         assert mask.dtype == torch.bool and mask.shape == score.shape
 
 
-def test_a_floor_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
+def test_min_per_layer_saves_the_best_entry_of_a_layer_and_without_it_there_is_a_warning() -> None:
     scores = scores_of([[1.0, 3.0, 2.0]], [[10.0, 12.0, 11.0, 13.0]])
     with pytest.warns(
         errors.LayerCollapseWarning, match=r"together: t0 of shape \(1, 3\)\. .*LAMP.*min_per_layer="
@@ -98,7 +98,7 @@ def test_layers_with_less_than_a_tenth_of_the_common_share_are_warned_of() -> No
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])
-def test_floors_hold_in_every_scope(scope: Any) -> None:
+def test_min_per_layer_holds_in_every_scope(scope: Any) -> None:
     scores = scores_of(torch.rand(1, 2), torch.rand(30, 30))
     with pytest.warns(errors.LayerCollapseWarning):
         assert counts(methods.select(scores, count=901, scope=scope)) == [0, 1]
@@ -114,7 +114,7 @@ def test_pruned_entries_stay_pruned_and_count(scope: Any) -> None:
         assert not mask[score == -INF].any()
     # 7 entries are left; each scope gives what a layer cannot hold to the others
     assert counts(methods.select(scores, count=5, scope=scope)) == [2, 1, 4]
-    with pytest.raises(errors.AlreadySparserError, match="8 entries to keep, 7 that are not pruned"):
+    with pytest.raises(errors.AmountError, match="8 entries to keep, 7 that are not pruned"):
         methods.select(scores, count=4, scope=scope)
 
 
@@ -306,44 +306,44 @@ def test_every_group_keeps_its_n_best(pattern: methods.NofM) -> None:
 
 Call = Callable[[], Any]
 BAD: dict[str, tuple[Call, type[Exception], str]] = {
-    "no scores": (lambda: methods.select({}, sparsity=0.5), errors.NothingToPruneError, "empty"),
-    "no amount": (lambda: methods.select(THREE), errors.InvalidAmountError, "None"),
-    "two amounts": (lambda: methods.select(THREE, sparsity=0.5, count=4), errors.InvalidAmountError, "=0.5, count=4"),
+    "no scores": (lambda: methods.select({}, sparsity=0.5), errors.SelectionError, "empty"),
+    "no amount": (lambda: methods.select(THREE), errors.AmountError, "None"),
+    "two amounts": (lambda: methods.select(THREE, sparsity=0.5, count=4), errors.AmountError, "=0.5, count=4"),
     "above 1": (lambda: methods.select(THREE, sparsity=1.5), errors.AmountError, "1.5"),
     "below 0": (lambda: methods.select(THREE, sparsity=-0.1), errors.AmountError, "-0.1"),
     "NaN sparsity": (lambda: methods.select(THREE, sparsity=math.nan), errors.AmountError, "nan"),
     "a bool": (lambda: methods.select(THREE, count=True), errors.AmountError, "True"),
     "a fraction as a count": (lambda: methods.select(THREE, count=0.5), errors.AmountError, "0.5"),
     "more than there is": (lambda: methods.select(THREE, count=9), errors.AmountError, "at most 8.*\n.*9"),
-    "scope": (lambda: methods.select(THREE, count=1, scope="local"), errors.InvalidScopeError, "'local'"),
-    "min_per_layer": (lambda: methods.select(THREE, count=1, min_per_layer=-1), errors.InvalidFloorError, "-1"),
-    "floor too high": (
+    "scope": (lambda: methods.select(THREE, count=1, scope="local"), errors.ArgumentError, "'local'"),
+    "min_per_layer": (lambda: methods.select(THREE, count=1, min_per_layer=-1), errors.AmountError, "-1"),
+    "min_per_layer too high": (
         lambda: methods.select(THREE, count=6, min_per_layer=1),
-        errors.InvalidFloorError,
+        errors.AmountError,
         "1 for each of 3 layers, 2 entries kept in all",
     ),
     "NaN score": (
         lambda: methods.select(scores_of([[1.0, math.nan]]), count=1),
-        errors.NonFiniteScoresError,
+        errors.ScoreError,
         r"t0 of shape \(1, 2\): 1 NaN",
     ),
-    "infinite score": (lambda: methods.select(scores_of([[1.0, INF]]), count=1), errors.NonFiniteScoresError, "1 NaN"),
-    "3 of 2": (lambda: methods.NofM(3, 2), errors.InvalidPatternError, r"NofM\(n=3, m=2"),
-    "0 of 2": (lambda: methods.NofM(0, 2), errors.InvalidPatternError, r"NofM\(n=0, m=2"),
-    "along": (lambda: methods.NofM(1, 2, "output"), errors.InvalidPatternError, "'output'"),
-    "no pattern": (lambda: methods.select(THREE, pattern="2:4"), errors.InvalidPatternError, "'2:4'"),
+    "infinite score": (lambda: methods.select(scores_of([[1.0, INF]]), count=1), errors.ScoreError, "1 NaN"),
+    "3 of 2": (lambda: methods.NofM(3, 2), errors.ArgumentError, r"NofM\(n=3, m=2"),
+    "0 of 2": (lambda: methods.NofM(0, 2), errors.ArgumentError, r"NofM\(n=0, m=2"),
+    "along": (lambda: methods.NofM(1, 2, "output"), errors.ArgumentError, "'output'"),
+    "no pattern": (lambda: methods.select(THREE, pattern="2:4"), errors.ArgumentError, "'2:4'"),
     "pattern and sparsity": (
         lambda: methods.select(THREE, sparsity=0.5, pattern=methods.NofM(1, 2)),
-        errors.InvalidPatternError,
+        errors.ArgumentError,
         "'sparsity': 0.5",
     ),
     "pattern that does not fit": (
         lambda: methods.select(THREE, pattern=methods.NofM(1, 2)),
-        errors.PatternMismatchError,
+        errors.SelectionError,
         r"not so in 't1 of shape \(2, 1\)'\n",
     ),
     "density": (lambda: methods.erk([(2, 2)], 2.0), errors.AmountError, "2.0"),
-    "no shapes": (lambda: methods.erk([], 0.5), errors.NothingToPruneError, "empty"),
+    "no shapes": (lambda: methods.erk([], 0.5), errors.SelectionError, "empty"),
 }
 
 
@@ -395,9 +395,9 @@ def test_targets_and_masks_that_the_model_does_not_have_are_refused_and_nothing_
     before = masks(model)
     good = {prunable(model)[0]: torch.zeros(4, 3, 3, 3, dtype=torch.bool)}
     foreign = {(nn.Linear(4, 2), "weight"): torch.ones(2, 4)}
-    with pytest.raises(errors.UnknownTargetError, match="'weight' of a Linear that is no target of this model"):
+    with pytest.raises(errors.SelectionError, match="'weight' of a Linear that is no target of this model"):
         methods.apply_masks(model, {**good, **foreign})
-    with pytest.raises(errors.UnknownTargetError, match="'bias' of a ParametrizedLinear"):
+    with pytest.raises(errors.SelectionError, match="'bias' of a ParametrizedLinear"):
         methods.apply_masks(model, {**good, (model[2], "bias"): torch.ones(2)})
     with pytest.raises(errors.MaskError, match="layer '2'"):
         methods.apply_masks(model, {**good, (model[2], "weight"): torch.ones(4, 2)})

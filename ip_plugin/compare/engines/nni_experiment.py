@@ -1,10 +1,10 @@
-"""An NNI experiment that is started, and of which nothing is left behind.
+"""Start an NNI experiment, and leave nothing of it behind.
 
-NNI 3.0 is imported when it is used. What its manager does by itself and what is done about it here:
+NNI 3.0 is imported when it is used. Its manager has two habits that are corrected here:
 
-- it listens on every network interface, without a password, and runs commands for whoever asks. On the local training
-  service it is bound to loopback; other services need to reach it, so there it stays as NNI has it;
-- it outlives whoever started it. Here it ends with its starter, killed or not, and its trials with it.
+- It listens on every network interface, without a password, and runs commands for whoever asks. With the local training
+  service it is bound to loopback. Other training services need to reach it, so there it stays as it is.
+- It outlives the process that started it. Here it ends with that process, even if that is killed, and its trials too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import signal
 import socket
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ip_plugin.errors import ExperimentError, PortInUseError
+from . import EngineError
 
 FIRST_PORT = 8080
 _STARTS_TRIED = 3
@@ -40,9 +41,9 @@ process.on('exit', () => { if (alone()) require('fs').rmSync(__dirname, {recursi
 
 @contextmanager
 def running(config: Any, *, port: int | None = None) -> Iterator[Any]:
-    """Start an NNI experiment, and leave no process of it behind, however the block is left.
+    """Run an NNI experiment while the block runs; no process of it is left behind, however the block ends.
 
-    Its working directory is a temporary one, unless the configuration names one: that one is kept.
+    Its working directory is temporary, unless the configuration names one.
 
     Args:
         config: an `nni.experiment.ExperimentConfig`.
@@ -52,8 +53,7 @@ def running(config: Any, *, port: int | None = None) -> Iterator[Any]:
         The `nni.experiment.Experiment`.
 
     Raises:
-        ExperimentError: NNI could not start.
-        PortInUseError: the port asked for is in use.
+        EngineError: NNI could not start, or `port` is in use.
     """
     import nni
     from nni.experiment import Experiment
@@ -63,11 +63,11 @@ def running(config: Any, *, port: int | None = None) -> Iterator[Any]:
     local = getattr(config.training_service, "platform", None) == "local"
     kept = config.experiment_working_directory != ExperimentConfig.experiment_working_directory
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost,127.0.0.1"]))
-    patient = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # trials that spin while they wait stop each other
+    wait_policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow other trials down
     nni.silence_stdout()
     with (
         tempfile.TemporaryDirectory(prefix="ip-plugin-nni-", ignore_cleanup_errors=True) as folder,
-        _environment(no_proxy=direct, NO_PROXY=direct, OMP_WAIT_POLICY=patient),
+        _environment(no_proxy=direct, NO_PROXY=direct, OMP_WAIT_POLICY=wait_policy),
     ):
         preload = Path(folder, "preload.cjs")
         preload.write_text(_PRELOAD % json.dumps("127.0.0.1" if local else None), encoding="utf-8")
@@ -91,6 +91,13 @@ def portal(experiment: Any) -> str:
     return f"http://127.0.0.1:{experiment.port}/{experiment.url_prefix}/"
 
 
+def request(experiment: Any, path: str) -> bytes:
+    """What the manager of a running experiment answers to a request of its REST interface."""
+    with urllib.request.urlopen(f"{portal(experiment)}api/v1/nni/{path}", timeout=20) as answer:
+        content: bytes = answer.read()
+    return content
+
+
 def _start(experiment: Any, port: int | None, preload: Path) -> None:
     """Start the manager on the port, or on the first one that is free."""
     ports = range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port] * _STARTS_TRIED
@@ -98,24 +105,27 @@ def _start(experiment: Any, port: int | None, preload: Path) -> None:
     for candidate in ports:
         if not _is_free(candidate):
             if port is not None:
-                raise PortInUseError(port)
+                raise EngineError(
+                    f"Port {port} for NNI's web portal is in use by another process. Choose another one with "
+                    "--nni-port, or leave it out to take the first free one."
+                )
             continue
         options = f"{os.environ.get('NODE_OPTIONS', '')} --require {json.dumps(str(preload))}".strip()
         try:
-            with _environment(NODE_OPTIONS=options), _interrupted_later():
+            with _environment(NODE_OPTIONS=options), interrupts_delayed():
                 experiment.start(candidate)
-        except (RuntimeError, OSError) as error:  # another process was faster, or the manager too slow
+        except (RuntimeError, OSError) as error:  # another process took the port, or the manager is too slow
             failures.append(error)
             if len(failures) == _STARTS_TRIED:
                 break
         else:
             return
-    found = f"{type(failures[-1]).__name__}: {failures[-1]}" if failures else f"no free port in {ports}"
-    raise ExperimentError(f"it did not start: {found}")
+    reason = f"{type(failures[-1]).__name__}: {failures[-1]}" if failures else f"no free port in {ports}"
+    raise EngineError(f"The NNI experiment did not start: {reason}")
 
 
 def _stop(experiment: Any) -> None:
-    """Stop the manager and its trials: first as NNI does it, then whoever is left of their process group."""
+    """Stop the manager and its trials: first by NNI itself, then by killing what remains of their process group."""
     process = experiment._proc
     try:
         experiment.stop()
@@ -141,7 +151,7 @@ def _is_free(port: int) -> bool:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for this process and those that it starts."""
+    """Set environment variables, for this process and those that it starts, while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -155,8 +165,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: while NNI starts a manager it would lose sight of it."""
+def interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C to the end of the block: interrupted while it starts a manager, NNI would forget that process."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

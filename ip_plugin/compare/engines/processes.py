@@ -13,12 +13,11 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from ip_plugin.errors import TrialFailedError
-
-from ..cell import EpochDone, Outcomes, Result, execute
-from ..config import Run, Settings
+from ..cell import Result, execute
+from ..config import Cell, Settings
 from ..deployment import check_alone
-from ..training import Memory
+from ..training import TrainingCache
+from . import EngineError, Outcomes
 
 _CONTEXT = get_context("spawn")
 
@@ -33,43 +32,32 @@ class Processes:
     jobs: int
 
     def __call__(
-        self, runs: Sequence[Run], settings: Settings, began: Callable[[Run], None], epoch_done: EpochDone
+        self, cells: Sequence[Cell], settings: Settings, began: Callable[[Cell], None], epoch_done: Callable[[], None]
     ) -> Outcomes:
-        """Run cells, and yield each with its result or with what went wrong, as they finish.
-
-        Raises:
-            InvalidStudyError: latencies are to be measured, and there is more than one job.
-        """
+        """Run cells, see `ip_plugin.compare.engines.Engine`."""
         if self.jobs > 1:
             check_alone(settings.deploy_threads, f"{self.jobs} jobs at once")
         threads = max(1, torch.get_num_threads() // self.jobs)
-        waiting = deque(runs)
+        waiting = deque(cells)
         workers: dict[Connection, _Worker] = {}
         try:
             while waiting or workers:
                 while waiting and len(workers) < self.jobs:
                     worker = _Worker.start(settings, threads)
                     workers[worker.pipe] = worker
-                    worker.give(waiting.popleft(), began)
+                    worker.begin(waiting.popleft(), began)
                 for pipe in wait(list(workers)):
                     assert isinstance(pipe, Connection)
                     worker = workers[pipe]
-                    try:
-                        said: Result | Exception | None = pipe.recv()
-                    except EOFError:  # it is dead
-                        worker.process.join()
-                        said = TrialFailedError(f"a process that ended with exit code {worker.process.exitcode}")
-                        del workers[pipe]
-                    if said is None:
+                    cell, outcome = worker.cell, worker.receive()
+                    if outcome is None:
                         epoch_done()
                         continue
-                    run = worker.run
-                    if pipe in workers:
-                        if waiting:
-                            worker.give(waiting.popleft(), began)
-                        else:
-                            workers.pop(pipe).stop()
-                    yield run, said
+                    if waiting and worker.process.is_alive():
+                        worker.begin(waiting.popleft(), began)
+                    else:
+                        workers.pop(pipe).stop()
+                    yield cell, outcome
         finally:
             for worker in workers.values():
                 worker.stop()
@@ -89,11 +77,20 @@ class _Worker:
         theirs.close()
         return cls(process, ours)
 
-    def give(self, run: Run, began: Callable[[Run], None]) -> None:
-        self.run = run
-        began(run)
-        with suppress(BrokenPipeError):  # it is dead, which is noticed when it is read from
-            self.pipe.send(run)
+    def begin(self, cell: Cell, began: Callable[[Cell], None]) -> None:
+        self.cell = cell
+        began(cell)
+        with suppress(BrokenPipeError):  # the process is dead; `receive` will tell
+            self.pipe.send(cell)
+
+    def receive(self) -> Result | Exception | None:
+        """The outcome of the cell, or None after an epoch."""
+        try:
+            message: Result | Exception | None = self.pipe.recv()
+        except (EOFError, ConnectionResetError):  # it is dead
+            self.process.join()
+            return EngineError(f"The process of this cell ended with exit code {self.process.exitcode}.")
+        return message
 
     def stop(self) -> None:
         self.process.kill()
@@ -102,18 +99,18 @@ class _Worker:
 
 
 def _work(pipe: Connection, settings: Settings, threads: int) -> None:
-    """In the process: run what comes, and tell of every epoch (None) and of the end (a result, or an error)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that was started by the user stops this one
+    """Run the cells that arrive, in the process; send None after every epoch and the outcome at the end of a cell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starting process stops this one
     torch.set_num_threads(threads)
-    memory = Memory()
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens any more
+    cache = TrainingCache()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the starting process has ended
         while True:
-            run = pipe.recv()
-            said: Result | Exception
+            cell = pipe.recv()
+            outcome: Result | Exception
             try:
-                said = execute(run, settings, lambda: pipe.send(None), memory)
+                outcome = execute(cell, settings, lambda: pipe.send(None), cache)
             except (BrokenPipeError, ConnectionResetError):
                 return
             except Exception as error:
-                said = TrialFailedError(f"{type(error).__name__}: {error}")
-            pipe.send(said)
+                outcome = EngineError(f"{type(error).__name__}: {error}")
+            pipe.send(outcome)

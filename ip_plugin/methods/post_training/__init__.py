@@ -1,1 +1,1 @@
-"""What is done to a trained network without training it: fitted bases, refinement, reconstruction."""
+"""Post-training pruning: fitted bases, their refinement, and layer-wise reconstruction."""

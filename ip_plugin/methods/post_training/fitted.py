@@ -1,9 +1,9 @@
-"""Pruning a trained network without training it, in bases that are fitted to its kernels."""
+"""Prune a trained network without training, in bases that are fitted to its kernels."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ...core.convert import Sharing, bake, groups_of, interspace
 from ...core.tensor_ref import Model, TensorRef, by_basis, check_finite, prunable_tensors
-from ...errors import InvalidScopeError
-from ..derivatives import Batches, pair
-from ..schedules import Score, prune, whole
+from ...errors import ArgumentError
+from ..derivatives import Batches, pairs
+from ..schedules import Score, check_whole, prune
 from ..scores import magnitude
 from ..selection import least, pruned
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
@@ -43,40 +43,40 @@ def prune_fitted(
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
     scope (without `min_per_layer`, by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned
-    in the same budget. The network is one for inference then, or for fine-tuning with a new optimizer.
+    within the same total. The result is ready for inference, or for fine-tuning with a new optimizer.
 
-    Bases are orthonormal while it is chosen how much each layer keeps. Then they are fitted once more without that, and
-    so is which coefficients are kept (`refine`).
+    Bases are orthonormal while the number of coefficients that each layer keeps is chosen. Then the bases are fitted
+    again without that constraint, together with the choice of coefficients (`refine`).
 
-    With a few batches, the outputs are what counts: pruning goes in rounds, what is left is fitted to the outputs of
-    the dense network after each of them (`reconstruct`), and the statistics of BatchNorms are estimated anew in the end
-    (`reestimate_batch_norm`).
+    With a few batches, layer outputs are approximated instead of weights: pruning runs in rounds, after each of which
+    the remaining coefficients are fitted to the outputs of the dense network (`reconstruct`), and the statistics of
+    BatchNorms are re-estimated at the end (`reestimate_batch_norm`).
 
     Args:
-        model: changed in place. Plain, or in the interspace: then its bases are replaced, and the masks that it has
-            are applied to the weights before.
-        sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` says how many numbers they have.
-        sharing: which layers share a basis, as `ip_plugin.interspace` takes it; None is as the model has it in the
-            interspace, and ``"model"`` for a plain one.
-        scope: ``"global"``: one threshold, so that the last entry which each layer loses adds equally to the error;
-            ``"layer"``: every layer has the same sparsity.
-        min_per_layer: how many entries every layer keeps at least.
-        score: what is kept, in the fitted bases; `ip_plugin.methods.lamp` leaves more of late layers.
+        model: changed in place. Plain, or in the interspace: then its bases are replaced, and its masks are applied to
+            the weights first.
+        sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` lists their size.
+        sharing: which layers share a basis, as in `ip_plugin.interspace`; None keeps the sharing of a model in the
+            interspace, and is ``"model"`` for a plain one.
+        scope: ``"global"``: one threshold for all layers, so that the last entry that each layer loses adds equally to
+            the error; ``"layer"``: every layer has the same sparsity.
+        min_per_layer: the least number of entries that every layer keeps.
+        score: rates coefficients in the fitted bases; `ip_plugin.methods.lamp` keeps more of late layers.
         batches: pairs (inputs, targets), as `reconstruct` takes them. The model is copied, so it must be one that
             ``copy.deepcopy`` takes (`ip_plugin.adopt_masks` helps where `torch.nn.utils.prune` has left masks).
         rounds: as in `prune`; None is 1 without batches and 4 with them.
-        orthonormal: leave the bases orthonormal.
+        orthonormal: keep the bases orthonormal.
         train_basis: whether bases require gradients, as in `ip_plugin.interspace`. Fine-tuned at the learning rate of
             the coefficients, they lose accuracy.
-        seed: of the sample of kernels that is looked at first.
-        progress: show a progress bar (of the package rich) while bases are fitted.
+        seed: of the sample of kernels with which fitting begins.
+        progress: show a progress bar (needs the package rich) while bases are fitted.
 
     Returns:
         The model, in the interspace and masked.
 
     Raises:
-        InvalidScopeError, InvalidScheduleError, NoBatchesError, InvalidBatchError, and as `ip_plugin.interspace` and
-            `select`: the model is as it was.
+        ArgumentError: of `scope` or `rounds`. BatchError: no batches, or one that is no pair. And as
+            `ip_plugin.interspace` and `select`. In all cases the model is as it was.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> model = prune_fitted(model, sparsity=0.8)
@@ -84,26 +84,17 @@ def prune_fitted(
     >>> report(model).prunable.nonzeros
     547
     """
-    if scope not in ("global", "layer"):
-        raise InvalidScopeError(scope)
-    found_layers = prunable_tensors(model)
-    sizes = [layer.parameter.numel() for layer in found_layers]
-    least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
-    if rounds is not None:
-        whole(rounds, "rounds", 1)
-    groups = _groups(model, sharing)
-    for layer in found_layers:
-        check_finite(layer.module_name, layer.parameter)
+    groups = _checked_groups(model, sparsity, sharing, scope, min_per_layer, rounds)
     dense = None
     if batches is not None:
         batches = list(batches)
-        estimates(model, [pair(batch)[0] for batch in batches])  # that it runs on them
+        estimates(model, [inputs for inputs, _ in pairs(batches)])  # fails if the model does not run on them
         dense = copy.deepcopy(model)
-    found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
+    bases = _fitted_bases(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)
     for number, members in enumerate(groups):
-        names = [layer.module_name for layer in members]
-        interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
+        names = [ref.module_name for ref in members]
+        interspace(model, basis=bases[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
 
     def rebuild() -> None:
         if dense is not None and batches is not None:
@@ -112,47 +103,56 @@ def prune_fitted(
     rounds = rounds or (1 if dense is None else _ROUNDS)
     prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, min_per_layer=min_per_layer, after_round=rebuild)
     if not orthonormal:
-        with _watched(progress, "refining bases") as round_done:
+        with _progress_bar(progress, "refining bases") as round_done:
             refine(model, dense, seed=seed, round_done=round_done)
         rebuild()
     return model if batches is None else reestimate_batch_norm(model, batches)
 
 
-def _fit(
+def _checked_groups(
+    model: nn.Module, sparsity: float, sharing: Sharing | None, scope: str, min_per_layer: int, rounds: int | None
+) -> list[list[TensorRef]]:
+    """The convolutions to convert, in lists of layers that share a basis; raises as `prune_fitted`."""
+    if scope not in ("global", "layer"):
+        raise ArgumentError(
+            '`scope` must be "global" or "layer".', f"{scope!r}", '"global" puts all layers under one threshold'
+        )
+    refs = prunable_tensors(model)
+    sizes = [ref.parameter.numel() for ref in refs]
+    least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
+    if rounds is not None:
+        check_whole(rounds, "rounds", 1)
+    converted = by_basis(refs)
+    groups = list(converted.values()) if converted and sharing is None else groups_of(model, sharing or "model")
+    for ref in refs:
+        check_finite(ref.module_name, ref.parameter)
+    return groups
+
+
+def _fitted_bases(
     model: nn.Module, groups: list[list[TensorRef]], density: float, scope: str, seed: int, progress: bool
 ) -> dict[int, Tensor]:
-    shared = {layer.module_name: number for number, members in enumerate(groups) for layer in members}
-    kernels = [_kernels(layer, shared.get(layer.module_name)) for layer in prunable_tensors(model)]
-    keep = largest(density) if scope == "global" else _of_each(largest(density))
-    with _watched(progress, "fitting bases") as round_done:
+    """{number of a group: basis fitted to its kernels}."""
+    group_of = {ref.module_name: number for number, members in enumerate(groups) for ref in members}
+    kernels = [_kernels(ref, group_of.get(ref.module_name)) for ref in prunable_tensors(model)]
+    keep = largest(density) if scope == "global" else _in_each_layer(largest(density))
+    with _progress_bar(progress, "fitting bases") as round_done:
         return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
-def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[TensorRef]]:
-    """Layers that share a basis, or are to share one."""
-    converted = by_basis(prunable_tensors(model))
-    if converted and sharing is None:
-        return list(converted.values())
-    return groups_of(model, sharing or "model")
-
-
-def _kernels(layer: TensorRef, group: int | None) -> Kernels:
+def _kernels(ref: TensorRef, group: int | None) -> Kernels:
     if group is None:
-        return Kernels(kernel_rows(layer.composed.reshape(-1, 1, 1)), None)
-    return Kernels(kernel_rows(layer.composed), group, tuple(layer.parameter.shape[2:]))
+        return Kernels(kernel_rows(ref.composed.reshape(-1, 1, 1)), None)
+    return Kernels(kernel_rows(ref.composed), group, tuple(ref.parameter.shape[2:]))
 
 
-def _of_each(keep: Keep) -> Keep:
-    """Every layer by itself."""
-
-    def of_each(coefficients: Sequence[Tensor]) -> list[Tensor]:
-        return [mask for each in coefficients for mask in keep([each])]
-
-    return of_each
+def _in_each_layer(keep: Keep) -> Keep:
+    """Choose in every layer by itself, instead of in all layers together."""
+    return lambda coefficients: [mask for values in coefficients for mask in keep([values])]
 
 
 @contextmanager
-def _watched(progress: bool, what: str) -> Iterator[Callable[[int, float], None]]:
+def _progress_bar(progress: bool, what: str) -> Iterator[Callable[[int, float], None]]:
     if not progress:
         yield lambda number, error: None  # noqa: ARG005
         return

@@ -1,7 +1,7 @@
-"""What layers see: the second moments of their inputs, in which errors of weights are errors of outputs.
+"""Second moments of layer inputs, by which errors of weights are weighed as errors of outputs.
 
-A layer multiplies its weights with patches of its input. With the moments ``M`` of the patches, ``W M W^T`` is the
-energy of its outputs, and ``(W - V) M (W - V)^T`` that of the difference which other weights make.
+A layer multiplies its weights ``W`` by patches of its input. With the second moments ``M`` of the patches, the energy
+of its outputs is ``W M W^T``, and the squared error of outputs with other weights ``V`` is ``(W - V) M (W - V)^T``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ...core.parametrization import parametrizations
 from ...core.tensor_ref import TensorRef
 from ..derivatives import call, pure, sum_dtype
-
-#: Numbers in the patches that are held at once.
-_AT_ONCE = 1 << 24
 
 _FORWARDS = [
     cls.forward
@@ -31,25 +27,16 @@ _FORWARDS = [
 ]  # fmt: skip
 
 
-def multiplies(layer: TensorRef) -> bool:
-    """Whether a layer's outputs are its weight times patches of its input, as those of torch's own classes are."""
-    plain = layer.parametrization is None or len(parametrizations(layer.module).weight) == 1
-    return plain and type(layer.module).forward in _FORWARDS
-
-
-def rows(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight, or coefficients of its shape, as ``(groups, out / groups, in / groups, N)``; a view."""
-    if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *kernel)
-        parts = weight.reshape(module.groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-        return parts.transpose(1, 2)
-    groups = module.groups if isinstance(module, _ConvNd) else 1
-    return weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
+def multiplies(ref: TensorRef) -> bool:
+    """Whether a layer's outputs are its weight times patches of its input: so for torch's own forward methods."""
+    plain = ref.chain is None or len(ref.chain) == 1
+    return plain and type(ref.module).forward in _FORWARDS
 
 
 def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
-    """What each output is made of: ``(groups, samples, in / groups, N)``.
+    """The patch of the input that each output is computed from: ``(groups, samples, in / groups, prod(kernel))``.
 
-    The outputs, as ``(groups, samples, out / groups)``, are ``einsum("gsin,goin->gso", patches, rows(weight))``.
+    Outputs ``(groups, samples, out / groups)`` are ``einsum("gsin,goin->gso", patches, by_group(module, weight))``.
 
     Args:
         module: a linear layer or convolution.
@@ -67,7 +54,7 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     spans = [d * (k - 1) for d, k in zip(module.dilation, kernel, strict=True)]
     stride: Sequence[int] = module.stride
     if isinstance(module, _ConvTransposeNd):
-        # A convolution, by the flipped kernel, of the input with zeros between its values.
+        # It is a convolution with the flipped kernel of the input with zeros between its values.
         spread = x.new_zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True))))
         places: list[Any] = [slice(None, None, step) for step in stride]
         spread[(..., *places)] = x
@@ -85,12 +72,12 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
     if isinstance(module, _ConvTransposeNd):
         x = x.flip(tuple(range(-len(kernel), 0)))
     parts = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
-    found: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
-    return found
+    rows: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
+    return rows
 
 
 class Moments:
-    """The second moments of a layer's patches, and their mean.
+    """The second moments and the mean of a layer's patches.
 
     >>> moments = Moments()
     >>> moments.add(torch.tensor([[[[1.0]], [[3.0]]]]))  # two samples of one number
@@ -103,7 +90,7 @@ class Moments:
         self._sum = self._products = torch.empty(0)
 
     def add(self, seen: Tensor) -> None:
-        """Take in ``(groups, samples, in / groups, N)``."""
+        """Add patches: ``(groups, samples, in / groups, prod(kernel))``."""
         seen = seen.flatten(2).to(sum_dtype(seen))
         if self.samples:
             self._sum += seen.sum(1)
@@ -114,40 +101,50 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """``(groups, in / groups * N)``."""
+        """``(groups, in / groups * prod(kernel))``."""
         return self._sum / self.samples
 
     def second(self, *, central: bool) -> Tensor:
-        """``(groups, in / groups * N, in / groups * N)``, about zero or about the mean."""
-        found = self._products / self.samples
-        return found.baddbmm_(self.mean[:, :, None], self.mean[:, None], alpha=-1) if central else found
+        """``(groups, D, D)`` with ``D = in / groups * prod(kernel)``, about zero or about the mean."""
+        moments = self._products / self.samples
+        return moments.baddbmm_(self.mean[:, :, None], self.mean[:, None], alpha=-1) if central else moments
 
 
 def observe(
-    model: nn.Module, watchers: Mapping[TensorRef, Callable[[Tensor], object]], inputs: Iterable[Any]
+    model: nn.Module,
+    watchers: Mapping[TensorRef, Callable[[Tensor], object]],
+    inputs: Iterable[Any],
+    *,
+    patches_at_once: int = 1 << 24,
 ) -> dict[str, list[str]]:
-    """Run a model in evaluation mode, without a trace in it; watchers get the patches of their layers, in parts.
+    """Run a model in evaluation mode and pass the input patches of layers to watchers, in parts.
+
+    Args:
+        model: not changed.
+        watchers: {layer of the model: called with patches of its input}.
+        inputs: of the model, one for each run.
+        patches_at_once: how many numbers in patches are held in memory together.
 
     Returns:
-        {layer name: the BatchNorms which take its outputs, and nothing else, in all of their calls}.
+        {layer name: names of the BatchNorms whose input is this layer's output in all of their calls}.
     """
     sources: dict[str, set[str | None]] = {}
     last: list[tuple[str, Tensor]] = []
 
-    def of_layer(layer: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
+    def of_layer(ref: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
-            last[:] = [(layer.module_name, y)]
+            last[:] = [(ref.module_name, y)]
             size: tuple[int, ...] = ()
             if not isinstance(module, _ConvNd):
-                x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
+                x, numbers = x.reshape(-1, x.shape[-1]), x.shape[-1]
             else:
                 dimensions = len(module.kernel_size)
                 x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a single input may come without a batch
                 size = tuple(y.shape[-dimensions:])
-                each = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
-            for some in x.split(max(1, _AT_ONCE // max(1, each))):
-                watcher(patches(module, some, size))
+                numbers = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
+            for part in x.split(max(1, patches_at_once // max(1, numbers))):
+                watcher(patches(module, part, size))
 
         return called
 
@@ -157,7 +154,7 @@ def observe(
 
         return called
 
-    handles = [each.module.register_forward_hook(of_layer(each, w), with_kwargs=True) for each, w in watchers.items()]
+    handles = [ref.module.register_forward_hook(of_layer(ref, w), with_kwargs=True) for ref, w in watchers.items()]
     handles += [
         module.register_forward_pre_hook(of_norm(name))
         for name, module in model.named_modules()
@@ -166,14 +163,14 @@ def observe(
     try:
         with pure(model), torch.no_grad():
             model.eval()
-            for each in inputs:
-                call(model, {}, each)
+            for batch in inputs:
+                call(model, {}, batch)
     finally:
         for handle in handles:
             handle.remove()
-    takers: dict[str, list[str]] = {}
+    norms: dict[str, list[str]] = {}
     for name, layers in sources.items():
         [layer, *others] = layers
         if layer is not None and not others:
-            takers.setdefault(layer, []).append(name)
-    return takers
+            norms.setdefault(layer, []).append(name)
+    return norms

@@ -1,8 +1,8 @@
-"""What pruning has cost a network, won back on a few batches without training: `reconstruct`, `reestimate_batch_norm`.
+"""Layer-wise least-squares reconstruction after pruning, on a few batches, without training.
 
-What is left of each layer is fitted by least squares, so that for the dense network's inputs it gives the dense
-network's outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do it where channels are pruned; here for any
-mask, in either space).
+The remaining entries of each layer are fitted so that for the dense network's inputs they give the dense network's
+outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do so after channel pruning; here for any mask, in either
+space).
 """
 
 from __future__ import annotations
@@ -15,45 +15,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...core.channels import by_group
 from ...core.tensor_ref import Model, TensorRef
-from ...errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
-from ..derivatives import Batches, call, pair, pure, unwrapped
-from .layer_inputs import Moments, multiplies, observe, rows
+from ...errors import ArgumentError, SelectionError
+from ..derivatives import Batches, call, pairs, pure, unwrapped
+from .layer_inputs import Moments, multiplies, observe
 
-#: Numbers in the moments that are held at once, if one layer does not need more.
-_AT_ONCE = 1 << 26
 _MOST_STEPS = 100
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: float = 0.01) -> Model:
-    """Fit what is left of every masked layer to the outputs that the layer has in the dense network.
+def reconstruct(
+    model: Model, dense: nn.Module, batches: Batches, *, ridge: float = 0.01, moments_at_once: int = 1 << 26
+) -> Model:
+    """Fit the remaining entries of every masked layer to the outputs that the layer has in the dense network.
 
-    For the inputs of the dense network no layer's squared error on these batches is larger afterwards; entries that
-    hardly matter there stay near to where they are. Masks and bases stay. The difference in the mean of the outputs
-    goes into the layer's bias, or into the running mean of the BatchNorm behind it. Pruning in rounds, each followed by
-    this, keeps far more than pruning at once. `reestimate_batch_norm` comes last.
+    On these batches, with the inputs of the dense network, no layer's squared error is larger afterwards; entries that
+    hardly matter there stay near their values. Masks and bases stay. The difference in the mean of the outputs goes
+    into the layer's bias, or into the running mean of the BatchNorm that it feeds. Pruning in rounds, each followed by
+    a reconstruction, is far more accurate than pruning at once. Call `reestimate_batch_norm` last.
 
-    Layers without a mask, layers that see no input, and classes with a forward of their own stay as they are.
-    Parameters keep their identity, and values behind masks stay. Under DistributedDataParallel give every process the
-    same batches.
+    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are.
+    Parameters keep their identity, and values behind masks stay. With DistributedDataParallel pass the same batches in
+    every process.
 
     Args:
-        model: changed in place; masked by whatever means, in either space.
+        model: changed in place; with masks of any kind, in either space.
         dense: the same network before it was pruned; not changed.
-        batches: pairs (inputs, targets) on the model's device, as the scores take them; targets are not looked at.
-            A few: they are held in memory.
-        ridge: what moving an entry costs, as a part of what it adds by itself to the energy of the outputs. With 0
-            only these batches count.
+        batches: pairs (inputs, targets) on the model's device, as for scores; targets are ignored. A few: they are held
+            in memory.
+        ridge: penalty for changing an entry, relative to the energy that the entry alone adds to the outputs. With 0
+            only the fit to these batches counts.
+        moments_at_once: how many numbers in second moments of inputs are held in memory together (those of one layer at
+            least); the dense network runs on the batches once for each group of layers.
 
     Returns:
         The model.
 
     Raises:
-        NoBatchesError, InvalidBatchError, NothingToPruneError: the model is as it was.
-        InvalidRidgeError: a ridge that is negative, or no number; the model is as it was.
-        TwinMismatchError: `dense` lacks a layer of the model, or has it in another shape; the model is as it was.
+        BatchError: there are no batches, or one is no pair.
+        SelectionError: there is no layer, or `dense` lacks a layer of the model, or has it in another shape.
+        ArgumentError: a ridge that is negative, or no number. In all cases the model is as it was.
 
     >>> import copy
     >>> from ip_plugin.methods import magnitude, prune
@@ -65,21 +68,22 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
     True
     """
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
-        raise InvalidRidgeError(ridge)
-    inner, found = unwrapped(model)
-    twin, others = unwrapped(dense)
-    inputs = [pair(batch)[0] for batch in batches]
-    if not inputs:
-        raise NoBatchesError
-    twins = twins_of(found, others)
+        raise ArgumentError(
+            "`ridge` must be a finite number of at least 0.", f"{ridge!r}", "leave it out, or pass 0.01"
+        )
+    inner, refs = unwrapped(model)
+    reference, dense_refs = unwrapped(dense)
+    inputs = [inputs for inputs, _ in pairs(batches)]
+    references = reference_layers(refs, dense_refs)
     changes: list[tuple[Tensor, Tensor]] = []
-    for some in _chunks([each for each in found if each.mask is not None and multiplies(each)]):
-        moments = {each.module_name: Moments() for each in some}
-        takers = observe(twin, {twins[each.module_name]: moments[each.module_name].add for each in some}, inputs)
-        for each in some:
-            if moments[each.module_name].samples:
-                means = _means(inner, twin, each, twins[each.module_name], takers.get(each.module_name, ()))
-                changes += _fitted(each, twins[each.module_name], moments.pop(each.module_name), means, ridge)
+    for group in _groups([ref for ref in refs if ref.mask is not None and multiplies(ref)], moments_at_once):
+        moments = {ref.module_name: Moments() for ref in group}
+        norms = observe(reference, {references[name]: moments[name].add for name in moments}, inputs)
+        for ref in group:
+            name = ref.module_name
+            if moments[name].samples:
+                means = _means(inner, reference, ref, references[name], norms.get(name, ()))
+                changes += _fitted(ref, references[name], moments.pop(name), means, ridge)
     for tensor, value in changes:
         tensor.copy_(value)
     return model
@@ -87,34 +91,32 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
 
 @torch.no_grad()
 def reestimate_batch_norm(model: Model, batches: Batches) -> Model:
-    """Replace the running statistics of every BatchNorm by the averages over some batches.
+    """Replace the running statistics of every BatchNorm by averages over some batches.
 
-    Everything else runs in evaluation mode (`torch.optim.swa_utils.update_bn` trains it all, dropout included). Modes,
-    gradients and the random state stay.
+    All other modules run in evaluation mode (`torch.optim.swa_utils.update_bn` runs them in training mode, dropout
+    included). Modes, gradients and the random state stay.
 
     Args:
-        model: changed in place: nothing but the buffers of BatchNorms that track statistics.
-        batches: pairs (inputs, targets), as in `reconstruct`; every batch counts alike.
+        model: only the running statistics of BatchNorms are changed, in place.
+        batches: pairs (inputs, targets), as in `reconstruct`; every batch has the same weight.
 
     Returns:
         The model.
 
     Raises:
-        NoBatchesError, InvalidBatchError: the model is as it was.
+        BatchError: there are no batches, or one is no pair; the model is as it was.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
     >>> reestimate_batch_norm(model, [(torch.tensor([[1.0], [3.0]]), None)])[0].running_mean
     tensor([2.])
     """
-    for buffer, value in estimates(model, [pair(batch)[0] for batch in batches]):
+    for buffer, value in estimates(model, [inputs for inputs, _ in pairs(batches)]):
         buffer.copy_(value)
     return model
 
 
 def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Buffers of BatchNorms, and what `reestimate_batch_norm` would write there. The model stays as it is."""
-    if not inputs:
-        raise NoBatchesError
+    """Buffers of BatchNorms, each with the value that `reestimate_batch_norm` writes to it. Changes nothing."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     with pure(model), torch.no_grad():
@@ -125,71 +127,77 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
             norm.train()
-        for each in inputs:
-            call(model, {}, each)
-        found = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    return list(zip(buffers, found, strict=True))
+        for batch in inputs:
+            call(model, {}, batch)
+        values = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    return list(zip(buffers, values, strict=True))
 
 
-def twins_of(found: Sequence[TensorRef], others: Sequence[TensorRef]) -> dict[str, TensorRef]:
-    """The layer of the dense network for each layer."""
-    known = {each.module_name: each for each in others}
-    for each in found:
-        other = known.get(each.module_name)
-        if other is None or other.parameter.shape != each.parameter.shape:
-            what = "no such layer" if other is None else f"one of shape {tuple(other.parameter.shape)}"
-            raise TwinMismatchError(each.module_name, tuple(each.parameter.shape), what)
-    return known
+def reference_layers(refs: Sequence[TensorRef], dense_refs: Sequence[TensorRef]) -> dict[str, TensorRef]:
+    """{layer name: the layer in the dense network}.
+
+    Raises:
+        SelectionError: the dense network lacks a layer, or has it in another shape.
+    """
+    references = {ref.module_name: ref for ref in dense_refs}
+    for ref in refs:
+        other, shape = references.get(ref.module_name), tuple(ref.parameter.shape)
+        if other is None or other.parameter.shape != shape:
+            problem = "no such layer" if other is None else f"one of shape {tuple(other.parameter.shape)}"
+            raise SelectionError(
+                "The dense network must have every prunable layer of the model, in the same shape.",
+                f"layer {ref.module_name!r} of shape {shape}, and {problem} in the dense network",
+                "pass a copy of the model from before it was pruned: copy.deepcopy(model)",
+            )
+    return references
 
 
-def _chunks(found: Sequence[TensorRef]) -> Iterator[list[TensorRef]]:
-    """As many layers together as their moments leave room for."""
-    some: list[TensorRef] = []
-    room = _AT_ONCE
-    for each in found:
-        groups, _, inputs, n = rows(each.module, each.parameter).shape
+def _groups(refs: Sequence[TensorRef], most: int) -> Iterator[list[TensorRef]]:
+    """Layers in lists whose moments have at most so many numbers together, or a single layer."""
+    group: list[TensorRef] = []
+    room = most
+    for ref in refs:
+        groups, _, inputs, n = by_group(ref.module, ref.parameter).shape
         size = groups * (inputs * n) ** 2
-        if some and size > room:
-            yield some
-            some, room = [], _AT_ONCE
-        some.append(each)
+        if group and size > room:
+            yield group
+            group, room = [], most
+        group.append(ref)
         room -= size
-    if some:
-        yield some
+    if group:
+        yield group
 
 
 def _means(
-    model: nn.Module, dense: nn.Module, mine: TensorRef, its: TensorRef, takers: Sequence[str]
+    model: nn.Module, dense: nn.Module, ref: TensorRef, reference: TensorRef, norms: Sequence[str]
 ) -> list[tuple[Tensor, Tensor, int]]:
-    """What holds the mean of a layer's outputs: (tensor, its value in the dense network, its sign)."""
-    if isinstance(mine.module.bias, Tensor) and isinstance(its.module.bias, Tensor):
-        return [(mine.module.bias.detach(), its.module.bias.detach(), 1)]
-    modules, others = dict(model.named_modules()), dict(dense.named_modules())
-    found = []
-    for name in takers:
-        norm, other = (getattr(where.get(name), "running_mean", None) for where in (modules, others))
-        if isinstance(norm, Tensor) and isinstance(other, Tensor):
-            found.append((norm, other, -1))
-    return found
+    """The tensors that shift the mean of a layer's outputs: (tensor, its value in the dense network, sign)."""
+    if isinstance(ref.module.bias, Tensor) and isinstance(reference.module.bias, Tensor):
+        return [(ref.module.bias.detach(), reference.module.bias.detach(), 1)]
+    modules, dense_modules = dict(model.named_modules()), dict(dense.named_modules())
+    means = []
+    for name in norms:
+        mean, dense_mean = (getattr(named.get(name), "running_mean", None) for named in (modules, dense_modules))
+        if isinstance(mean, Tensor) and isinstance(dense_mean, Tensor):
+            means.append((mean, dense_mean, -1))
+    return means
 
 
 def _fitted(
-    mine: TensorRef, its: TensorRef, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
+    ref: TensorRef, reference: TensorRef, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What to write into which tensors."""
-    module, coefficients = mine.module, mine.parameter.detach()
-    second = moments.second(central=bool(means))
-    space = mine.interspace
-    mask = mine.mask
+    """New values of the tensors of a layer: (tensor, value)."""
+    module, coefficients, space, mask = ref.module, ref.parameter.detach(), ref.interspace, ref.mask
     assert mask is not None
-    start = rows(module, coefficients).to(second.dtype)
+    second = moments.second(central=bool(means))
+    start = by_group(module, coefficients).to(second.dtype)
     basis = torch.eye(start.shape[3]) if space is None else space.effective_basis.detach()
-    goal = rows(module, its.composed).to(second.dtype)
-    found = least_squares(second, goal, start, rows(module, mask), basis.to(start), ridge)
+    goal = by_group(module, reference.composed).to(second.dtype)
+    fitted = least_squares(second, goal, start, by_group(module, mask), basis.to(start), ridge)
     value = coefficients.clone(memory_format=torch.contiguous_format)
-    rows(module, value).copy_(torch.where(rows(module, mask), found, start))
+    by_group(module, value).copy_(torch.where(by_group(module, mask), fitted, start))
     yield coefficients, value
-    kept = rows(module, value.masked_fill(~mask, 0)).to(second.dtype) @ basis.to(start)
+    kept = by_group(module, value.masked_fill(~mask, 0)).to(second.dtype) @ basis.to(start)
     difference = ((goal - kept).flatten(2) @ moments.mean[:, :, None]).flatten()
     for tensor, dense, sign in means:
         yield tensor, dense + sign * difference
@@ -198,8 +206,9 @@ def _fitted(
 def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, basis: Tensor, ridge: float) -> Tensor:
     """Coefficients `C` on a support that minimise ``(W - C G) M (W - C G)^T + ridge * |C - start|^2`` for every output.
 
-    The ridge weighs each entry by the diagonal of the quadratic form, so the gauge does not matter. By conjugate
-    gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above that of `start`.
+    The ridge weighs each entry by the diagonal of the quadratic form, so the result does not depend on the filter
+    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above
+    that of `start`.
 
     Args:
         second: `M`, ``(groups, D, D)``, ``D = in / groups * N``.
@@ -219,7 +228,7 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
 
     blocks = second.unflatten(2, (inputs, n)).unflatten(1, (inputs, n)).diagonal(dim1=1, dim2=3)
     diagonal = torch.einsum("nk,gkli,nl->gin", basis, blocks, basis)[:, None]
-    # What carries nothing, but for rounding, stays.
+    # Entries without an effect, up to rounding, stay.
     scale = torch.where(diagonal > 1e-6 * diagonal.amax(), diagonal.abs().rsqrt(), 0)
     start = start * mask
     rest = goal - start @ basis
@@ -237,10 +246,10 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
         if bool((size <= _TOLERANCE**2 * first).all()):
             break
         direction = residual + _quotient(size, previous) * direction
-    found = start + scale * change
-    return torch.where(error(goal - found @ basis) <= before, found, start)
+    fitted = start + scale * change
+    return torch.where(error(goal - fitted @ basis) <= before, fitted, start)
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    """0 where the divisor is 0, as it is for outputs that are fitted exactly."""
+    """``a / b``; 0 where `b` is 0, as for outputs that are fitted exactly."""
     return torch.where(b > 0, a / b, 0)

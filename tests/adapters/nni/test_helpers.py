@@ -46,7 +46,7 @@ X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
 
-def twins() -> tuple[nn.Module, nn.Module]:
+def both_spaces() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     plain = Residual()
     model = interspace(copy.deepcopy(plain), basis="dct", sharing="model")
@@ -64,7 +64,7 @@ def grouping(entries: Iterable[dict[str, Any]]) -> tuple[set[frozenset[str]], li
 
 
 def test_groups_of_layers_that_depend_on_each_other() -> None:
-    model, plain = twins()
+    model, plain = both_spaces()
     training = {name: module.training for name, module in model.named_modules()}
     found = grouping(nni.auto_set_denpendency_group_ids(model, CONFIG, X))
     assert found == grouping(host.auto_set_denpendency_group_ids(plain, CONFIG, X))
@@ -77,7 +77,7 @@ def test_groups_of_layers_that_depend_on_each_other() -> None:
     "name", ["ChannelDependency", "InputChannelDependency", "GroupDependency", "ReshapeDependency"]
 )
 def test_dependencies_of_shapes(name: str) -> None:
-    model, plain = twins()
+    model, plain = both_spaces()
     ours, theirs = getattr(nni, name)(model, X), getattr(host_dependencies, name)(plain, X)
     for _ in range(2):
         assert ours.dependency == theirs.dependency and set(vars(ours)) == set(vars(theirs))
@@ -85,7 +85,7 @@ def test_dependencies_of_shapes(name: str) -> None:
 
 
 def test_operations_and_parameters() -> None:
-    model, plain = twins()
+    model, plain = both_spaces()
     found, expected = (
         count(each, X, verbose=False, mode="full")
         for count, each in ((nni.count_flops_params, model), (host_counter.count_flops_params, plain))
@@ -95,7 +95,7 @@ def test_operations_and_parameters() -> None:
 
 
 def test_sparsities_by_config() -> None:
-    model, plain = twins()
+    model, plain = both_spaces()
     halved = [copy.deepcopy(each) for each in (model, plain)]
     for each in halved:
         each.head = nn.Linear(8, 2)
@@ -112,7 +112,7 @@ def test_sparsities_by_config() -> None:
 
 def test_a_pipeline_with_dependency_groups_is_cut_as_on_the_plain_model() -> None:
     channels = []
-    for model in twins():
+    for model in both_spaces():
         config = nni.auto_set_denpendency_group_ids(model, [{"op_names": ["stem", "left"], "sparse_ratio": 0.5}], X)
         pruner = nni.L1NormPruner(model, config)
         _, found = pruner.compress()
@@ -125,7 +125,7 @@ def test_a_pipeline_with_dependency_groups_is_cut_as_on_the_plain_model() -> Non
 
 
 def test_a_helper_that_fails_gives_the_model_back() -> None:
-    model, _ = twins()
+    model, _ = both_spaces()
     with pytest.raises(RuntimeError):
         nni.auto_set_denpendency_group_ids(model, CONFIG, torch.randn(1, 5, 8, 8))
     assert type(model.stem).__name__ == "ParametrizedConv2d"

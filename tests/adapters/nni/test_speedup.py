@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, report
-from ip_plugin.errors import AlreadyWrappedError, ChangedOutputError, InvalidMaskError, UnknownLayerError
+from ip_plugin.errors import HostError, MaskError, SelectionError
 
 pytest.importorskip("nni")
 pytest.importorskip("torch_pruning")
@@ -83,13 +83,13 @@ def test_channels_that_are_masked_are_cut(pruner: str, space: str) -> None:
 def test_masks_alone_are_enough(space: str) -> None:
     """As with the host: masks of a pruner for another copy of the model."""
     model, x = prepared(space)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     held = nni.L1NormPruner(model, CONFIG)
     _, found = held.compress()
     nni.finish(held)
-    nni.speedup(twin, found, x)
-    torch.testing.assert_close(twin.eval()(x), model.eval()(x))
-    assert twin.body[0].out_channels == 6
+    nni.speedup(reference, found, x)
+    torch.testing.assert_close(reference.eval()(x), model.eval()(x))
+    assert reference.body[0].out_channels == 6
 
 
 def test_a_residual_network_of_torchvision() -> None:
@@ -127,20 +127,20 @@ def test_what_cannot_be_is_refused_and_nothing_changes() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mask = torch.ones(8, 3, 3, 3)
     given: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"steam.0": {"weight": mask}}, UnknownLayerError, "'steam.0'.*\n.*'stem.0'"),
-        ({"stem.0": {"weight": mask[:4]}}, InvalidMaskError, "stem.0.weight"),
-        ({"stem.0": {"wait": mask}}, InvalidMaskError, "stem.0.wait"),
+        ({"steam.0": {"weight": mask}}, SelectionError, "'steam.0'.*\n.*'stem.0'"),
+        ({"stem.0": {"weight": mask[:4]}}, MaskError, "stem.0.weight"),
+        ({"stem.0": {"wait": mask}}, MaskError, "stem.0.wait"),
     ]
     for found, error, message in given:
         with pytest.raises(error, match=message):
             nni.speedup(model, found, x)
     held = nni.L1NormPruner(model, CONFIG)
-    with pytest.raises(AlreadyWrappedError, match="finish"):
+    with pytest.raises(HostError, match="finish"):
         nni.speedup(model, {}, x)
     _, found = held.compress()
     held.unwrap_model()
     model.stem[2] = nn.Sigmoid()  # takes nothing to a half
-    with pytest.raises(ChangedOutputError):
+    with pytest.raises(HostError, match="would change"):
         nni.speedup(model, found, x)
     assert set(model.state_dict()) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

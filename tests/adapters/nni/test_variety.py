@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ip_plugin import interspace, masks, set_masks
-from ip_plugin.errors import InvalidVarietyError
+from ip_plugin.errors import AmountError, ArgumentError, HostError
 from ip_plugin.methods.filter_variety import removal_order, varied
 
 nni: Any = pytest.importorskip("nni")
@@ -113,11 +113,11 @@ def test_filters_are_read_masked_and_in_unit_gauge() -> None:
         set_masks(model, {"0": mask})
         pruner = with_variety(L1NormPruner)(model, entry(0.5))
         pruner.compress()
-        found = pruner._filters("0.parametrizations.weight", "original")
-        assert not found[~mask.flatten(1)].any()
         finish(pruner)
         orders.append(kept(model))
-    assert orders[0] == orders[1]
+    weight = network("plain")[0].weight.detach() * mask
+    order = removal_order(weight.abs().sum((1, 2, 3)), weight)
+    assert orders == [sorted(order[4:].tolist())] * 2
 
 
 @pytest.mark.parametrize("similarity", ["coefficients", "weights"])
@@ -172,9 +172,9 @@ def test_a_channel_that_is_masked_stays_so() -> None:
 
 def test_what_ranks_no_channels_is_refused() -> None:
     pruner = with_variety(LevelPruner)(network("plain"), entry())
-    with pytest.raises(InvalidVarietyError, match=r"rank channels.*\n.*\(8, 3, 3, 3\) for 'weight' of '0'"):
+    with pytest.raises(HostError, match=r"rank channels.*\n.*\(8, 3, 3, 3\) for 'weight' of '0'"):
         pruner.compress()
-    with pytest.raises(InvalidVarietyError, match="2.0"):
+    with pytest.raises(AmountError, match="2.0"):
         with_variety(L1NormPruner, 2.0)
-    with pytest.raises(InvalidVarietyError, match="'weight'"):
+    with pytest.raises(ArgumentError, match="'weight'"):
         with_variety(L1NormPruner, similarity="weight")  # type: ignore[arg-type]

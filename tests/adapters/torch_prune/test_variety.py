@@ -13,7 +13,7 @@ from torch.nn.utils import prune as host
 from ip_plugin import interspace, masks, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.adapters.torch_prune import variety as prune
-from ip_plugin.errors import InvalidAmountError, InvalidScoresError, InvalidVarietyError
+from ip_plugin.errors import AmountError, ArgumentError, ScoreError
 from ip_plugin.methods.filter_variety import removal_order
 
 SPACES = ["plain", "interspace"]
@@ -171,14 +171,14 @@ def test_other_tensors_and_precisions() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dim 2": ({"dim": 2}, InvalidVarietyError, r"dimension 0 or 1.*\n.*dim 2 of 'weight'"),
-    "dim -1": ({"dim": -1}, InvalidVarietyError, "dim -1"),
-    "a vector": ({"name": "bias"}, InvalidVarietyError, r"'bias', shape \(4,\)"),
-    "strength": ({"strength": 2.0}, InvalidVarietyError, "2.0"),
-    "similarity": ({"similarity": "kernels"}, InvalidVarietyError, "coefficients or weights.*\n.*'kernels'"),
-    "amount": ({"amount": 5}, InvalidAmountError, "5"),
-    "scores": ({"importance_scores": torch.ones(4)}, InvalidScoresError, r"shape \(4,\)"),
-    "NaN": ({"importance_scores": torch.full((4, 2, 3, 3), torch.nan)}, InvalidVarietyError, "NaN"),
+    "dim 2": ({"dim": 2}, ArgumentError, r"dimension 0 or 1.*\n.*dim 2 of 'weight'"),
+    "dim -1": ({"dim": -1}, ArgumentError, "dim -1"),
+    "a vector": ({"name": "bias"}, ArgumentError, r"'bias', shape \(4,\)"),
+    "strength": ({"strength": 2.0}, AmountError, "2.0"),
+    "similarity": ({"similarity": "kernels"}, ArgumentError, "coefficients or weights.*\n.*'kernels'"),
+    "amount": ({"amount": 5}, AmountError, "5"),
+    "scores": ({"importance_scores": torch.ones(4)}, ScoreError, r"shape \(4,\)"),
+    "NaN": ({"importance_scores": torch.full((4, 2, 3, 3), torch.nan)}, ScoreError, "NaN"),
 }
 
 
@@ -189,9 +189,9 @@ def test_what_cannot_be_is_refused_and_changes_nothing(name: str) -> None:
     with pytest.raises(error, match=text):
         prune.ln_structured(model, **{"name": "weight", "amount": 1, "n": 2, **changed})
     assert not masks(model)
-    with pytest.raises(InvalidVarietyError, match=r"scores \(3,\), 4 slices along 0"):
+    with pytest.raises(ScoreError, match=r"scores \(3,\), 4 slices along 0"):
         prune.varied_scores(model, "weight", torch.ones(3))
-    with pytest.raises(InvalidVarietyError, match="dim 3"):
+    with pytest.raises(ArgumentError, match="dim 3"):
         prune.random_structured(model, "weight", 1, dim=3)
 
 

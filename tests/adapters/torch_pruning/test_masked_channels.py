@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune as prune
-from ip_plugin.errors import BatchError, ChangedOutputError
+from ip_plugin.errors import BatchError, HostError
 
 pytest.importorskip("torch_pruning")
 
-from ip_plugin.adapters.shared.channels import inputs_left, outputs_left
 from ip_plugin.adapters.torch_pruning.masked_channels import cut_masked_channels
 
 pytestmark = pytest.mark.contract
@@ -147,12 +146,12 @@ def test_an_output_that_would_change_is_refused_and_nothing_changes() -> None:
     set_masks(model, {"0": masked((6, 3, 3, 3), 0, [0, 1]), "3": torch.ones(4, 4, 1, 1)})
     x = torch.randn(1, 3, 8, 8)
     before, parameters = model(x), list(model.parameters())
-    with pytest.raises(ChangedOutputError, match="would change by 0"):
+    with pytest.raises(HostError, match="would change by 0"):
         cut_masked_channels(model, x)
     assert torch.equal(model(x), before)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert masks(model)["3"].all()
-    with pytest.raises(BatchError):
+    with pytest.raises(BatchError, match="must run on `example_input`"):
         cut_masked_channels(model, torch.randn(1, 5, 8, 8))
 
 
@@ -161,7 +160,7 @@ def test_a_model_that_outputs_nan_is_refused_for_that() -> None:
     set_masks(model, {"0": masked((6, 3, 3, 3), 0, [0, 1])})
     x = torch.randn(1, 3, 8, 8)
     x[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ChangedOutputError, match="Found: 4 NaN values in the outputs before anything was cut"):
+    with pytest.raises(BatchError, match="Found: 4 NaN values in the outputs before anything was removed"):
         cut_masked_channels(model, x)
     assert model[0].out_channels == 6
     model[2].bias.data[1] = torch.inf  # as logits that are masked
@@ -178,37 +177,6 @@ def test_the_optimizer_goes_on() -> None:
     cut_masked_channels(model, torch.randn(1, 3, 8, 8), optimizer=optimizer)
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
     assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(6, 9, 3), nn.Conv2d(6, 9, 3, groups=3), nn.ConvTranspose2d(6, 9, 3),
-        nn.ConvTranspose2d(6, 9, 3, groups=3), nn.Linear(6, 9), nn.Conv1d(6, 9, 2, groups=3),
-    ],
-)  # fmt: skip
-def test_channels_left_against_the_layers_own_outputs(layer: nn.Module) -> None:
-    """The oracle: a channel is left if it moves an output, or if an output moves with it."""
-    shape = {nn.Linear: (1, 6), nn.Conv1d: (1, 6, 5)}.get(type(layer), (1, 6, 5, 5))
-    dim = 1
-    torch.manual_seed(0)
-    kept = torch.rand(layer.weight.shape) > 0.5
-    for row in range(0, kept.shape[0], 2):
-        kept[row] = False
-    kept[:, 1] = False
-    with torch.no_grad():
-        layer.weight.mul_(kept)
-        base = layer(torch.zeros(shape))
-        moved_outputs = torch.zeros(9, dtype=torch.bool)
-        moving_inputs = torch.zeros(6, dtype=torch.bool)
-        for channel in range(6):
-            x = torch.zeros(shape)
-            x.select(dim, channel).copy_(torch.randn_like(x.select(dim, channel)))
-            changed = (layer(x) != base).movedim(dim, 0).flatten(1).any(1)
-            moved_outputs |= changed
-            moving_inputs[channel] = changed.any()
-    assert torch.equal(outputs_left(layer, kept), moved_outputs)
-    assert torch.equal(inputs_left(layer, kept), moving_inputs)
 
 
 def test_a_depthwise_bias_keeps_a_channel_that_nothing_comes_into() -> None:

@@ -1,4 +1,4 @@
-"""Torch-Pruning on many networks and with all of its importances, against the host on the plain twin."""
+"""Torch-Pruning on many networks and with all of its importances, against the host on the plain reference model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ip_plugin import interspace
 tp = pytest.importorskip("torch_pruning")
 torchvision = pytest.importorskip("torchvision")
 
-from torch_pruning_twins import IMPORTANCES, heads, magnitude, same, scored, twins  # noqa: E402
+from torch_pruning_models import IMPORTANCES, both_spaces, heads, magnitude, same, scored  # noqa: E402
 
 from ip_plugin.adapters.torch_pruning import pruner  # noqa: E402
 
@@ -40,7 +40,7 @@ NETWORKS = ("resnet18", "bottlenecks", "densenet", "mobilenet_v2", "googlenet", 
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_are_pruned_as_their_plain_twins(name: str) -> None:
+def test_networks_are_pruned_as_their_plain_models(name: str) -> None:
     plain = network(name)
     model = interspace(copy.deepcopy(plain), basis="orthonormal", sharing="model")
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_networks_are_pruned_as_their_plain_twins(name: str) -> None:
     same(model, plain, x)
 
 
-#: What does not depend on the direction of the axes: equal to the plain twin in any orthonormal basis.
+#: What does not depend on the direction of the axes: equal to the plain reference model in any orthonormal basis.
 INVARIANT = ("l2", "normalizer_sum", "reduction_sum", "bn_scale", "fpgm", "random", "taylor_multivariable")
 
 
@@ -70,10 +70,10 @@ INVARIANT = ("l2", "normalizer_sum", "reduction_sum", "bn_scale", "fpgm", "rando
     + [("regnet", importance) for importance in ("l2", "reduction_gate", "taylor")]
     + [("resnet18", "fpgm")],
 )
-def test_importances_choose_what_they_choose_on_the_plain_twin(name: str, importance: str) -> None:
+def test_importances_choose_what_they_choose_on_the_plain_model(name: str, importance: str) -> None:
     for basis in ("standard", "orthonormal") if importance in INVARIANT else ("standard",):
         if name == "net":
-            model, plain, x = twins(basis)
+            model, plain, x = both_spaces(basis)
         else:
             plain, x = _narrow(name), torch.randn(4, 3, 16, 16, dtype=torch.float64)
             model = interspace(copy.deepcopy(plain))
@@ -171,7 +171,7 @@ BLOCKS = st.tuples(
     sharing=st.sampled_from(["layer", "model"]),
     seed=st.integers(0, 1000),
 )
-def test_random_networks_are_cut_as_their_plain_twins(
+def test_random_networks_are_pruned_as_their_plain_models(
     blocks: Any, ratio: float, global_pruning: bool, basis: str, sharing: str, seed: int
 ) -> None:
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import InvalidScoresError
+from ip_plugin.errors import ScoreError
 from ip_plugin.methods import magnitude, movement
 
 pytest.importorskip("torch_pruning")
@@ -91,5 +91,5 @@ def test_what_was_not_scored_or_has_another_shape_by_now() -> None:
     torch.testing.assert_close(importance(group), scores[target].sum((0, 2, 3)))
     graph.get_pruning_group(model.up, tp.prune_conv_out_channels, [0]).prune()
     group = graph.get_pruning_group(model.up, tp.prune_conv_out_channels, list(range(5)))
-    with pytest.raises(InvalidScoresError, match=r"\(4, 5, 2, 2\).*\n.*\(4, 6, 2, 2\)"):
+    with pytest.raises(ScoreError, match=r"\(4, 5, 2, 2\).*\n.*\(4, 6, 2, 2\)"):
         importance(group)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import bake, interspace, masks, set_masks
-from ip_plugin.errors import InvalidVarietyError
+from ip_plugin.errors import AmountError, ArgumentError
 from ip_plugin.methods.filter_variety import removal_order
 
 pytest.importorskip("torch_pruning")
 
 import torch_pruning as tp
 
-from ip_plugin.adapters.shared.plain_view import _LENT, kernels
+from ip_plugin.adapters.shared.plain_view import kernels
 from ip_plugin.adapters.torch_pruning import plain_layers, pruner
 from ip_plugin.adapters.torch_pruning.variety import VariedImportance
 
@@ -87,10 +87,10 @@ def test_a_rare_filter_stays_and_the_weaker_copies_go(space: str) -> None:
 @pytest.mark.parametrize("space", SPACES)
 def test_every_group_loses_as_many_channels_as_before(space: str, options: dict[str, Any]) -> None:
     for importance in (tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance()):
-        model, twin = network(space), network(space)
+        model, reference = network(space), network(space)
         cut(model, VariedImportance(importance), **options)
-        cut(twin, importance, **options)
-        assert shapes(model) == shapes(twin)
+        cut(reference, importance, **options)
+        assert shapes(model) == shapes(reference)
         assert model(X.double()).isfinite().all()
 
 
@@ -113,10 +113,10 @@ def test_coupled_channels_are_compared_by_all_their_kernels() -> None:
                                                         model.depthwise.weight)], 1)  # fmt: skip
     graph = tp.DependencyGraph().build_dependency(model, X.double())
     (group,) = [each for each in graph.get_all_groups() if any(i.dep.target.module is model.branch for i in each.items)]
-    dealt = VariedImportance(lambda _: scores)(group)
-    assert dealt is not None
-    assert dealt.argsort().tolist() == removal_order(scores, filters).tolist() != scores.argsort().tolist()
-    assert torch.equal(dealt.sort().values, scores.sort().values)
+    reassigned = VariedImportance(lambda _: scores)(group)
+    assert reassigned is not None
+    assert reassigned.argsort().tolist() == removal_order(scores, filters).tolist() != scores.argsort().tolist()
+    assert torch.equal(reassigned.sort().values, scores.sort().values)
 
 
 @pytest.mark.parametrize("calls", ["a pruner", "by hand"])
@@ -144,23 +144,23 @@ def test_coefficients_or_kernels_are_compared(similarity: Any, masked: bool, cal
     if calls == "a pruner":
         cutter: Any = pruner(tp.pruner.BasePruner, model, x, importance=importance)
         group = cutter.DG.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(16)))
-        dealt = cutter.estimate_importance(group)
+        reassigned = cutter.estimate_importance(group)
     else:
         with plain_layers(model):
             graph = tp.DependencyGraph().build_dependency(model, x)
             group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(16)))
-            dealt = importance(group)
-    assert dealt.argsort().tolist() == expected[similarity]
+            reassigned = importance(group)
+    assert reassigned.argsort().tolist() == expected[similarity]
 
 
-def test_kernels_of_a_layer_lent_and_not() -> None:
+def test_kernels_of_a_layer_exposed_and_not() -> None:
     model = network("interspace")
     whole = model.stem.weight.detach()
     assert torch.equal(kernels(model.stem), whole) and torch.equal(kernels(model.head), model.head.weight)
     with plain_layers(model):
         assert not torch.allclose(model.stem.weight, whole)
         torch.testing.assert_close(kernels(model.stem), whole)
-    assert torch.equal(kernels(model.stem), whole) and not _LENT
+    assert torch.equal(kernels(model.stem), whole)
 
 
 def test_no_strength_is_the_importance_alone() -> None:
@@ -218,7 +218,7 @@ def test_grouped_transposed_filters() -> None:
 
 
 def test_a_strength_that_is_none_is_refused_at_once() -> None:
-    with pytest.raises(InvalidVarietyError, match="'much'"):
+    with pytest.raises(AmountError, match="'much'"):
         VariedImportance(tp.importance.RandomImportance(), "much")  # type: ignore[arg-type]
-    with pytest.raises(InvalidVarietyError, match="coefficients or weights"):
+    with pytest.raises(ArgumentError, match="coefficients or weights"):
         VariedImportance(tp.importance.RandomImportance(), similarity="both")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Torch-Pruning in both spaces, against the host on the plain twin."""
+"""Torch-Pruning in both spaces, against the host on the plain reference model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from torch.nn.utils import parametrizations, prune
 from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report, set_masks
 from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 from ip_plugin.errors import (
-    AlreadyParametrizedError,
+    AmountError,
     BatchError,
-    CompiledModelError,
-    ForeignModuleError,
-    InvalidPrunerError,
-    InvalidRatioError,
-    OptimizerMismatchError,
-    UnfollowedCutError,
+    ConversionError,
+    HostError,
+    OptimizerError,
+    SelectionError,
 )
 
 tp = pytest.importorskip("torch_pruning")
 torchvision = pytest.importorskip("torchvision")
 
-from torch_pruning_twins import IMPORTANCES, Marked, Net, Residual, X, magnitude, same, scored, twins  # noqa: E402
+from torch_pruning_models import IMPORTANCES, Marked, Net, Residual, X, both_spaces, magnitude, same, scored  # noqa: E402
 
+from ip_plugin.adapters.shared.plain_view import PlainView  # noqa: E402
 from ip_plugin.adapters.torch_pruning import count_ops_and_params, plain_layers, pruner  # noqa: E402
+from ip_plugin.adapters.torch_pruning.removal import follow  # noqa: E402
 
 pytestmark = [
     pytest.mark.contract,
@@ -77,7 +77,7 @@ PRUNERS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_mean_in_the_interspace_what_they_mean_to_the_host(name: str, option: str) -> None:
     cls, given = PRUNERS[name]
-    model, plain, x = twins("orthonormal")
+    model, plain, x = both_spaces("orthonormal")
     cutters = []
     for each, make in ((plain, lambda cls, *a, **k: cls(*a, **k)), (model, pruner)):
         arguments = {"importance": magnitude(), "pruning_ratio": 0.4, "ignored_layers": [each.head], **given}
@@ -97,7 +97,7 @@ def test_options_mean_in_the_interspace_what_they_mean_to_the_host(name: str, op
 @pytest.mark.parametrize("name", PRUNERS)
 def test_regularizers_add_the_same_gradients(name: str) -> None:
     cls, given = PRUNERS[name]
-    model, plain, x = twins(cls=Residual)
+    model, plain, x = both_spaces(cls=Residual)
     for each, make in ((plain, lambda cls, *a, **k: cls(*a, **k)), (model, pruner)):
         cutter = make(cls, each, x, importance=magnitude(normalizer=None), ignored_layers=[each.head], **given)
         each.train().zero_grad()  # the host has left the plain one in evaluation mode
@@ -121,7 +121,7 @@ def test_customized_pruners_see_plain_layers() -> None:
             seen.append((type(layer), tuple(idxs)))
             return super().prune_out_channels(layer, idxs)
 
-    model, plain, x = twins(cls=Residual)
+    model, plain, x = both_spaces(cls=Residual)
     for each, make in ((plain, lambda cls, *a, **k: cls(*a, **k)), (model, pruner)):
         cutter = make(
             tp.pruner.BasePruner, each, x, importance=magnitude(), ignored_layers=[each.head],
@@ -193,16 +193,16 @@ def test_bare_parameters_are_cut_and_stay_in_the_optimizer(kind: str) -> None:
 
 
 def test_the_hosts_defaults_are_not_shared_between_pruners() -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     first = pruner(tp.pruner.GroupNormPruner, model, x, importance=magnitude())
-    second = pruner(tp.pruner.GroupNormPruner, twins()[0], x, importance=magnitude())
+    second = pruner(tp.pruner.GroupNormPruner, both_spaces()[0], x, importance=magnitude())
     for name in ("in_channel_groups", "out_channel_groups", "num_heads"):
         assert getattr(first, name) is not getattr(second, name)
     assert set(first.out_channel_groups) == {model.grouped}
 
 
 def test_types_can_be_ignored() -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[nn.Linear, nn.BatchNorm2d]).step()
     found = [m.out_channels for m in (model.stem[0], model.branch, model.grouped, model.wide, model.narrow)]
     assert (*found, model.head.out_features) == (8, 6, 6, 5, 4, 4)
@@ -212,7 +212,7 @@ def test_types_can_be_ignored() -> None:
 
 
 def test_interactive_steps_and_groups_by_hand() -> None:
-    model, plain, x = twins("orthonormal")
+    model, plain, x = both_spaces("orthonormal")
     ours = pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head])
     theirs = tp.pruner.BasePruner(plain, x, importance=magnitude(), ignored_layers=[plain.head], out_channel_groups={})
     for cutter in (ours, theirs):
@@ -232,7 +232,7 @@ def test_interactive_steps_and_groups_by_hand() -> None:
 
 
 def test_a_partial_of_a_pruner_is_that_pruner_with_these_arguments() -> None:
-    model, plain, x = twins()
+    model, plain, x = both_spaces()
     entry = partial(tp.pruner.BasePruner, pruning_ratio=0.1, importance=magnitude())
     pruner(entry, model, x, pruning_ratio=0.5, ignored_layers=[model.head]).step()
     entry(plain, x, pruning_ratio=0.5, ignored_layers=[plain.head], out_channel_groups={}).step()
@@ -240,7 +240,7 @@ def test_a_partial_of_a_pruner_is_that_pruner_with_these_arguments() -> None:
 
 
 def test_interactive_steps_rank_by_coefficients() -> None:
-    model, _, x = twins("dct")
+    model, _, x = both_spaces("dct")
     histories = []
     for interactive in (True, False):
         each = copy.deepcopy(model)
@@ -275,7 +275,7 @@ def prune_softly(cutter: Any) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("basis", ["standard", "dct"])
 def test_soft_pruning_reaches_coefficients(basis: str, masked: bool) -> None:
-    model, plain, x = twins(basis, Residual)
+    model, plain, x = both_spaces(basis, Residual)
     if masked:
         set_masks(
             model, {layer.module_name: torch.rand(layer.parameter.shape) < 0.9 for layer in prunable_tensors(model)}
@@ -287,8 +287,10 @@ def test_soft_pruning_reaches_coefficients(basis: str, masked: bool) -> None:
         options = {"importance": magnitude(), "ignored_layers": [each.head]}
         prune_softly(pruner(cls, each, x, **options) if each is model else cls(each, x, **options))
     same(model, plain, x)
-    for layer, twin in zip(prunable_tensors(model), prunable_tensors(plain), strict=True):
-        gone = (twin.parameter == 0).flatten(2).all(2) if twin.parameter.dim() == 4 else twin.parameter == 0
+    for layer, reference in zip(prunable_tensors(model), prunable_tensors(plain), strict=True):
+        gone = (
+            (reference.parameter == 0).flatten(2).all(2) if reference.parameter.dim() == 4 else reference.parameter == 0
+        )
         assert bool(gone.any()) and not bool(gone.all())
         kept = torch.ones_like(layer.parameter) if layer.mask is None else layer.mask
         assert not bool((layer.parameter * kept)[gone].any())
@@ -298,10 +300,10 @@ def test_soft_pruning_reaches_coefficients(basis: str, masked: bool) -> None:
 
 
 def test_between_groups_the_model_is_whole() -> None:
-    model, plain, x = twins("dct", Residual)
+    model, plain, x = both_spaces("dct", Residual)
     cutter = pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head])
     theirs = tp.pruner.BasePruner(plain, x, importance=magnitude(), ignored_layers=[plain.head])
-    for group, twin in zip(cutter.step(interactive=True), theirs.step(interactive=True), strict=True):
+    for group, reference in zip(cutter.step(interactive=True), theirs.step(interactive=True), strict=True):
         same(model, plain, x)
         kernels = model.wide.weight.detach().clone()
         kernels[2, 3, :, 0] = torch.tensor([1.0, -2.0, 3.0])
@@ -312,12 +314,12 @@ def test_between_groups_the_model_is_whole() -> None:
             each.train()(x).sum().backward()
         torch.testing.assert_close(model.wide.weight, plain.wide.weight)
         group.prune()
-        twin.prune()
+        reference.prune()
     same(model, plain, x)
 
 
 def test_a_group_that_fails_is_undone_alone() -> None:
-    model, plain, x = twins("dct", Residual)
+    model, plain, x = both_spaces("dct", Residual)
     cutter = pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head])
     first, second = cutter.step(interactive=True)
     first.prune()
@@ -346,7 +348,7 @@ def test_a_group_that_fails_is_undone_alone() -> None:
 
 
 def test_an_importance_asked_by_hand_reads_coefficients() -> None:
-    model, plain, x = twins("dct")
+    model, plain, x = both_spaces("dct")
     with torch.no_grad():
         for space in {layer.interspace for layer in prunable_tensors(model) if layer.interspace}:
             space.constraint = "none"
@@ -365,7 +367,7 @@ def test_an_importance_asked_by_hand_reads_coefficients() -> None:
 
 
 def test_the_history_cuts_another_copy() -> None:
-    model, _, x = twins("orthonormal")
+    model, _, x = both_spaces("orthonormal")
     fresh = copy.deepcopy(model)
     options = {"importance": magnitude(), "iterative_steps": 2}
     cutter = pruner(tp.pruner.BasePruner, model, x, ignored_layers=[model.head], **options)
@@ -378,7 +380,7 @@ def test_the_history_cuts_another_copy() -> None:
 
 
 def test_the_hosts_state_dict_holds_the_baked_model(tmp_path: Any) -> None:
-    model, plain, x = twins("dct")
+    model, plain, x = both_spaces("dct")
     pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head]).step()
     torch.save(tp.state_dict(bake(copy.deepcopy(model))), tmp_path / "pruned.pt")
     fresh = tp.load_state_dict(plain, torch.load(tmp_path / "pruned.pt", weights_only=False))
@@ -458,7 +460,7 @@ def rescale(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("importance", ["l2", "taylor", "hessian"])
 def test_magnitudes_are_read_in_unit_gauge_and_nothing_is_scaled_for_good(importance: str) -> None:
-    model, _, x = twins("dct")
+    model, _, x = both_spaces("dct")
     rescale(model)
     unit = normalize(copy.deepcopy(model))
     histories, kept = [], {}
@@ -499,7 +501,7 @@ class CutAndLook(tp.pruner.BasePruner):
 
 
 def test_a_pruner_of_ones_own_reads_unit_gauge_everywhere() -> None:
-    model, _, x = twins("dct", Residual)
+    model, _, x = both_spaces("dct", Residual)
     rescale(model)
     cutter = pruner(CutAndLook, model, x, importance=magnitude())
     cutter.cut()
@@ -512,7 +514,7 @@ def test_a_pruner_of_ones_own_reads_unit_gauge_everywhere() -> None:
 
 
 def test_regularizers_act_in_unit_gauge() -> None:
-    model, _, x = twins("dct", Residual)
+    model, _, x = both_spaces("dct", Residual)
     rescale(model)
     unit = normalize(copy.deepcopy(model))
     for each in (model, unit):
@@ -580,7 +582,7 @@ def test_masked_entries_do_not_count() -> None:
 
 
 def test_masks_of_the_host_on_biases_and_norms_are_cut_along() -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     prune.l1_unstructured(model.branch, "bias", amount=2)
     prune.l1_unstructured(model.norm, "weight", amount=3)
     expected = {"branch": model.branch.bias_mask.bool(), "norm": model.norm.weight_mask.bool()}
@@ -598,7 +600,7 @@ def test_masks_of_the_host_on_biases_and_norms_are_cut_along() -> None:
 
 
 def test_masks_of_the_host_join_those_that_are_there() -> None:
-    model, _, _ = twins()
+    model, _, _ = both_spaces()
     TensorRef(model.branch, "bias").set_mask(torch.tensor([1, 0, 1, 1, 1, 1]))
     prune.custom_from_mask(model.branch.parametrizations["bias"], "original", torch.tensor([1, 1, 0, 1, 1, 1.0]))
     with plain_layers(model):
@@ -615,7 +617,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("basis", [None, "standard", "dct"])
 def test_the_optimizer_goes_on(name: str, basis: str | None) -> None:
-    model, plain, x = twins(basis or "standard")
+    model, plain, x = both_spaces(basis or "standard")
     if basis is None:
         model = plain
     set_masks(model, {"branch": torch.rand(6, 8, 5, 5) > 0.3})
@@ -667,7 +669,7 @@ def test_the_optimizer_goes_on(name: str, basis: str | None) -> None:
 
 
 def test_without_an_optimizer_old_parameters_keep_their_size_and_values() -> None:
-    model, _, x = twins("dct")
+    model, _, x = both_spaces("dct")
     F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
     old = {name: (p, p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
     pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head]).step()
@@ -682,7 +684,7 @@ def test_state_of_an_unknown_shape_is_reset_with_a_warning() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weight = model[0].parametrizations.weight.original
     optimizer.state[weight] = {"rows": torch.ones(4)}
-    with pytest.warns(UserWarning, match="optimizer state rows has not the shape"):
+    with pytest.warns(UserWarning, match="optimizer state rows does not have the shape"):
         pruner(tp.pruner.BasePruner, model, torch.zeros(1, 1, 7, 7), importance=magnitude(), optimizer=optimizer,
                ignored_layers=[model[1]]).step()  # fmt: skip
     assert not optimizer.state
@@ -705,7 +707,7 @@ def test_a_tied_weight_has_two_heirs_in_the_optimizer() -> None:
 
 
 def test_names_in_the_optimizer_stay_beside_their_parameters() -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     try:
         optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
     except TypeError:
@@ -718,14 +720,22 @@ def test_names_in_the_optimizer_stay_beside_their_parameters() -> None:
     assert all(names[name] is parameter for name, parameter in zip(group["param_names"], group["params"], strict=True))
 
 
-def test_large_parameters_can_be_counted() -> None:
-    from ip_plugin.adapters.torch_pruning.removal import _positions
+def test_more_entries_than_float32_can_count() -> None:
+    layer = nn.Linear(1, 2**24 + 2, bias=False)
+    mask = torch.ones(2**24 + 2, 1, dtype=torch.bool)
+    mask[-2:] = torch.tensor([[False], [True]])
+    view = PlainView(set_masks(layer, {"": mask}))
 
-    assert int(_positions(torch.empty(2**24 + 2))[-1]) == 2**24 + 1
+    def keep_the_last() -> None:
+        layer.weight = nn.Parameter(layer.weight.detach()[-3:].clone())
+
+    with view.expose():
+        follow(keep_the_last, [layer], view, None)
+    assert masks(layer)[""].flatten().tolist() == [True, False, True]
 
 
 def test_the_memory_format_stays() -> None:
-    model, _, x = twins("dct")
+    model, _, x = both_spaces("dct")
     model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     set_masks(model, {"left": torch.rand(8, 8, 3, 3) > 0.3})
     F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
@@ -789,7 +799,7 @@ def test_multiply_adds_and_parameters_are_counted_truly() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_are_what_they_were(training: bool) -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     model.train(training)
     model.norm.eval()
     modes = [module.training for module in model.modules()]
@@ -826,7 +836,7 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("where", ["importance", "pruner", "arithmetic"])
 def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
-    model, _, x = twins("dct", Residual)
+    model, _, x = both_spaces("dct", Residual)
     rescale(model)
     set_masks(model, {"left": torch.rand(8, 8, 3, 3) > 0.3})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -855,7 +865,7 @@ def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
         customized_pruners={Marked: Failing()},
     )  # fmt: skip
     before, state = state_of(model), copy.deepcopy(optimizer.state_dict())
-    error = UnfollowedCutError if where == "arithmetic" else Broken
+    error = HostError if where == "arithmetic" else Broken
     with pytest.raises(error):
         cutter.step()
     assert_unchanged(model, before)
@@ -871,9 +881,9 @@ def test_a_step_that_fails_half_way_changes_nothing(where: str) -> None:
 
 
 def test_plain_layers_are_to_be_read() -> None:
-    model, _, _ = twins("dct")
+    model, _, _ = both_spaces("dct")
     before = state_of(model)
-    with pytest.raises(UnfollowedCutError, match="'left'"), plain_layers(model):
+    with pytest.raises(HostError, match="'left'"), plain_layers(model):
         model.left.weight = nn.Parameter(torch.zeros(1, 8, 3, 3))
     assert_unchanged(model, before)
     with plain_layers(model):
@@ -886,7 +896,7 @@ def test_plain_layers_are_to_be_read() -> None:
 
 
 def test_what_a_host_writes_is_scaled_back() -> None:
-    model, _, _ = twins("dct")
+    model, _, _ = both_spaces("dct")
     rescale(model)
     layer = next(layer for layer in prunable_tensors(model) if layer.module_name == "left")
     scale = layer.interspace.basis.norm(dim=1).reshape(3, 3).detach()
@@ -911,30 +921,30 @@ def test_what_a_host_writes_is_scaled_back() -> None:
     [
         ({"x": torch.zeros(1, 5, 8, 8)}, BatchError, r"on \(1, 5, 8, 8\)"),
         ({"x": "image"}, BatchError, "on str"),
-        ({"pruning_ratio": 1.5}, InvalidRatioError, "`pruning_ratio`.*\n.*1.5"),
-        ({"pruning_ratio": -0.1}, InvalidRatioError, "-0.1"),
-        ({"pruning_ratio": float("nan")}, InvalidRatioError, "nan"),
-        ({"pruning_ratio": "half"}, InvalidRatioError, "'half'"),
-        ({"max_pruning_ratio": 2}, InvalidRatioError, "`max_pruning_ratio`"),
-        ({"ch_sparsity": 3.0}, InvalidRatioError, "`ch_sparsity`"),
-        ({"pruning_ratio_dict": lambda net: {net.left: 1.1}}, InvalidRatioError, "`pruning_ratio_dict`"),
-        ({"pruning_ratio_dict": {nn.Conv2d(3, 8, 3): 0.5}}, ForeignModuleError, "`pruning_ratio_dict`"),
-        ({"pruning_ratio_dict": {"left": 0.5}}, ForeignModuleError, "'left'"),
-        ({"pruning_ratio_dict": lambda net: {(net.left, nn.Conv2d(3, 8, 3)): 0.5}}, ForeignModuleError, "Conv2d"),
-        ({"ignored_layers": [nn.Linear(8, 4)]}, ForeignModuleError, "`ignored_layers`"),
-        ({"out_channel_groups": {nn.Linear(8, 4): 2}}, ForeignModuleError, "`out_channel_groups`"),
-        ({"num_heads": {nn.Linear(8, 4): 2}}, ForeignModuleError, "`num_heads`"),
-        ({"cls": nn.Linear}, InvalidPrunerError, "nn.modules.linear.Linear"),
-        ({"cls": tp.importance.GroupMagnitudeImportance}, InvalidPrunerError, "GroupMagnitude"),
-        ({"cls": partial(nn.Linear, bias=False)}, InvalidPrunerError, "nn.modules.linear.Linear"),
-        ({"cls": partial(tp.pruner.BasePruner, nn.Linear(2, 2))}, InvalidPrunerError, "functools.partial"),
+        ({"pruning_ratio": 1.5}, AmountError, "`pruning_ratio`.*\n.*1.5"),
+        ({"pruning_ratio": -0.1}, AmountError, "-0.1"),
+        ({"pruning_ratio": float("nan")}, AmountError, "nan"),
+        ({"pruning_ratio": "half"}, AmountError, "'half'"),
+        ({"max_pruning_ratio": 2}, AmountError, "`max_pruning_ratio`"),
+        ({"ch_sparsity": 3.0}, AmountError, "`ch_sparsity`"),
+        ({"pruning_ratio_dict": lambda net: {net.left: 1.1}}, AmountError, "`pruning_ratio_dict`"),
+        ({"pruning_ratio_dict": {nn.Conv2d(3, 8, 3): 0.5}}, SelectionError, "`pruning_ratio_dict`"),
+        ({"pruning_ratio_dict": {"left": 0.5}}, SelectionError, "'left'"),
+        ({"pruning_ratio_dict": lambda net: {(net.left, nn.Conv2d(3, 8, 3)): 0.5}}, SelectionError, "Conv2d"),
+        ({"ignored_layers": [nn.Linear(8, 4)]}, SelectionError, "`ignored_layers`"),
+        ({"out_channel_groups": {nn.Linear(8, 4): 2}}, SelectionError, "`out_channel_groups`"),
+        ({"num_heads": {nn.Linear(8, 4): 2}}, SelectionError, "`num_heads`"),
+        ({"cls": nn.Linear}, HostError, "nn.modules.linear.Linear"),
+        ({"cls": tp.importance.GroupMagnitudeImportance}, HostError, "GroupMagnitude"),
+        ({"cls": partial(nn.Linear, bias=False)}, HostError, "nn.modules.linear.Linear"),
+        ({"cls": partial(tp.pruner.BasePruner, nn.Linear(2, 2))}, HostError, "functools.partial"),
         ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(
     space: str, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    model, plain, x = twins()
+    model, plain, x = both_spaces()
     if space == "spatial":
         model = plain
     arguments = {
@@ -949,31 +959,31 @@ def test_bad_input_is_refused_and_changes_nothing(
 
 
 def test_models_that_cannot_be_cut_are_refused() -> None:
-    model, _, x = twins()
+    model, _, x = both_spaces()
     plain = nn.Sequential(nn.Conv2d(3, 4, 3))
     options = {"importance": magnitude()}
-    with pytest.raises(CompiledModelError, match="OptimizedModule"):
+    with pytest.raises(ConversionError, match="OptimizedModule"):
         pruner(tp.pruner.BasePruner, torch.compile(model), x, **options)
-    with pytest.raises(CompiledModelError, match="module '1'"):
+    with pytest.raises(ConversionError, match="module '1'"):
         pruner(tp.pruner.BasePruner, nn.Sequential(nn.Identity(), torch.compile(plain)), x, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(plain)
-    with pytest.raises(CompiledModelError):
+    with pytest.raises(ConversionError, match="compiled"):
         pruner(tp.pruner.BasePruner, scripted, x, **options)
-    in_place, _, _ = twins()
+    in_place, _, _ = both_spaces()
     in_place.compile()
-    with pytest.raises(CompiledModelError):
+    with pytest.raises(ConversionError, match="compiled"):
         pruner(tp.pruner.BasePruner, in_place, x, **options)
-    with pytest.raises(AlreadyParametrizedError, match="layer '0'"):
+    with pytest.raises(ConversionError, match="layer '0'"):
         pruner(tp.pruner.BasePruner, nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), x, **options)
-    beside, _, _ = twins()
+    beside, _, _ = both_spaces()
     parametrizations.spectral_norm(beside.branch, "bias")
-    with pytest.raises(AlreadyParametrizedError, match="'branch': bias parametrized by _SpectralNorm"):
+    with pytest.raises(ConversionError, match="'branch': bias parametrized by _SpectralNorm"):
         pruner(tp.pruner.BasePruner, beside, x, **options)
     parametrizations.orthogonal(model.left, "weight")
-    with pytest.raises(AlreadyParametrizedError, match="'left'"):
+    with pytest.raises(ConversionError, match="'left'"):
         pruner(tp.pruner.BasePruner, model, x, **options)
-    model, _, x = twins()
-    with pytest.raises(OptimizerMismatchError):
+    model, _, x = both_spaces()
+    with pytest.raises(OptimizerError, match="none of the model's parameters"):
         pruner(tp.pruner.BasePruner, model, x, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), **options)

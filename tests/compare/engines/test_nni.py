@@ -32,17 +32,17 @@ import psutil
 
 from ip_plugin.cli import app
 from ip_plugin.compare.cell import Result, epochs_of, execute
-from ip_plugin.compare.config import Run, Settings, Study
+from ip_plugin.compare.config import Cell, Settings, Study
+from ip_plugin.compare.engines import EngineError, nni_experiment, nni_trial
 from ip_plugin.compare.engines import nni as nni_engine
-from ip_plugin.compare.engines import nni_experiment, nni_trial
-from ip_plugin.compare.engines.nni import NniEngine
-from ip_plugin.compare.store import Results, versions
+from ip_plugin.compare.engines.nni import NniEngine, follow
+from ip_plugin.compare.store import Results, to_row, versions
 from ip_plugin.compare.study import compare
-from ip_plugin.errors import ExperimentError, InvalidStudyError, PortInUseError, TrialFailedError
+from ip_plugin.errors import StudyError
 
 ROOT = Path(__file__).parents[3]
 QUICK = Settings(epochs=2, finetune_epochs=1)
-RUN = Run("torch:l1", 0.9, "interspace", 0)
+CELL = Cell("torch:l1", 0.9, "interspace", 0)
 IMPOSSIBLE = 0.999999  # leaves not even one parameter
 
 
@@ -71,23 +71,23 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def rows_of(folder: Path) -> dict[Run, Result]:
+def rows_of(folder: Path) -> dict[Cell, Result]:
     """What a folder holds, without times."""
     settings = json.loads((folder / "study.json").read_text())["settings"]
     with Results.open(folder, Settings(**settings)) as results:
-        return {run: replace(result, seconds=0) for run, result in results.rows.items()}
+        return {cell: replace(result, seconds=0) for cell, result in results.rows.items()}
 
 
 def marked(mark: str) -> list[int]:
     """The processes that were started, by whatever way, by the one whose environment has a mark."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
+                processes.append(process.pid)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def start(folder: Path, *command: object) -> subprocess.Popen[str]:
@@ -129,10 +129,10 @@ def test_both_engines_give_the_same_rows_and_the_same_failures(tmp_path: Path) -
             nni_experiment.FIRST_PORT = first
     assert len(addresses) == 1 and dict(os.environ) == environment
     assert rows_of(tmp_path / "nni") == rows_of(tmp_path / "here") and len(rows_of(tmp_path / "nni")) == 1
-    assert set(there) == set(here) and {run.sparsity for run in there} == {IMPOSSIBLE}
-    for run, error in there.items():
-        assert isinstance(error, TrialFailedError) and str(here[run]) in str(error)
-        assert f"failed: {run}: TrialFailedError: A run must end with a result." in text_of(console)
+    assert set(there) == set(here) and {cell.sparsity for cell in there} == {IMPOSSIBLE}
+    for cell, error in there.items():
+        assert isinstance(error, EngineError) and str(here[cell]) in str(error)
+        assert f"failed: {cell}: EngineError: StudyError: A run must keep at least one parameter." in text_of(console)
     assert sorted(p.name for p in (tmp_path / "nni").iterdir()) == sorted(p.name for p in (tmp_path / "here").iterdir())
     # What is there already is not run again, and nothing is started for it.
     assert compare(replace(study, sparsities=(0.9,)), tmp_path / "nni", silent(), engine=NniEngine(announce=look)) == {}
@@ -146,12 +146,12 @@ def test_a_trial_that_dies_before_it_says_anything_is_reported(tmp_path: Path) -
     study = Study(settings=QUICK, criteria=("torch:random",), sparsities=(0.9,), spaces=("spatial",), seeds=(0,))
     failures = compare(study, tmp_path / "out", silent(), engine=NniEngine(tmp_path / "nni.yml"))
     (error,) = failures.values()
-    assert "a trial that ended as FAILED; its last words: no such interpreter" in str(error)
+    assert "The trial ended as FAILED; its last words: no such interpreter" in str(error)
     assert list((tmp_path / "kept").glob("*/db/nni.sqlite"))  # the user's own folder for it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_it_leaves_no_process_and_loses_no_finished_run(number: signal.Signals, tmp_path: Path) -> None:
+def test_stopped_it_leaves_no_process_and_loses_no_finished_cell(number: signal.Signals, tmp_path: Path) -> None:
     settings = replace(QUICK, train_images=300)
     study = Study(settings=settings, criteria=("torch:random",), sparsities=(0.9,), seeds=(0,))
     command = ("-m", "ip_plugin", "compare", "--epochs", 2, "--finetune-epochs", 1, "--criteria", "torch:random")
@@ -179,7 +179,7 @@ def test_stopped_it_leaves_no_process_and_loses_no_finished_run(number: signal.S
     after = rows_of(tmp_path / "out")
     assert list(after.items())[: len(before)] == list(before.items())
     compare(study, tmp_path / "whole", silent())
-    assert after == rows_of(tmp_path / "whole") and set(after) == set(study.runs())
+    assert after == rows_of(tmp_path / "whole") and set(after) == set(study.cells())
 
 
 def test_a_port_in_use_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_port_in_use_is_an_error_that_says_so(tmp_path: Path) -> None:
         occupied.listen()
         port = occupied.getsockname()[1]
         engine = NniEngine(port=port)
-        with pytest.raises(PortInUseError, match=rf"another process listens on {port}\n.*--nni-port"):
+        with pytest.raises(EngineError, match=rf"Port {port} .* in use by another process.*--nni-port"):
             compare(Study(settings=QUICK), tmp_path, silent(), engine=engine)
     assert rows_of(tmp_path) == {}
 
@@ -248,7 +248,7 @@ def reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         said.append((name, json.loads(json.dumps(data))))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nni, "get_next_parameter", lambda: json.loads(json.dumps(RUN._asdict())))
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: json.loads(json.dumps(CELL._asdict())))
     for name in ("intermediate", "final"):
         monkeypatch.setattr(nni, f"report_{name}_result", partial(note, name))
     return said
@@ -259,25 +259,29 @@ def settings_of(**changes: Any) -> str:
     return json.dumps(given | changes)
 
 
-def test_a_trial_reports_every_epoch_and_the_whole_result(reports: list[tuple[str, Any]], tmp_path: Path) -> None:
+def test_a_trial_reports_every_epoch_and_the_whole_result(
+    reports: list[tuple[str, Any]], told: None, tmp_path: Path
+) -> None:
     (tmp_path / nni_trial.SETTINGS).write_text(settings_of())
     nni_trial.main()
     names = [name for name, _ in reports]
-    assert names == ["intermediate"] * (1 + epochs_of(RUN, QUICK)) + ["final"]
+    assert names == ["intermediate"] * (1 + epochs_of(CELL, QUICK)) + ["final"]
     assert [data["default"] for _, data in reports[:-1]] == [0, 1, 2, 3]
-    assert all(Run(**{name: data[name] for name in Run._fields}) == RUN for _, data in reports)
-    trial, began, epochs = nni_engine._Trial(), [], []
-    result = nni_engine._heed(trial, [data for _, data in reports], began.append, lambda: epochs.append(1))
-    assert result is not None and reports[-1][1]["default"] == result.accuracy
-    assert replace(result, seconds=0) == replace(execute(RUN, replace(QUICK, sharing="layer")), seconds=0)
-    assert began == [RUN] and len(epochs) == 3
+    assert all(Cell(**{name: data[name] for name in Cell._fields}) == CELL for _, data in reports)
+    began, epochs = [], []
+    experiment = Told(("DONE", {"trial": ("SUCCEEDED", [data for _, data in reports])}))
+    ((cell, result),) = follow(experiment, [CELL], began.append, lambda: epochs.append(1))
+    assert cell == CELL
+    assert isinstance(result, Result) and reports[-1][1]["default"] == result.accuracy
+    assert replace(result, seconds=0) == replace(execute(CELL, replace(QUICK, sharing="layer")), seconds=0)
+    assert began == [CELL] and len(epochs) == 3
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (settings_of(versions={"torch": "1.0"}), "InvalidStudyError: A trial must have the versions of the study"),
-        (settings_of(settings={"device": "cuda:99"}), "InvalidStudyError: `device`"),
+        (settings_of(versions={"torch": "1.0"}), "StudyError: A trial must have the versions of the study"),
+        (settings_of(settings={"device": "cuda:99"}), "StudyError: `device`"),
         ("{", "JSONDecodeError"),
     ],
 )
@@ -316,76 +320,72 @@ class Told:
         return {name: [SimpleNamespace(data=data) for data in self.trials[name][1]]}
 
 
-def follow(experiment: Told, runs: list[Run]) -> list[tuple[Run, Any]]:
-    return list(nni_engine._follow(experiment, runs, lambda run: None, lambda: None))
+def watch(experiment: Told, cells: list[Cell]) -> Iterator[tuple[Cell, Any]]:
+    return follow(experiment, cells, lambda cell: None, lambda: None, poll_seconds=0, grace_seconds=0)
 
 
-def final(run: Run) -> dict[str, Any]:
-    result = vars(Result(run, 90.0 + run.seed, None, 1000, 100, 0, ("a", "b"), 1.5)).copy()
-    del result["run"]
-    return json.loads(json.dumps({"default": result["accuracy"], **run._asdict(), **result}))
+def final(cell: Cell) -> dict[str, Any]:
+    result = Result(cell, 90.0 + cell.seed, None, 1000, 100, 0, ("a", "b"), 1.5)
+    return json.loads(json.dumps({"default": result.accuracy, **to_row(result)}))  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nni_engine, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(nni_engine, "_GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(nni_engine, "_read", lambda experiment, path: experiment.answer(path))
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nni_engine, "request", lambda experiment, path: experiment.answer(path))
 
 
-def test_a_result_belongs_to_the_run_that_the_trial_names(hasty: None) -> None:
-    runs = [RUN._replace(seed=seed) for seed in range(2)]
-    began = [run._asdict() for run in runs]
+def test_a_result_belongs_to_the_cell_that_the_trial_names(told: None) -> None:
+    cells = [CELL._replace(seed=seed) for seed in range(2)]
+    began = [cell._asdict() for cell in cells]
     states = [
         ("RUNNING", {"x": ("RUNNING", [began[1]]), "y": ("WAITING", [])}),
-        ("RUNNING", {"x": ("RUNNING", [began[1], final(runs[1])]), "y": ("RUNNING", [3.0, {"x": 1}, began[0]])}),
-        ("RUNNING", {"x": ("SUCCEEDED", [began[1], final(runs[1])]), "y": ("RUNNING", [began[0], final(runs[0])])}),
+        ("RUNNING", {"x": ("RUNNING", [began[1], final(cells[1])]), "y": ("RUNNING", [3.0, {"x": 1}, began[0]])}),
+        ("RUNNING", {"x": ("SUCCEEDED", [began[1], final(cells[1])]), "y": ("RUNNING", [began[0], final(cells[0])])}),
     ]
-    found = follow(Told(*states), runs)
-    assert [(run.seed, result.run.seed, result.accuracy) for run, result in found] == [(1, 1, 91.0), (0, 0, 90.0)]
-    assert found[0][1].spatial_layers == ("a", "b")
+    outcomes = list(watch(Told(*states), cells))
+    assert [(cell.seed, result.cell.seed, result.accuracy) for cell, result in outcomes] == [(1, 1, 91.0), (0, 0, 90.0)]
+    assert outcomes[0][1].spatial_layers == ("a", "b")
 
 
-def test_every_run_is_accounted_for(hasty: None) -> None:
-    runs = [RUN._replace(seed=seed) for seed in range(5)]
-    began = [run._asdict() for run in runs]
+def test_every_cell_is_accounted_for(told: None) -> None:
+    cells = [CELL._replace(seed=seed) for seed in range(5)]
+    began = [cell._asdict() for cell in cells]
     trials = {
         "a": ("SUCCEEDED", [began[0]]),
         "b": ("FAILED", [began[1], {**began[1], "error": "RuntimeError: out of memory"}]),
         "c": ("USER_CANCELED", [began[2]]),
         "d": ("FAILED", []),
     }
-    found = dict(follow(Told(("NO_MORE_TRIAL", trials), ("DONE", trials)), runs))
-    assert list(found) == runs and all(isinstance(error, TrialFailedError) for error in found.values())
+    outcomes = dict(watch(Told(("NO_MORE_TRIAL", trials), ("DONE", trials)), cells))
+    assert list(outcomes) == cells and all(isinstance(error, EngineError) for error in outcomes.values())
     texts = [
         "ended as SUCCEEDED",
         "RuntimeError: out of memory",
         "ended as USER_CANCELED",
         "ended as FAILED",
-        "no trial",
+        "No trial",
     ]
-    assert all(text in str(found[run]) for run, text in zip(runs, texts, strict=True))
+    assert all(text in str(outcomes[cell]) for cell, text in zip(cells, texts, strict=True))
 
 
-def test_an_experiment_that_breaks_off_keeps_what_has_finished(hasty: None) -> None:
-    trials = {"x": ("RUNNING", [RUN._asdict(), final(RUN)])}
-    cells = nni_engine._follow(Told(("ERROR", trials)), [RUN, RUN._replace(seed=1)], lambda run: None, lambda: None)
-    assert next(cells)[1].accuracy == 90.0  # type: ignore[union-attr]
-    with pytest.raises(ExperimentError, match="status ERROR: tuner crashed"):
-        next(cells)
+def test_an_experiment_that_breaks_off_keeps_what_has_finished(told: None) -> None:
+    outcomes = watch(Told(("ERROR", {"x": ("RUNNING", [CELL._asdict(), final(CELL)])})), [CELL, CELL._replace(seed=1)])
+    assert next(outcomes)[1].accuracy == 90.0
+    with pytest.raises(EngineError, match="status ERROR: tuner crashed"):
+        next(outcomes)
 
 
-def test_a_manager_that_does_not_answer_is_an_error(hasty: None) -> None:
+def test_a_manager_that_does_not_answer_is_an_error(told: None) -> None:
     experiment = Told(("RUNNING", {}))
     experiment.list_trial_jobs = lambda: (_ for _ in ()).throw(ConnectionError("refused"))  # type: ignore[method-assign]
-    with pytest.raises(ExperimentError, match="its manager does not answer: refused"):
-        follow(experiment, [RUN])
+    with pytest.raises(EngineError, match="manager of the NNI experiment does not answer: refused"):
+        next(watch(experiment, [CELL]))
 
 
 def test_while_nni_starts_ctrl_c_waits() -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt):
-        with nni_experiment._interrupted_later():
+        with nni_experiment.interrupts_delayed():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             reached = True
@@ -402,7 +402,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "sets trial_code_directory",
     ),
     "an unknown key": ("trialConcurency: 2", "does not have field"),
-    "an unknown service": ("trainingService: {platform: moon}", "mend the file"),
+    "an unknown service": ("trainingService: {platform: moon}", "correct the file"),
     "half a service": ("trainingService: {platform: remote}", "machine_list is not set"),
     "a wrong type": ("trialConcurrency: many", "trial_concurrency"),
     "no YAML": ("{", "mistake.yml"),
@@ -413,21 +413,21 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def test_configurations_that_make_no_sense_are_refused(name: str, tmp_path: Path) -> None:
     text, expected = MISTAKES[name]
     (tmp_path / "mistake.yml").write_text(text)
-    with pytest.raises(InvalidStudyError, match=expected):
+    with pytest.raises(StudyError, match=expected):
         NniEngine(tmp_path / "mistake.yml")
     NniEngine()  # NNI itself would load nothing any more
 
 
 def test_a_configuration_that_is_not_there_and_a_wrong_number_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidStudyError, match="nowhere.yml"):
+    with pytest.raises(StudyError, match="nowhere.yml"):
         NniEngine(tmp_path / "nowhere.yml")
-    with pytest.raises(InvalidStudyError, match="0 trials at once"):
+    with pytest.raises(StudyError, match="0 trials at once"):
         NniEngine(concurrency=0)
 
 
 def test_without_nni_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nni", None)
-    with pytest.raises(InvalidStudyError, match=r'pip install "ip-plugin\[nni\]"'):
+    with pytest.raises(StudyError, match=r'pip install "ip-plugin\[nni\]"'):
         NniEngine()
 
 

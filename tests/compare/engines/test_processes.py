@@ -16,56 +16,56 @@ import pytest
 import torch
 
 from ip_plugin.compare.cell import execute
-from ip_plugin.compare.config import Run, Settings
+from ip_plugin.compare.config import Cell, Settings
+from ip_plugin.compare.engines import EngineError
 from ip_plugin.compare.engines.processes import Processes
-from ip_plugin.errors import TrialFailedError
 
 SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=300)
-RUNS = [Run("torch:l1", 0.9, space, seed) for seed in (0, 1) for space in ("spatial", "interspace")]  # type: ignore[arg-type]
-BAD = Run("torch:l1", 0.999999, "spatial", 0)  # keeps nothing
+CELLS = [Cell("torch:l1", 0.9, space, seed) for seed in (0, 1) for space in ("spatial", "interspace")]  # type: ignore[arg-type]
+BAD = Cell("torch:l1", 0.999999, "spatial", 0)  # keeps nothing
 
 
 def test_results_are_those_of_one_process_and_failures_are_told() -> None:
-    began: list[Run] = []
+    began: list[Cell] = []
     epochs: list[int] = []
-    runs = [*RUNS[:2], BAD, *RUNS[2:]]
-    found = dict(Processes(2)(runs, SETTINGS, began.append, lambda: epochs.append(1)))
-    assert began == runs and found.keys() == set(runs)
+    cells = [*CELLS[:2], BAD, *CELLS[2:]]
+    outcomes = dict(Processes(2)(cells, SETTINGS, began.append, lambda: epochs.append(1)))
+    assert began == cells and outcomes.keys() == set(cells)
     assert len(epochs) == 2 * 4
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
-        for run in RUNS:
-            result = found[run]
+        for cell in CELLS:
+            result = outcomes[cell]
             assert not isinstance(result, Exception)
-            assert replace(result, seconds=0) == replace(execute(run, SETTINGS), seconds=0)
+            assert replace(result, seconds=0) == replace(execute(cell, SETTINGS), seconds=0)
     finally:
         torch.set_num_threads(threads)
-    failure = found[BAD]
-    assert isinstance(failure, TrialFailedError) and "InvalidStudyError: A run must keep at least one" in str(failure)
+    failure = outcomes[BAD]
+    assert isinstance(failure, EngineError) and "StudyError: A run must keep at least one" in str(failure)
     assert active_children() == []
 
 
 def test_a_process_that_is_killed_fails_its_run_and_no_other() -> None:
-    found: dict[Run, object] = {}
+    outcomes: dict[Cell, object] = {}
     epochs: list[int] = []
 
-    def kill_after_the_third_epoch() -> None:  # the first of the second run
+    def kill_after_the_third_epoch() -> None:  # the first of the second cell
         epochs.append(1)
         if len(epochs) == 3:
             (child,) = active_children()
             child.kill()
             child.join()
 
-    for run, outcome in Processes(1)(RUNS[:3], SETTINGS, lambda run: None, kill_after_the_third_epoch):
-        found[run] = outcome
-    failure = found[RUNS[1]]
-    assert isinstance(failure, TrialFailedError) and "exit code -9" in str(failure)
-    assert [isinstance(found[run], Exception) for run in RUNS[:3]] == [False, True, False]
+    for cell, outcome in Processes(1)(CELLS[:3], SETTINGS, lambda cell: None, kill_after_the_third_epoch):
+        outcomes[cell] = outcome
+    failure = outcomes[CELLS[1]]
+    assert isinstance(failure, EngineError) and "exit code -9" in str(failure)
+    assert [isinstance(outcomes[cell], Exception) for cell in CELLS[:3]] == [False, True, False]
 
 
 def test_what_is_not_asked_for_any_more_is_stopped() -> None:
-    cells = Processes(2)(RUNS, SETTINGS, lambda run: None, lambda: None)
+    cells = Processes(2)(CELLS, SETTINGS, lambda cell: None, lambda: None)
     next(cells)
     assert len(active_children()) == 2
     cells.close()

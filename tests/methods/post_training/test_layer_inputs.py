@@ -10,18 +10,18 @@ from kinds import KINDS
 from torch import Tensor, nn
 
 from ip_plugin import interspace
+from ip_plugin.core.channels import by_group
 from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
-from ip_plugin.methods.post_training import layer_inputs as inputs
-from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches, rows
+from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches
 
 F64 = torch.float64
 
 
 def output(module: Any, x: Tensor) -> Tensor:
-    """By `patches` and `rows`, with the bias, in the module's own shape."""
+    """By `patches` and `by_group`, with the bias, in the module's own shape."""
     y = module(x)
     size = y.shape[2:] if x.dim() > 2 and not isinstance(module, nn.Linear) else ()
-    found = torch.einsum("gsin,goin->sgo", patches(module, x, size), rows(module, module.weight)).flatten(1)
+    found = torch.einsum("gsin,goin->sgo", patches(module, x, size), by_group(module, module.weight)).flatten(1)
     if module.bias is not None:
         found = found + module.bias
     return found.reshape(len(y), *size, -1).movedim(-1, 1) if size else found.reshape(y.shape)
@@ -63,11 +63,11 @@ def test_linear_layers_take_any_number_of_dimensions() -> None:
     torch.testing.assert_close(output(linear, x), linear(x))
 
 
-def seen_by(model: nn.Module, batches: list[Any]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def seen_by(model: nn.Module, batches: list[Any], **options: int) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     parts: dict[str, list[Tensor]] = {}
-    watchers = {each: parts.setdefault(each.module_name, []).append for each in prunable_tensors(model)}
-    takers = observe(model, watchers, batches)
-    return {name: torch.cat(some, 1) for name, some in parts.items() if some}, takers
+    watchers = {ref: parts.setdefault(ref.module_name, []).append for ref in prunable_tensors(model)}
+    norms = observe(model, watchers, batches, **options)
+    return {name: torch.cat(some, 1) for name, some in parts.items() if some}, norms
 
 
 class Net(nn.Module):
@@ -116,18 +116,19 @@ def test_hooks_go_where_the_model_fails() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
 
 
-def test_inputs_without_a_batch_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_without_a_batch_and_in_parts() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2))
     x = torch.randn(5, 2, 6, 6)
     whole, _ = seen_by(model, [x])
     single, _ = seen_by(model, list(x))
-    monkeypatch.setattr(inputs, "_AT_ONCE", 2 * 2 * 9 * 16)
     sizes: list[int] = []
-    observe(model, {prunable_tensors(model)[0]: lambda seen: sizes.append(seen.shape[1])}, [x])
+    most = 2 * 2 * 9 * 16
+    watcher = {prunable_tensors(model)[0]: lambda seen: sizes.append(seen.shape[1])}
+    observe(model, watcher, [x], patches_at_once=most)
     assert sizes == [32, 32, 16]
     for name, each in whole.items():
         torch.testing.assert_close(single[name], each)
-        torch.testing.assert_close(seen_by(model, [x])[0][name], each)
+        torch.testing.assert_close(seen_by(model, [x], patches_at_once=most)[0][name], each)
 
 
 def test_moments_of_parts_are_those_of_all() -> None:

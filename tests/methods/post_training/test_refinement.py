@@ -14,7 +14,7 @@ from torch.nn.utils import prune as host
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.basis import dictionary
 from ip_plugin.core.tensor_ref import prunable_tensors
-from ip_plugin.errors import BasisError, ConversionError, NothingToPruneError, TwinMismatchError
+from ip_plugin.errors import BasisError, ConversionError, SelectionError
 from ip_plugin.methods import magnitude, prune, refine
 
 
@@ -63,22 +63,22 @@ def test_errors_fall_and_counts_stay(case: Case) -> None:
 @pytest.mark.parametrize("basis", BASES)
 def test_the_dense_network_is_still_behind_the_masks(basis: str) -> None:
     model, dense, _ = pruned(Case("conv2d", basis, "model"))
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     refine(model)
-    refine(twin, dense)
+    refine(reference, dense)
     for layer in prunable_tensors(model)[:2]:
         assert layer.mask is not None and not layer.parameter[~layer.mask].any()
-    for name, weight in weights(twin).items():
+    for name, weight in weights(reference).items():
         torch.testing.assert_close(weights(model)[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_a_dense_network_in_the_interspace_and_wrappers() -> None:
     model, dense, _ = pruned(Case("conv2d", "dct", "layer"))
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     refine(model, interspace(copy.deepcopy(dense), basis="dct"))
-    wrapped = nn.DataParallel(twin)
+    wrapped = nn.DataParallel(reference)
     assert refine(wrapped, nn.DataParallel(dense)) is wrapped
-    for name, weight in weights(twin).items():
+    for name, weight in weights(reference).items():
         torch.testing.assert_close(weights(model)[name], weight, atol=1e-4, rtol=1e-3)
 
 
@@ -165,11 +165,11 @@ def test_failed_calls_change_nothing() -> None:
     broken = copy.deepcopy(dense)
     with torch.no_grad():
         broken[2].weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(TwinMismatchError, match="'2'"):
+    with pytest.raises(SelectionError, match="'2'"):
         refine(model, other)
     with pytest.raises(ConversionError, match="layer '2': 1 NaN"):
         refine(model, broken)
-    with pytest.raises(NothingToPruneError):
+    with pytest.raises(SelectionError, match="can be pruned"):
         refine(nn.ReLU())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 

@@ -11,31 +11,31 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.adapters import Begin
-from ip_plugin.compare import cell, training
 from ip_plugin.compare.cell import epochs_of, execute
-from ip_plugin.compare.config import Run, Settings, Space
+from ip_plugin.compare.config import Cell, Settings, Space
+from ip_plugin.compare.engines.local import local
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.compare.training import Memory, Training
+from ip_plugin.compare.training import Training, TrainingCache
 
 SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=200)
 
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The parts of trainings that have really been done, by their epochs."""
-    found: list[int] = []
-    run = Training._run
+    """The epochs of every training and fine-tuning that was done, and not taken from the cache."""
+    counts: list[int] = []
+    fit = Training.fit
 
-    def counted(self: Training, epochs: int, lr: float, begin: Begin | None) -> None:
-        found.append(epochs)
-        run(self, epochs, lr, begin)
+    def counted(self: Training, epochs: int, lr: float, begin: Begin | None = None) -> None:
+        counts.append(epochs)
+        fit(self, epochs, lr, begin)
 
-    monkeypatch.setattr(Training, "_run", counted)
-    return found
+    monkeypatch.setattr(Training, "fit", counted)
+    return counts
 
 
 CELLS = [
-    Run(criterion, sparsity, space, 3)  # type: ignore[arg-type]
+    Cell(criterion, sparsity, space, 3)  # type: ignore[arg-type]
     for criterion, sparsity in (
         ("torch:l1", 0.5), ("ip:movement", 0.9), ("tp:taylor+variety", 0.5), ("tp:ticket", 0.5)
     )
@@ -45,38 +45,37 @@ CELLS = [
 
 def test_what_is_shared_changes_no_result(done: list[int]) -> None:
     settings = replace(SETTINGS, epochs=2)
-    memory = Memory()
-    for number, run in enumerate(CELLS):
+    cache = TrainingCache()
+    for number, cell in enumerate(CELLS):
         epochs: list[int] = []
-        alone = execute(run, settings)
+        alone = execute(cell, settings)
         done.clear()
-        shared = execute(run, settings, lambda epochs=epochs: epochs.append(1), memory)  # type: ignore[misc]
-        assert replace(shared, seconds=0) == replace(alone, seconds=0), run
-        assert len(epochs) == epochs_of(run, settings)
-        again = 2 if run.criterion.startswith("tp:ticket") else 1  # what was cut is trained again, or fine-tuned
-        assert done == ([] if number > 1 else [2]) + [again], run
+        shared = execute(cell, settings, lambda epochs=epochs: epochs.append(1), cache)  # type: ignore[misc]
+        assert replace(shared, seconds=0) == replace(alone, seconds=0), cell
+        assert len(epochs) == epochs_of(cell, settings)
+        again = 2 if cell.criterion.startswith("tp:ticket") else 1  # the pruned network is trained, or fine-tuned
+        assert done == ([] if number > 1 else [2]) + [again], cell
 
 
 @pytest.mark.parametrize("space", ["spatial", "interspace"])
 def test_it_ends_in_the_same_state(space: Space) -> None:
     train, _ = TASKS["digits"].load(None, 200)
-    memory, found = Memory(), []
+    cache, ends = TrainingCache(), []
     for _ in range(2):
         torch.manual_seed(0)
         model = TASKS["digits"].network()
         if space == "interspace":
             interspace(model, basis="orthonormal", sharing="model", seed=0)
         model.eval()
-        each = Training(model, train, TASKS["digits"], SETTINGS, 0, lambda: None, memory)
-        each.train()
+        training = Training(model, train, TASKS["digits"], SETTINGS, 0, cache=cache)
+        training.train()
         assert model.training and all(p.grad is None for p in model.parameters())
-        found.append((dict(training._tensors(model)), each.order.get_state(), torch.get_rng_state()))
-        with torch.no_grad():  # what happens to a model afterwards changes no memory
-            state = {name: tensor.clone() for name, tensor in training._tensors(model)}
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        ends.append((state, training.order.get_state(), torch.get_rng_state()))
+        with torch.no_grad():  # what happens to a model afterwards does not change the cache
             for parameter in model.parameters():
                 parameter.zero_()
-            found[-1] = (state, *found[-1][1:])
-    (first, *rest), (second, *others) = found
+    (first, *rest), (second, *others) = ends
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(*pair) for pair in zip(rest, others, strict=True))
 
@@ -108,7 +107,7 @@ def tied(model: Any) -> None:
 @pytest.mark.parametrize("change", [changed_weight, masked, changed_running_mean, frozen, other_module, tied])
 def test_what_begins_otherwise_is_trained(change: Any, done: list[int]) -> None:
     train, _ = TASKS["digits"].load(None, 200)
-    memory = Memory()
+    cache = TrainingCache()
     for change_it, expected in ((False, 1), (False, 1), (True, 2)):
         torch.manual_seed(0)
         model: Any = TASKS["digits"].network()
@@ -116,50 +115,50 @@ def test_what_begins_otherwise_is_trained(change: Any, done: list[int]) -> None:
             model[1].bias = nn.Parameter(model[1].weight.detach().clone())
         if change_it:
             change(model)
-        Training(model, train, TASKS["digits"], SETTINGS, 0, lambda: None, memory).train()
+        Training(model, train, TASKS["digits"], SETTINGS, 0, cache=cache).train()
         assert len(done) == expected
     torch.manual_seed(1)
-    Training(TASKS["digits"].network(), train, TASKS["digits"], SETTINGS, 0, lambda: None, memory).train()
+    Training(TASKS["digits"].network(), train, TASKS["digits"], SETTINGS, 0, cache=cache).train()
     assert len(done) == 3
 
 
 def test_another_order_or_random_state_is_another_training(done: list[int]) -> None:
     train, _ = TASKS["digits"].load(None, 200)
-    memory = Memory()
+    cache = TrainingCache()
     for seed, state in ((0, 5), (1, 5), (1, 6), (1, 6)):
         torch.manual_seed(0)
         model = TASKS["digits"].network()
         torch.manual_seed(state)
-        Training(model, train, TASKS["digits"], SETTINGS, seed, lambda: None, memory).train()
+        Training(model, train, TASKS["digits"], SETTINGS, seed, cache=cache).train()
     assert len(done) == 3
 
 
 def test_a_training_that_is_followed_is_done(done: list[int]) -> None:
     train, _ = TASKS["digits"].load(None, 200)
-    memory, steps = Memory(), []
+    cache, steps = TrainingCache(), []
     for _ in range(2):
         torch.manual_seed(0)
-        each = Training(TASKS["digits"].network(), train, TASKS["digits"], SETTINGS, 0, lambda: None, memory)
-        each.train(lambda optimizer: steps.append)
+        training = Training(TASKS["digits"].network(), train, TASKS["digits"], SETTINGS, 0, cache=cache)
+        training.train(lambda optimizer: steps.append)
     assert len(done) == 2 and len(steps) == 4
-    each.train()
+    training.train()
     assert len(done) == 3
 
 
 def test_only_the_last_ones_are_kept(done: list[int]) -> None:
     train, _ = TASKS["digits"].load(None, 200)
-    memory = Memory(size=2)
+    cache = TrainingCache(size=2)
     for seed in (0, 1, 0, 2, 0, 1):  # the last 1 was forgotten when 2 came, as 0 had been used since
         torch.manual_seed(seed)
         model = TASKS["digits"].network()
-        Training(model, train, TASKS["digits"], SETTINGS, seed, lambda: None, memory).train()
+        Training(model, train, TASKS["digits"], SETTINGS, seed, cache=cache).train()
     assert len(done) == 4
 
 
 def test_the_engine_shares_within_a_study_and_forgets_after_it(done: list[int]) -> None:
-    cells = [Run("torch:l1", sparsity, "spatial", 0) for sparsity in (0.5, 0.9)]
+    cells = [Cell("torch:l1", sparsity, "spatial", 0) for sparsity in (0.5, 0.9)]
     for _ in range(2):
-        results = [result for _, result in cell.here(cells, SETTINGS, lambda run: None, lambda: None)]
+        results = [result for _, result in local(cells, SETTINGS, lambda cell: None, lambda: None)]
         assert len(results) == 2 and not any(isinstance(result, Exception) for result in results)
     assert len(done) == 2 * 3
 
@@ -168,6 +167,6 @@ def test_gradients_of_a_training_do_not_reach_a_criterion() -> None:
     train, _ = TASKS["digits"].load(None, 200)
     torch.manual_seed(0)
     model = TASKS["digits"].network()
-    each = Training(model, train, TASKS["digits"], SETTINGS, 0, lambda: None)
-    each.train()
+    training = Training(model, train, TASKS["digits"], SETTINGS, 0)
+    training.train()
     assert all(p.grad is None for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Networks for the tests of Torch-Pruning, with plain twins, and what is compared of the two."""
+"""Networks for the tests of Torch-Pruning, with plain reference models, and what is compared of the two."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Residual(nn.Module):
 X = (2, 3, 8, 8)
 
 
-def twins(basis: Any = "standard", cls: Callable[[], Any] = Net) -> tuple[Any, Any, Tensor]:
-    """A network in the interspace, its plain twin, and an input, in float64."""
+def both_spaces(basis: Any = "standard", cls: Callable[[], Any] = Net) -> tuple[Any, Any, Tensor]:
+    """A network in the interspace, its plain reference model, and an input, in float64."""
     torch.manual_seed(0)
     plain = cls().double()
     for module in plain.modules():

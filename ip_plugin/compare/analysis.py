@@ -1,0 +1,114 @@
+"""What the results of a study say, as pandas tables: read by the console, the report, the README and Python users."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+
+import pandas as pd
+
+from ip_plugin.adapters import VARIED
+
+from .cell import Result
+from .config import Cell, Study
+from .store import COLUMNS, to_row
+
+_NETWORK = ["criterion", "sparsity", "space"]
+
+
+class Analysis:
+    """The results of a study and what they say, in tidy tables.
+
+    In tables over the seeds, ``mean`` and ``std`` are the mean and the sample standard deviation (0 for one value), and
+    ``count`` is the number of seeds. Rows are in the order of the study.
+
+    Args:
+        study: the grid; results outside of it are left out.
+        results: of the cells that have been run, as `ip_plugin.compare.store.read` gives them.
+
+    Attributes:
+        results: one row for each cell that has been run; the columns of ``results.csv``.
+        accuracy: test accuracy in percent, by criterion, sparsity and space; NaN where nothing has been run.
+        space_pairs: accuracies of cells that differ in the space alone, by criterion, sparsity and seed, and the
+            ``difference`` interspace minus spatial.
+        space_difference: that difference over the seeds, by criterion and sparsity; NaN where there are no pairs.
+        variety_pairs: accuracies of cells that differ in filter variety alone, by criterion (without variety),
+            sparsity, space and seed, and the ``difference`` with variety minus without.
+        variety: the same over the seeds, where there are pairs; the difference with ``p_value``.
+        deployment: bytes and latencies over the seeds, by criterion, sparsity and space, where they were measured;
+            ``speedup`` is that of each cell, dense over pruned.
+
+    >>> from ip_plugin.compare.config import Settings
+    >>> study = Study(Settings(), ("torch:l1",), (0.9,), seeds=(0, 1))
+    >>> analysis = Analysis(study, {c: Result(c, 90.0 + c.seed, None, 9, 1, 0, (), 0.5) for c in study.cells()})
+    >>> analysis.accuracy.loc["torch:l1", 0.9, "interspace"].to_dict()
+    {'mean': 90.5, 'std': 0.7071067811865476, 'count': 2.0}
+    """
+
+    def __init__(self, study: Study, results: Mapping[Cell, Result]) -> None:
+        self.study = study
+        cells = [Cell(*values) for values in product(study.criteria, study.sparsities, study.spaces, study.seeds)]
+        rows = [to_row(results[cell]) for cell in cells if cell in results]
+        measured = dict.fromkeys(("accuracy", "accuracy_before_pruning", *COLUMNS[-5:]), float)
+        self.results = runs = pd.DataFrame(rows, columns=COLUMNS).astype(measured | {"spatial_layers": str})
+
+        networks = pd.MultiIndex.from_product([study.criteria, study.sparsities, study.spaces], names=_NETWORK)
+        self.accuracy = _over_seeds(runs.set_index(_NETWORK)["accuracy"], _NETWORK).reindex(networks)
+
+        spatial, inter = (runs[runs["space"] == space] for space in ("spatial", "interspace"))
+        self.space_pairs = _paired({"spatial": spatial, "interspace": inter}, ["criterion", "sparsity"])
+        lines = pd.MultiIndex.from_product([study.criteria, study.sparsities], names=_NETWORK[:2])
+        self.space_difference = _over_seeds(self.space_pairs["difference"], _NETWORK[:2]).reindex(lines)
+
+        has_variety = runs["criterion"].str.endswith(VARIED)
+        varied = runs[has_variety].assign(criterion=runs["criterion"].str.removesuffix(VARIED))
+        self.variety_pairs = _paired({"without": runs[~has_variety], "varied": varied}, _NETWORK)
+        self.variety = self.variety_pairs.groupby(level=_NETWORK, sort=False).agg(
+            {"without": [mean, std], "varied": [mean, std], "difference": [mean, std, p_value]}
+        )
+
+        costs = runs.dropna(subset="file_bytes").set_index(_NETWORK)[list(COLUMNS[-3:])]
+        costs["speedup"] = costs["dense_latency_ms"] / costs["latency_ms"]
+        self.deployment = costs.groupby(level=_NETWORK, sort=False).agg([mean, std])
+
+    def variety_by_seed(self) -> pd.Series:
+        """The difference that variety makes, averaged over all rows of `variety`, for each seed that has them all."""
+        by_seed = self.variety_pairs.groupby(level="seed", sort=False)["difference"].agg([mean, "count"])
+        return by_seed.loc[by_seed["count"] == len(self.variety), "mean"]
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, correctly rounded, so that printed digits do not depend on the order of the values."""
+    return statistics.fmean(values)
+
+
+def std(values: Sequence[float]) -> float:
+    """The sample standard deviation, correctly rounded; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """The two-sided p-value of a paired t-test, from the differences of the pairs; NaN if there is none.
+
+    >>> round(p_value([1.0, 2.0, 3.0]), 4)
+    0.0742
+    """
+    if len(set(differences)) < 2:
+        return math.nan
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def _over_seeds(values: pd.Series, keys: list[str]) -> pd.DataFrame:
+    return values.groupby(level=keys, sort=False).agg([mean, std, "count"])
+
+
+def _paired(runs: dict[str, pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """The accuracies of two sets of runs that agree in the keys and the seed, and second minus first."""
+    keys = [*keys, "seed"]
+    first, second = (rows.rename(columns={"accuracy": name})[[*keys, name]] for name, rows in runs.items())
+    pairs = first.merge(second, on=keys).set_index(keys)
+    return pairs.assign(difference=pairs.iloc[:, 1] - pairs.iloc[:, 0])

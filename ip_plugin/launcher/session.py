@@ -1,0 +1,279 @@
+"""A switched session: which models are converted, when, and what is printed of them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from ..basis.bases import BasisSpec, Constraint
+from ..core.convert import interspace
+from ..core.optimizer import join_optimizer
+from ..core.parametrization import order
+from ..core.tensor_ref import by_basis, own_tensors, prunable_tensors
+from ..errors import ArgumentError, SelectionError
+from ..reporting import report
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a session converts; see `ip_plugin.switch_on`."""
+
+    space: Literal["interspace", "spatial"] = "interspace"
+    basis: BasisSpec = "standard"
+    sharing: Literal["layer", "model"] = "layer"
+    constraint: Constraint = "unit"
+    convert_at: Literal["start", "pruning"] = "start"
+    layers: tuple[str, ...] = ()
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        known = {
+            "space": ("interspace", "spatial"),
+            "sharing": ("layer", "model"),
+            "convert_at": ("start", "pruning"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ArgumentError(
+                    f"`{name}` must be one of {', '.join(map(repr, values))}.",
+                    repr(getattr(self, name)),
+                    f"leave it out: {getattr(type(self), name)!r}",
+                )
+        interspace(nn.Conv2d(1, 1, 2), basis="standard", constraint=self.constraint)  # refuses an unknown constraint
+        if isinstance(self.basis, str):
+            interspace(nn.Conv2d(1, 1, 2), basis=self.basis)
+
+
+class Session:
+    """What the patches of a switched session ask and tell.
+
+    Attributes:
+        options: how models are converted.
+        models: those that were converted, or met in the control run, while they are alive; the last one is kept alive,
+            so that it can be reported when the script has ended.
+    """
+
+    def __init__(self, options: Options, stream: Callable[[str], object] | None = None) -> None:
+        self.options = options
+        self.models: WeakSet[nn.Module] = WeakSet()
+        self.last: nn.Module | None = None
+        self._refused: WeakSet[nn.Module] = WeakSet()
+        self._complete: WeakKeyDictionary[Optimizer, tuple[int, int, int]] = WeakKeyDictionary()
+        self._event: tuple[str, nn.Module] | None = None
+        self._said: dict[int, str] = {}
+        self._stream = stream
+
+    def say(self, line: str) -> None:
+        """Print a line to stderr; in a distributed run only the first process does."""
+        if self.options.quiet or os.environ.get("RANK", "0") != "0":
+            return
+        if self._stream is not None:
+            self._stream(line)
+        else:
+            print(f"[ip-plugin] {line}", file=sys.stderr, flush=True)
+
+    # Conversion
+
+    def convert(self, model: nn.Module) -> None:
+        """Convert the layers of a model that can be and are not yet; their bases join every optimizer that has them."""
+        model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+        if self.options.space == "spatial":
+            self._remember(model)
+            return
+        chosen = [name for name, module in model.named_modules() if self._is_to_convert(name, module)]
+        if not chosen:
+            if model not in self.models and model not in self._refused:
+                self._refused.add(model)
+                self.say(f"{_called(model)}: no layer to convert" + self._why_none(model))
+            return
+        before = {id(parameter) for parameter in model.parameters()}
+        options = self.options
+        interspace(model, basis=options.basis, sharing=options.sharing, constraint=options.constraint, layers=chosen)
+        bases = [parameter for parameter in model.parameters() if id(parameter) not in before]
+        self.say(
+            f"{_called(model)}: {len(chosen)} layers converted ({options.basis} basis), {len(bases)} bases with "
+            f"{sum(basis.numel() for basis in bases):,} numbers added"
+        )
+        self._remember(model)
+        for optimizer in _living(Optimizer):
+            if "param_groups" in vars(optimizer):  # else it is being built
+                self.join(optimizer)
+
+    def convert_owners(self, parameters: Sequence[Tensor]) -> None:
+        """Convert the models that hold Parameters, if the weight of a layer that can be converted is among them."""
+        ids = {id(parameter) for parameter in parameters}
+        for model in _owners(ids):
+            if any(id(module._parameters.get("weight")) in ids for module in model.modules() if _is_large(module)):
+                self.convert(model)
+
+    def convert_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Convert the models that modules belong to; those of no model by themselves."""
+        waiting = [
+            module
+            for module in dict.fromkeys(modules)
+            if self._is_to_convert("", module, any_name=True) and module not in self._refused
+        ]
+        if not waiting:
+            return
+        models = _owners({id(parameter) for module in waiting for parameter in module.parameters()})
+        whole = [model for model in models if model not in waiting]
+        for model in whole:
+            self.convert(model)
+        alone = [module for module in waiting if not any(module in set(model.modules()) for model in whole)]
+        if len(alone) > 1 and self.options.sharing == "model" and self.options.space == "interspace":
+            raise SelectionError(
+                'With sharing="model" the model that layers belong to must be known.',
+                f"{len(alone)} layers that belong to no module",
+                "build the optimizer, or put the layers into a module, before they are pruned; or share by layer",
+            )
+        for module in alone:
+            self.convert(module)
+
+    def _is_to_convert(self, name: str, module: nn.Module, any_name: bool = False) -> bool:
+        patterns = self.options.layers
+        named = any_name or not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+        return named and _is_large(module) and not parametrize.is_parametrized(module, "weight")
+
+    def _why_none(self, model: nn.Module) -> str:
+        if self.options.layers and any(map(_is_large, model.modules())):
+            return f"; no convolution has a name like {', '.join(map(repr, self.options.layers))}"
+        return "; only convolutions whose kernel has more than one element have a basis"
+
+    def _remember(self, model: nn.Module) -> None:
+        self.models.add(model)
+        self.last = model
+
+    def join(self, optimizer: Optimizer) -> None:
+        """Let the bases of all models join an optimizer that has their coefficients."""
+        if self.options.space == "spatial":
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model in list(self.models):
+            groups = by_basis(ref for ref in prunable_tensors(model) if id(ref.parameter) in held)
+            if any(id(basis) not in held for basis in groups):
+                join_optimizer(model, optimizer)
+
+    def arrange(self, optimizer: Optimizer) -> None:
+        """Put the parameters of a new optimizer in the order of the plain model, bases last.
+
+        So saved state fits, whether an optimizer is built before its model is converted or after.
+        """
+        ranks = {id(parameter): rank for model in self.models for rank, parameter in enumerate(_plain_order(model))}
+        for group in optimizer.param_groups:
+            if any(id(parameter) in ranks for parameter in group["params"]):
+                places = sorted(range(len(group["params"])), key=lambda i: ranks.get(id(group["params"][i]), -1))
+                for key in ("params", "param_names"):
+                    if key in group:
+                        group[key] = [group[key][i] for i in places]
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Before an optimizer steps: print what was pruned; an optimizer that has missed a basis gets it now."""
+        self.flush()
+        known = (
+            len(optimizer.param_groups),
+            sum(len(group["params"]) for group in optimizer.param_groups),
+            len(self.models),
+        )
+        if self._complete.get(optimizer) == known:
+            return
+        before = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.join(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in before:
+                    parameter.grad = None  # it may not be unscaled or clipped like the others
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._complete[optimizer] = len(optimizer.param_groups), count, len(self.models)
+
+    # Pruning
+
+    def note_pruning(self, what: str, modules: Iterable[nn.Module]) -> None:
+        """Remember that something was pruned; it is printed once, at the next step of an optimizer or at the end."""
+        for module in modules:
+            for model in self.models:
+                if any(module is each for each in model.modules()):
+                    self._event = (what, model)
+                    return
+
+    def flush(self) -> None:
+        """Print what was pruned since the last time."""
+        if self._event is None:
+            return
+        (what, model), self._event = self._event, None
+        line = f"{_called(model)} pruned by {what}: {_left(model)}"
+        if self._said.get(id(model)) != line:
+            self._said[id(model)] = line
+            self.say(line)
+
+    def finish(self) -> None:
+        """Print what is left of every model that is still there."""
+        self.flush()
+        if not self.models:
+            self.say(
+                "no model was converted: nothing in the script builds an optimizer for a convolution, or prunes one"
+            )
+        for model in self.models:
+            self.say(f"{_called(model)} at the end: {_left(model)}")
+
+
+def _called(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("Parametrized")
+
+
+@torch.no_grad()
+def _left(model: nn.Module) -> str:
+    totals = report(model)
+    rows = totals.prunable
+    return (
+        f"{rows.sparsity:.2%} of {rows.parameters:,} prunable numbers are zero, {rows.nonzeros:,} are left; "
+        f"{totals.everything.parameters:,} parameters, {totals.everything.bytes_sparse:,} bytes in a compact file"
+    )
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose kernel has more than one element, with a weight of its own or of ours."""
+    return (
+        isinstance(module, _ConvNd)
+        and any(size > 1 for size in module.kernel_size)
+        and (
+            parametrize.is_parametrized(module, "weight") or isinstance(module._parameters.get("weight"), nn.Parameter)
+        )
+        and not isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter)
+    )
+
+
+def _plain_order(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model in the order that they have on the plain model, then its bases."""
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        own = {ref.tensor_name: ref.parameter for ref in own_tensors(module) if not ref.is_buffer}
+        found += [own[name] for name in dict.fromkeys([*order(module), *own]) if name in own]
+    return [*found, *by_basis(prunable_tensors(model))]
+
+
+def _living(cls: type) -> list[Any]:
+    """All objects of a class; by their type, because `isinstance` asks proxies for what they stand for."""
+    return [each for each in gc.get_objects() if issubclass(type(each), cls)]
+
+
+def _owners(ids: set[int]) -> list[nn.Module]:
+    """The outermost modules that hold Parameters, given by their ids."""
+    holding = [
+        module
+        for module in _living(nn.Module)
+        if "_modules" in vars(module) and any(id(parameter) in ids for parameter in nn.Module.parameters(module))
+    ]
+    inner = {id(child) for module in holding for child in module.modules() if child is not module}
+    return [module for module in holding if id(module) not in inner]

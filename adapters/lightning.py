@@ -19,9 +19,8 @@ from torch.nn.utils import parametrize
 
 from ip_plugin import bake
 from ip_plugin.adapters import torch_prune
-from ip_plugin.core import torch_masks
-from ip_plugin.core.layer import target
-from ip_plugin.core.parametrization import Interspace, held, ours
+from ip_plugin.core.parametrization import Interspace
+from ip_plugin.core.tensor_ref import TensorRef, parametrized_tensors
 
 Pairs = Sequence[tuple[nn.Module, str]]
 
@@ -62,9 +61,10 @@ class ModelPruning(Host):
         if not parameters_to_prune:
             plain = Host.sanitize_parameters_to_prune(pl_module, (), parameter_names)
             names = parameter_names or Host.PARAMETER_NAMES
-            found = set(plain) | {(each.module, each.tensor_name) for each in held(pl_module)}
+            found = set(plain) | {(each.module, each.tensor_name) for each in parametrized_tensors(pl_module)}
             return [(module, name) for name in names for module in pl_module.modules() if (module, name) in found]
-        owners: dict[object, tuple[nn.Module, str]] = {e.chain: (e.module, e.tensor_name) for e in held(pl_module)}
+        refs = parametrized_tensors(pl_module)
+        owners: dict[object, tuple[nn.Module, str]] = {ref.chain: (ref.module, ref.tensor_name) for ref in refs}
         translated = [
             owners.get(pair[0], pair) if isinstance(pair[0], nn.Module) else pair for pair in parameters_to_prune
         ]
@@ -97,21 +97,22 @@ class ModelPruning(Host):
                 drawn.reset_parameters()  # type: ignore[operator]
             for i, name in reference["names"]:
                 module = self._parameters_to_prune[i][0]
-                then, now = ours(first, name), ours(module, name)
-                value: Tensor = torch_masks.parameter(*target(first, name))
+                then, now = TensorRef(first, name).parametrization, TensorRef(module, name).parametrization
+                value: Tensor = TensorRef(first, name).parameter
                 if drawn is not None:
                     value = getattr(drawn, name)
                     value = value if then is None else then.right_inverse(value)
-                torch_masks.parameter(*target(module, name)).copy_(value)
+                TensorRef(module, name).parameter.copy_(value)
                 if isinstance(then, Interspace) and isinstance(now, Interspace):
                     now.basis.copy_(then.basis)
                     now.constraint = then.constraint
 
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Make masked entries zeros and remove the masks, ours and the host's."""
-        for each in held(module):
-            if each.parametrization.mask is not None:
-                torch_prune.remove(each.module, each.tensor_name)
+        for ref in parametrized_tensors(module):
+            parametrization = ref.parametrization
+            if parametrization is not None and parametrization.mask is not None:
+                torch_prune.remove(ref.module, ref.tensor_name)
         super().make_pruning_permanent(module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -120,8 +121,8 @@ class ModelPruning(Host):
         if not self._make_pruning_permanent:
             return
         state = checkpoint["state_dict"]
-        for each in held(pl_module):
-            prefix = f"{each.layer}." if each.layer else ""
+        for each in parametrized_tensors(pl_module):
+            prefix = f"{each.module_name}." if each.module_name else ""
             key = f"{prefix}parametrizations.{each.tensor_name}"
             mask = state.pop(f"{key}.0.mask", None)
             if mask is not None:

@@ -25,8 +25,7 @@ from torch import nn
 import ip_plugin
 from ip_plugin import interspace, prunable
 from ip_plugin.adapters import torch_prune
-from ip_plugin.checkpoint.contents import places
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import by_basis, prunable_tensors, tensors_of
 
 
 def pruned(space: str, sparsity: float, scope: str) -> nn.Module:
@@ -46,15 +45,15 @@ def bound(model: nn.Module) -> float:
     """Bytes of non-zero values, the entropy of their positions, and everything dense."""
     total = 0.0
     sparse = set()
-    for layer in layers(model):
+    for layer in prunable_tensors(model):
         assert layer.mask is not None
         kept, numel = int(layer.mask.sum()), layer.mask.numel()
         share = kept / numel
         entropy = 0.0 if share in (0, 1) else -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-        total += kept * layer.coefficients.element_size() + entropy * numel / 8
-        sparse.add(id(layer.coefficients))
-    rest = [place.tensor for place in places(model) if id(place.tensor) not in sparse]
-    rest += {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}.values()
+        total += kept * layer.parameter.element_size() + entropy * numel / 8
+        sparse.add(id(layer.parameter))
+    rest = [ref.parameter for ref in tensors_of(model) if id(ref.parameter) not in sparse]
+    rest += by_basis(prunable_tensors(model))
     return total + sum(tensor.numel() * tensor.element_size() for tensor in rest)
 
 

@@ -19,13 +19,13 @@ from torch import nn
 
 from ip_plugin import interspace, set_masks
 from ip_plugin.adapters.torch_pruning import pruner
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 
 
 def moved(model: nn.Module) -> nn.Module:
     """As after training: no filter has unit norm."""
     with torch.no_grad():
-        for layer in layers(model):
+        for layer in prunable_tensors(model):
             if layer.interspace is not None:
                 layer.interspace.basis.mul_(torch.linspace(0.5, 2, len(layer.interspace.basis))[:, None])
     return model
@@ -37,8 +37,8 @@ def main() -> None:
     plain = torchvision.models.resnet50()
     inter = moved(interspace(copy.deepcopy(plain)))
     x = torch.randn(1, 3, 224, 224)
-    masked = set_masks(copy.deepcopy(inter), {layer.name: torch.rand(layer.coefficients.shape) < 0.5
-                                              for layer in layers(inter)})  # fmt: skip
+    masked = set_masks(copy.deepcopy(inter), {layer.module_name: torch.rand(layer.parameter.shape) < 0.5
+                                              for layer in prunable_tensors(inter)})  # fmt: skip
 
     def step(network: nn.Module, with_optimizer: bool, adapted: bool = True) -> Callable[[], Callable[[], None]]:
         def prepare() -> Callable[[], None]:

@@ -27,12 +27,12 @@ from ip_plugin.adapters.nni.pruners import (
 from ip_plugin.adapters.nni.variety import with_variety
 from ip_plugin.adapters.nni.wrappers import finish, speedup
 from ip_plugin.adapters.torch_pruning.variety import MAKERS
-from ip_plugin.core.layer import Layer, layers
+from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 
 
 def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:
     """Prune the weights of some layers by NNI's level pruner."""
-    for layer in layers(model):
+    for layer in prunable_tensors(model):
         _register(layer.module)
     entries = [
         {"op_names": [name], "target_names": ["weight"], "sparse_ratio": ratio, **setting}
@@ -51,8 +51,8 @@ def _register(module: nn.Module) -> None:
         PruningSetting.register(cls.__name__, PruningSetting.registry[known])
 
 
-def _left(layer: Layer) -> int:
-    return layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum())
+def _left(layer: TensorRef) -> int:
+    return layer.parameter.numel() if layer.mask is None else int(layer.mask.sum())
 
 
 def _globally(model: nn.Module, count: int) -> None:
@@ -61,12 +61,12 @@ def _globally(model: nn.Module, count: int) -> None:
     NNI prunes what is below the threshold, so that of equal magnitudes it prunes none, and nothing at all where it is
     asked for everything: what is missing then is pruned by `torch.nn.utils.prune`, whose ranking is the same.
     """
-    found = {layer.name: layer.coefficients.numel() for layer in layers(model)}
-    total, before = sum(found.values()), sum(map(_left, layers(model)))
+    found = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
+    total, before = sum(found.values()), sum(map(_left, prunable_tensors(model)))
     ratio = (total - before + count + 0.5) / total  # NNI rounds down
     if count and ratio < 1:
         _level(model, dict.fromkeys(found, ratio), global_group_id="all")
-    missing = count - before + sum(map(_left, layers(model)))
+    missing = count - before + sum(map(_left, prunable_tensors(model)))
     if missing:
         torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=missing)
 
@@ -75,8 +75,8 @@ def _uniformly(model: nn.Module, count: int) -> None:
     """The level pruner as it is without a group: every layer loses the same part, to rounding, `count` in all."""
     if not count:
         return
-    left = {layer.name: _left(layer) for layer in layers(model)}
-    sizes = {layer.name: layer.coefficients.numel() for layer in layers(model)}
+    left = {layer.module_name: _left(layer) for layer in prunable_tensors(model)}
+    sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
     shares = {name: divmod(count * number, sum(left.values())) for name, number in left.items()}
     lost = {name: share for name, (share, _) in shares.items()}
     for name in sorted(shares, key=lambda each: -shares[each][1])[: count - sum(lost.values())]:
@@ -87,13 +87,13 @@ def _uniformly(model: nn.Module, count: int) -> None:
 
 def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Tensor) -> None:
     """Mask a share of the output channels of every convolution, and cut them."""
-    convolutions = [layer for layer in layers(model) if isinstance(layer.module, _ConvNd)]
+    convolutions = [layer for layer in prunable_tensors(model) if isinstance(layer.module, _ConvNd)]
     for layer in convolutions:
         _register(layer.module)
     groups = _coupled(model, images[:1])
     entries = [
-        {"op_names": [layer.name], "sparse_ratio": ratio}
-        | ({"dependency_group_id": groups[layer.name]} if layer.name in groups else {})
+        {"op_names": [layer.module_name], "sparse_ratio": ratio}
+        | ({"dependency_group_id": groups[layer.module_name]} if layer.module_name in groups else {})
         for layer in convolutions
     ]
     if issubclass(pruner, TaylorPruner):
@@ -107,7 +107,7 @@ def _cut(pruner: Any, model: nn.Module, ratio: float, images: Tensor, labels: Te
 
 def _coupled(model: nn.Module, example: Tensor) -> dict[str, str]:
     """A name for each set of layers whose outputs are added, by layer: they must lose the same channels."""
-    names = {layer.module: layer.name for layer in layers(model)}
+    names = {layer.module: layer.module_name for layer in prunable_tensors(model)}
     graph = torch_pruning.pruner(tp.pruner.BasePruner, model, example, importance=tp.importance.RandomImportance()).DG
     found: dict[str, str] = {}
     for number, group in enumerate(graph.get_all_groups()):

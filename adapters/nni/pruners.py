@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from ip_plugin.adapters.nni.wrappers import WRAPPER, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
-from ip_plugin.core.parametrization import Interspace, held, ours, ours_in, parametrizations
+from ip_plugin.core.parametrization import Interspace, parametrizations
+from ip_plugin.core.tensor_ref import TensorRef, parametrized_tensors
 from ip_plugin.errors import AlreadyWrappedError, NoModuleMatchedError, UnadoptedMaskError
 
 Entries: TypeAlias = Sequence[dict[str, Any]]
@@ -72,7 +73,7 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
     >>> sorted((entry["op_names"], entry["target_names"]) for entry in config_list(model, entries))
     [(['0.parametrizations.weight'], ['original']), (['2'], ['weight'])]
     """
-    plain = not held(model)
+    plain = not parametrized_tensors(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[dict[str, Any]] = []
     for entry, given in zip(trans_legacy_config_list(deepcopy(list(config_list))), config_list, strict=True):
@@ -101,7 +102,7 @@ class _AsPlain:
                 continue
             prefix = f"{name}.parametrizations" if name else "parametrizations"
             chains = parametrizations(module) if nn.utils.parametrize.is_parametrized(module) else {}
-            of_ours = [tensor for tensor in chains if ours(module, tensor) is not None]
+            of_ours = [tensor for tensor in chains if TensorRef(module, tensor).chain is not None]
             alone = len(of_ours) == len(chains) > 0
             hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in of_ours]
             # NNI asks for the name of the class only.
@@ -115,7 +116,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def _has_ours(module: nn.Module) -> bool:
     parametrized = nn.utils.parametrize.is_parametrized(module)
-    return parametrized and any(ours(module, tensor) is not None for tensor in parametrizations(module))
+    return parametrized and any(TensorRef(module, tensor).chain is not None for tensor in parametrizations(module))
 
 
 def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -141,7 +142,7 @@ def _check_masks(name: str, module: nn.Module) -> None:
 
 def _place(name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
     """Where NNI finds a tensor of the plain model; inverse: `plain_name`."""
-    if ours(module, tensor_name) is None:
+    if TensorRef(module, tensor_name).chain in (None, module):
         return name, tensor_name
     return f"{name}.parametrizations.{tensor_name}".removeprefix("."), "original"
 
@@ -226,11 +227,11 @@ class _InEitherSpace(Pruner):  # type: ignore[misc]
             for helper in getattr(self.evaluator, "_optimizer_helpers", ())
             for group in (helper.kwargs["params"] if "params" in helper.kwargs else helper.args[0])
         ]
-        for each in held(self.bound_model):
+        for each in parametrized_tensors(self.bound_model):
             space = each.parametrization
             if not isinstance(space, Interspace) or not space.basis.requires_grad:
                 continue
-            basis, (chain, original) = names[id(space.basis)], _place(each.layer, each.tensor_name, each.module)
+            basis, (chain, original) = names[id(space.basis)], _place(each.module_name, each.tensor_name, each.module)
             if not any(basis in group for group in groups):
                 for group in groups:
                     if f"{chain}.{original}" in group:
@@ -280,7 +281,7 @@ class _ByMagnitude(_Configured):
         }
 
     def _magnitudes(self, module_name: str, values: Tensor) -> Tensor:
-        parametrization = ours_in(self._module_wrappers[module_name].module)
+        parametrization = TensorRef(self._module_wrappers[module_name].module, "original").parametrization
         if parametrization is None:
             return values
         if parametrization.mask is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ip_plugin.core.gauge import Similarity, compared
-from ip_plugin.core.parametrization import ours_in
+from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import InvalidVarietyError
 from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
 
@@ -78,7 +78,7 @@ class _Varied:
         space = self._target_spaces[module][target]
         values = space.target.detach()
         values = values if space.mask is None else values * space.mask
-        parametrization = ours_in(self._module_wrappers[module].module)
+        parametrization = TensorRef(self._module_wrappers[module].module, "original").parametrization
         if parametrization is not None and parametrization.mask is not None:
             values = values * parametrization.mask
         return compared(values, parametrization, self.similarity).flatten(1)

@@ -19,15 +19,14 @@ from nni.compression.pruning.slim_pruner import SLIM_SCALING_FACTOR_PNAME
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from ip_plugin.adapters.shared.batch_norms import following
 from ip_plugin.adapters.shared.channels import outputs_left
 from ip_plugin.adapters.shared.transaction import transaction
-from ip_plugin.core.layer import Model, Target, add_mask, target
 from ip_plugin.core.masking import warn_of_thin_layers
-from ip_plugin.core.parametrization import ours_in, restore_order
+from ip_plugin.core.parametrization import restore_order
+from ip_plugin.core.tensor_ref import Model, TensorRef
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     AlreadyWrappedError,
@@ -97,7 +96,7 @@ class _Found(NamedTuple):
 
 def plain_name(module_name: str, tensor_name: str, module: nn.Module) -> tuple[str, str]:
     """Where a tensor is on the plain model: ``("0.parametrizations.weight", "original")`` is ``("0", "weight")``."""
-    if ours_in(module) is None or tensor_name != "original":
+    if TensorRef(module, "original").chain is None or tensor_name != "original":
         return module_name, tensor_name
     layer, _, name = module_name.rpartition("parametrizations.")
     return layer.removesuffix("."), name
@@ -151,7 +150,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     wrappers = list(pruner._module_wrappers.values())
     found = [each for wrapper in wrappers for each in _found(wrapper)]
     for each in found:
-        if isinstance(each.wrapper.module, ParametrizationList) and ours_in(each.wrapper.module) is None:
+        if TensorRef(each.wrapper.module, each.tensor_name).is_foreign:
             raise AlreadyParametrizedError(each.wrapper.name, "another package")
     _check_optimizer(optimizer, model, wrappers)
     _unwrap(pruner, wrappers)
@@ -169,7 +168,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
         if each.factor is not None:
             getattr(each.wrapper.module, each.tensor_name).data.mul_(each.factor)
     for each in found:
-        add_mask(Target(each.wrapper.module, each.tensor_name), each.kept)
+        TensorRef(each.wrapper.module, each.tensor_name).add_mask(each.kept)
     _remove_channels(model, {each.layer[0] for each in found if each.in_blocks and each.layer[1] == "weight"})
     pruner.finished = True
     groups: dict[Any, list[tuple[str, Tensor]]] = {}
@@ -223,22 +222,22 @@ def speedup(
     if wrapped:
         raise AlreadyWrappedError(wrapped)
     modules = dict(model.named_modules())
-    found: list[tuple[Target, Tensor]] = []
+    found: list[tuple[TensorRef, Tensor]] = []
     for name, by_tensor in masks.items():
         if name not in modules:
             raise UnknownLayerError(name, modules, argument="masks")
         for tensor_name, mask in by_tensor.items():
             if mask is None or tensor_name.startswith((INPUT_PREFIX, OUTPUT_PREFIX)):
                 continue  # NNI names biases that are not there
-            where = target(modules[name], tensor_name)
-            values = getattr(*where, None)
+            ref = TensorRef(modules[name], tensor_name)
+            values = getattr(*ref.target, None)
             if not isinstance(values, Tensor) or mask.shape != values.shape:
                 shape = values.shape if isinstance(values, Tensor) else ()
                 raise InvalidMaskError(f"{name}.{tensor_name}", f"shape {tuple(mask.shape)}", shape)
-            found.append((where, mask.detach() != 0))
+            found.append((ref, mask.detach() != 0))
     with transaction(list(model.modules()), optimizer):
-        for where, kept in found:
-            add_mask(where, kept.to(getattr(*where).device))
+        for ref, kept in found:
+            ref.add_mask(kept.to(ref.parameter.device))
         whole = {name for name in masks if _is_of_channels(modules[name], masks[name].get("weight"))}
         _remove_channels(model, whole)
         return cut_masked_channels(model, example_input, optimizer=optimizer)
@@ -309,7 +308,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
     left: dict[str, Tensor] = {}
     for name in layers:
         module = model.get_submodule(name)
-        parametrization = ours_in(target(module).module) if isinstance(module, (_ConvNd, nn.Linear)) else None
+        parametrization = TensorRef(module).parametrization if isinstance(module, (_ConvNd, nn.Linear)) else None
         if parametrization is not None and parametrization.mask is not None:
             channels = outputs_left(module, parametrization.mask)
             if not bool(channels.all()):
@@ -317,7 +316,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
     for name, channels in left.items():
         module = model.get_submodule(name)
         if module.bias is not None:
-            add_mask(target(module, "bias"), channels)
+            TensorRef(module, "bias").add_mask(channels)
     if not left or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     norms = following(model, left)
@@ -334,7 +333,7 @@ def _remove_channels(model: nn.Module, layers: set[str]) -> None:
         if module.num_features != len(left[layer]):
             continue
         if module.affine:
-            add_mask(target(module, "weight"), left[layer])
-            add_mask(target(module, "bias"), left[layer])
+            TensorRef(module, "weight").add_mask(left[layer])
+            TensorRef(module, "bias").add_mask(left[layer])
         elif module.running_mean is not None:
             module.running_mean.mul_(left[layer])

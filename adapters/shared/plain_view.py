@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 from ip_plugin.adapters.shared.transaction import transaction
 from ip_plugin.basis import bases
 from ip_plugin.core import torch_masks
-from ip_plugin.core.layer import Target, add_mask
-from ip_plugin.core.parametrization import Held, Interspace, Mask, held_in, ours_in, parametrizations, restore_order
+from ip_plugin.core.parametrization import Interspace, Mask, parametrizations, restore_order
+from ip_plugin.core.tensor_ref import TensorRef, own_tensors
 from ip_plugin.errors import AlreadyParametrizedError, UnfollowedCutError
 
 Rows: TypeAlias = "slice | types.EllipsisType"
@@ -82,7 +82,8 @@ class PlainView:
                 self._names = {module: name for name, module in self.model.named_modules()}
                 modules = self._names
             take_over_masks(modules)
-            again = [Loan(each) for each in held_in((self._names.get(module, "?"), module) for module in modules)]
+            refs = [ref for module in modules for ref in own_tensors(module, self._names.get(module, "?"))]
+            again = [Loan(ref, ref.chain) for ref in refs if ref.chain is not None]
         unit = self.in_unit_gauge()
         for loan in again:
             loan.begin(unit)
@@ -143,11 +144,12 @@ class Loan:
         lent: the Parameter; whoever lets a host replace it must say so here.
     """
 
-    def __init__(self, each: Held) -> None:
-        _refuse_foreign(each)
-        self.layer, self.module, self.tensor_name = each.layer, each.module, each.tensor_name
-        self.chain, self.parametrization = each.chain, each.parametrization
-        self.cls, self.children = type(each.module), parametrizations(each.module)
+    def __init__(self, ref: TensorRef, chain: parametrize.ParametrizationList) -> None:
+        _refuse_foreign(ref)
+        self.layer, self.module, self.tensor_name = ref.module_name, ref.module, ref.tensor_name
+        self.chain: parametrize.ParametrizationList = chain
+        self.parametrization: Mask = chain[0]  # type: ignore[assignment]
+        self.cls, self.children = type(ref.module), parametrizations(ref.module)
         self.names = tuple(self.children)
         self.lent: nn.Parameter
         self.unit = True
@@ -257,20 +259,21 @@ def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
 def take_over_masks(modules: Iterable[nn.Module]) -> None:
     """Make every mask that `torch.nn.utils.prune` has put on tensors of some modules ours."""
     for module in modules:
-        foreign = isinstance(module, parametrize.ParametrizationList) and ours_in(module) is None
-        if foreign or isinstance(module, nn.RNNBase):  # torch keeps the weights of these in a list, too
+        if TensorRef(module).is_foreign or isinstance(
+            module, nn.RNNBase
+        ):  # torch keeps the weights of these in a list, too
             continue
         for name in torch_masks.pruned_names(module):
             kept = torch_masks.take_off(module, name)
             assert kept is not None
-            add_mask(Target(module, name), kept)
+            TensorRef(module, name).add_mask(kept)
 
 
-def _refuse_foreign(each: Held) -> None:
-    for tensor_name, chain in parametrizations(each.module).items():
+def _refuse_foreign(ref: TensorRef) -> None:
+    for tensor_name, chain in parametrizations(ref.module).items():
         others = [parametrization for parametrization in chain if not isinstance(parametrization, Mask)]
         if others:
-            raise AlreadyParametrizedError.beside_ours(each.layer, others, tensor_name)
+            raise AlreadyParametrizedError.beside_ours(ref.module_name, others, tensor_name)
 
 
 def _make_plain(module: nn.Module, loans: list[Loan]) -> None:

@@ -33,9 +33,9 @@ from torch.nn.utils import prune as host
 
 from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import unit_gauge
-from ip_plugin.core.layer import Target, combined, described, mask_of, mask_target, target
 from ip_plugin.core.masking import warn_of_thin_layers
-from ip_plugin.core.parametrization import Interspace, held, leave, ours, ours_in, restore_order
+from ip_plugin.core.parametrization import Interspace, leave, restore_order
+from ip_plugin.core.tensor_ref import Target, TensorRef, described, parametrized_tensors
 from ip_plugin.errors import (
     DuplicateTargetError,
     InvalidAmountError,
@@ -48,62 +48,56 @@ from ip_plugin.utils.validation import is_count, is_fraction
 
 M = TypeVar("M", bound=nn.Module)
 Amount: TypeAlias = int | float
-_List = nn.utils.parametrize.ParametrizationList
-
-
-def _is_ours_to_mask(where: Target) -> bool:
-    """Whether a mask can live in a parametrization of ours; under someone else's the host keeps it."""
-    return not isinstance(where.module, _List) or ours_in(where.module) is not None
 
 
 @contextmanager
-def _lent(where: Target, *, ones: bool = False) -> Iterator[None]:
+def _lent(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
     """While the block runs our mask is the host's; afterwards the host's is ours. If the block fails, all is as before.
 
     Args:
-        where: a target.
+        ref: what the host acts on.
         ones: lend a mask of ones where there is no mask.
     """
-    if not _is_ours_to_mask(where):
+    if ref.is_foreign:  # the host keeps its mask
         yield
         return
-    parametrization = ours_in(where.module)
-    theirs = torch_masks.take_off(*where)
-    order = tuple(where.module._parameters)
-    before = combined(None if parametrization is None else parametrization.mask, theirs)
+    target = ref.target
+    before = ref.mask
+    theirs = torch_masks.take_off(*target)
+    order = tuple(target[0]._parameters)
     if before is None and ones:
-        before = torch.ones_like(getattr(*where), dtype=torch.bool)
-    _give(where, before)
+        before = torch.ones_like(getattr(*target), dtype=torch.bool)
+    _give(target, before)
     try:
         yield
     except BaseException:
-        torch_masks.take_off(*where)
-        restore_order(where.module, order)
-        _give(where, theirs)
+        torch_masks.take_off(*target)
+        restore_order(target[0], order)
+        _give(target, theirs)
         raise
-    kept = torch_masks.take_off(*where)
-    restore_order(where.module, order)
+    kept = torch_masks.take_off(*target)
+    restore_order(target[0], order)
     if kept is not None:
-        mask_target(where, kept)
+        ref.set_mask(kept)
 
 
-def _give(where: Target, mask: Tensor | None) -> None:
+def _give(target: Target, mask: Tensor | None) -> None:
     """Make `mask` the host's mask of a target that it has not pruned."""
     if mask is not None:
-        host.custom_from_mask(*where, mask=mask)
+        host.custom_from_mask(*target, mask=mask)
         # The host flattens masks with `view`, which fails on channels_last.
-        name = where.tensor_name + "_mask"
-        where.module.register_buffer(name, getattr(where.module, name).contiguous())
+        module, name = target[0], target[1] + "_mask"
+        module.register_buffer(name, getattr(module, name).contiguous())
 
 
-def _scores(where: Target, given: Tensor | None) -> Tensor:
+def _scores(ref: TensorRef, given: Tensor | None) -> Tensor:
     """What the host ranks by: the scores given, or the masked tensor in unit gauge; contiguous."""
-    tensor: Tensor = getattr(*where).detach()
+    tensor: Tensor = getattr(*ref.target).detach()
     if given is not None:
         if given.shape != tensor.shape:
-            raise InvalidScoresError(where.tensor_name, tensor.shape, given.shape)
+            raise InvalidScoresError(ref.target[1], tensor.shape, given.shape)
         return given.contiguous()
-    return unit_gauge(tensor, ours_in(where.module)).contiguous()
+    return unit_gauge(tensor, ref.parametrization).contiguous()
 
 
 def _check_amount(amount: object, available: int) -> None:
@@ -116,10 +110,10 @@ def _check_amount(amount: object, available: int) -> None:
         )
 
 
-def _available(where: Target, dim: int | None = None) -> int:
+def _available(ref: TensorRef, dim: int | None = None) -> int:
     """How many entries, or slices along `dim`, are not pruned yet."""
-    tensor = getattr(*where)
-    kept = torch_masks.mask(*where)
+    tensor = getattr(*ref.target)
+    kept = torch_masks.mask(*ref.target)
     if kept is None:
         kept = torch.ones_like(tensor, dtype=torch.bool)
     if dim is None or not -tensor.dim() <= dim < tensor.dim():
@@ -155,14 +149,14 @@ class BasePruningMethod(host.BasePruningMethod):
         Raises:
             InvalidAmountError, InvalidMaskError, InvalidScoresError: nothing has changed.
         """
-        where = target(module, name)
-        with _lent(where):
+        ref = TensorRef(module, name)
+        with _lent(ref):
             if "amount" in kwargs:
                 structured = getattr(cls, "PRUNING_TYPE", None) == "structured"
-                _check_amount(kwargs["amount"], _available(where, kwargs.get("dim", -1) if structured else None))
-            scores = _scores(where, importance_scores)
+                _check_amount(kwargs["amount"], _available(ref, kwargs.get("dim", -1) if structured else None))
+            scores = _scores(ref, importance_scores)
             method: host.BasePruningMethod = super().apply(  # type: ignore[no-untyped-call]
-                *where, *args, importance_scores=scores, **kwargs
+                *ref.target, *args, importance_scores=scores, **kwargs
             )
         _expose(module, name)
         return method
@@ -194,7 +188,7 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
     @classmethod
     def apply(cls, module: nn.Module, name: str, mask: Tensor) -> host.BasePruningMethod:  # type: ignore[override]
         """Prune a tensor by a mask of its shape, 1 = kept."""
-        tensor = getattr(*target(module, name))
+        tensor = getattr(*TensorRef(module, name).target)
         if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
             found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise InvalidMaskError(name, found, tensor.shape)
@@ -204,22 +198,22 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
 
 def _expose(module: nn.Module, name: str) -> None:
     """Let ``weight_mask`` and ``weight_orig`` be read as they can be after the host's pruning."""
-    if ours(module, name) is None:
+    if TensorRef(module, name).chain in (None, module):
         return
     cls = type(module)  # torch's own class for this module and its copies
 
     def our_mask(self: nn.Module, attribute: str) -> Tensor:
-        parametrization = ours(self, name)
+        parametrization = TensorRef(self, name).parametrization
         if parametrization is None or parametrization.mask is None:
             raise AttributeError(attribute)
         return parametrization.mask
 
     def mask(self: nn.Module) -> Tensor:
-        return our_mask(self, f"{name}_mask").to(getattr(*target(self, name)).dtype)
+        return our_mask(self, f"{name}_mask").to(getattr(*TensorRef(self, name).target).dtype)
 
     def original(self: nn.Module) -> nn.Parameter:
         our_mask(self, f"{name}_orig")
-        return torch_masks.parameter(*target(self, name))
+        return TensorRef(self, name).parameter
 
     for attribute, getter in ((f"{name}_mask", mask), (f"{name}_orig", original)):
         setattr(cls, attribute, property(getter))
@@ -293,24 +287,24 @@ def global_unstructured(
     pairs = list(parameters)
     if not pairs:
         raise NothingToPruneError
-    given = {target(*pair): scores for pair, scores in (importance_scores or {}).items()}
-    targets: dict[Target, None] = {}
+    given = {TensorRef(*pair).target: scores for pair, scores in (importance_scores or {}).items()}
+    refs: dict[Target, TensorRef] = {}
     for module, name in pairs:
-        where = target(module, name)
-        if where in targets:
+        ref = TensorRef(module, name)
+        if ref.target in refs:
             raise DuplicateTargetError(name, type(module).__name__)
-        targets[where] = None
+        refs[ref.target] = ref
     with ExitStack() as stack:
-        for where in targets:
-            stack.enter_context(_lent(where, ones=True))
+        for ref in refs.values():
+            stack.enter_context(_lent(ref, ones=True))
         if "amount" in kwargs:
-            _check_amount(kwargs["amount"], sum(_available(where) for where in targets))
-        scores = {tuple(where): _scores(where, given.get(where)) for where in targets}
-        host.global_unstructured([tuple(where) for where in targets], pruning_method, scores, **kwargs)
+            _check_amount(kwargs["amount"], sum(_available(ref) for ref in refs.values()))
+        scores = {target: _scores(ref, given.get(target)) for target, ref in refs.items()}
+        host.global_unstructured(list(refs), pruning_method, scores, **kwargs)
     for module, name in pairs:
         _expose(module, name)
-    kept = [(target(*pair), mask_of(target(*pair))) for pair in pairs]
-    warn_of_thin_layers([(described(where, mask), mask) for where, mask in kept if mask is not None])
+    kept = [(ref.target, ref.mask) for ref in refs.values()]
+    warn_of_thin_layers([(described(target, mask), mask) for target, mask in kept if mask is not None])
 
 
 @torch.no_grad()
@@ -322,17 +316,16 @@ def remove(module: M, name: str) -> M:
     Raises:
         NotPrunedError: the tensor has no mask.
     """
-    where = target(module, name)
-    parametrization = ours_in(where.module)
-    theirs = torch_masks.take_off(*where)
-    kept = combined(None if parametrization is None else parametrization.mask, theirs)
+    ref = TensorRef(module, name)
+    parametrization, kept = ref.parametrization, ref.mask
     if kept is None:
         raise NotPrunedError(name, type(module).__name__)
-    parameter: Tensor = getattr(*where)
+    torch_masks.take_off(*ref.target)
+    parameter = ref.parameter
     parameter.mul_(kept)
     if parametrization is not None:
         parametrization.mask = None
-        if not isinstance(parametrization, Interspace) and where.module is not module:
+        if not isinstance(parametrization, Interspace) and ref.chain is not module:
             leave(module, name, parameter)
     return module
 
@@ -341,4 +334,4 @@ def is_pruned(module: nn.Module) -> bool:
     """Whether any tensor of a module or of its children has a mask, ours or the host's."""
     if host.is_pruned(module):
         return True
-    return any(each.parametrization.mask is not None for each in held(module))
+    return any(ref.mask is not None for ref in parametrized_tensors(module))

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
-from ip_plugin.core import torch_masks
 from ip_plugin.core.gauge import Similarity, compared, unit_gauge
-from ip_plugin.core.layer import Target, mask_of, target
-from ip_plugin.core.parametrization import ours_in
+from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import InvalidScoresError, InvalidVarietyError
 from ip_plugin.methods.filter_variety import check_similarity, removal_order
 
@@ -69,10 +67,10 @@ def ln_structured(
             [1., 1.],
             [1., 1.]])
     """
-    where = _checked(module, name, dim)
-    values = torch_masks.parameter(*where).detach()
+    ref = _checked(module, name, dim)
+    values = ref.parameter.detach()
     if importance_scores is None:
-        scores = unit_gauge(_masked(values, mask_of(where)), ours_in(where.module))
+        scores = unit_gauge(_masked(values, ref.mask), ref.parametrization)
     elif importance_scores.shape == values.shape:
         scores = importance_scores.detach()
     else:
@@ -95,7 +93,7 @@ def random_structured(
 
     Args, returns, raises: as `ln_structured`.
     """
-    noise = torch.rand(torch_masks.parameter(*_checked(module, name, dim)).shape[dim])
+    noise = torch.rand(_checked(module, name, dim).parameter.shape[dim])
     varied = varied_scores(module, name, noise, dim, strength=strength, similarity=similarity)
     return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
 
@@ -122,13 +120,13 @@ def varied_scores(
     Raises:
         InvalidVarietyError: as `ln_structured`, and scores that are not one for each slice.
     """
-    where = _checked(module, name, dim)
+    ref = _checked(module, name, dim)
     check_similarity(similarity)
-    tensor, mask = torch_masks.parameter(*where).detach(), mask_of(where)
+    tensor, mask = ref.parameter.detach(), ref.mask
     if scores.shape != tensor.shape[dim : dim + 1]:
         found = f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}"
         raise InvalidVarietyError("There must be one score for each slice.", found)
-    values = compared(_masked(tensor, mask), ours_in(where.module), similarity)
+    values = compared(_masked(tensor, mask), ref.parametrization, similarity)
     left = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
     places = torch.ones(len(scores), device=tensor.device)
     if bool(left.any()):
@@ -137,13 +135,13 @@ def varied_scores(
     return _slices_like(places, tensor, dim)
 
 
-def _checked(module: nn.Module, name: str, dim: int) -> Target:
-    where = target(module, name)
-    shape = torch_masks.parameter(*where).shape
+def _checked(module: nn.Module, name: str, dim: int) -> TensorRef:
+    ref = TensorRef(module, name)
+    shape = ref.parameter.shape
     if dim not in (0, 1) or len(shape) < 2:
         rule = "Slices that are compared must be those along dimension 0 or 1 of a tensor of at least two."
         raise InvalidVarietyError(rule, f"dim {dim!r} of {name!r}, shape {tuple(shape)}")
-    return where
+    return ref
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

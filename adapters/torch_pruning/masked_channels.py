@@ -18,8 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ip_plugin.core.layer import Model
-from ip_plugin.core.parametrization import Interspace, held, leave
+from ip_plugin.core.parametrization import Interspace, leave
+from ip_plugin.core.tensor_ref import Model, parametrized_tensors
 from ip_plugin.errors import ChangedOutputError
 from ip_plugin.utils.example_input import run
 
@@ -91,12 +91,13 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
                     group = graph.get_pruning_group(dep.target.module, dep.handler, channels)
                     group.arranged = _arranged(group, graph)
                     group.prune()
-        for each in held(model):
-            mask = each.parametrization.mask
-            if mask is not None and bool(mask.all()):
-                each.parametrization.mask = None
-                if not isinstance(each.parametrization, Interspace):
-                    leave(each.module, each.tensor_name, each.chain.original.detach())
+        for ref in parametrized_tensors(model):
+            parametrization = ref.parametrization
+            assert parametrization is not None
+            if parametrization.mask is not None and bool(parametrization.mask.all()):
+                parametrization.mask = None
+                if not isinstance(parametrization, Interspace):
+                    leave(ref.module, ref.tensor_name, ref.parameter.detach())
         _compare(before, _outputs(model, example_inputs))
     return model
 

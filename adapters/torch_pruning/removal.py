@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ip_plugin.core.parametrization import Interspace
+from ip_plugin.core.optimizer import inherit_conversion
 from ip_plugin.errors import UnfollowedCutError
 
 from ..shared.plain_view import Loan, PlainView
@@ -127,8 +127,7 @@ def _inherit(loan: Loan, new: nn.Parameter, kept: Tensor | None) -> None:
     if parametrization.mask is not None:
         assert kept is not None
         parametrization.mask = _select(parametrization.mask, kept)
-    if isinstance(parametrization, Interspace) and parametrization.converted_at == loan.lent._version:
-        parametrization.converted_at = new._version
+    inherit_conversion(loan.lent, new)
     loan.lent = new
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import InvalidScoresError
 from ip_plugin.methods import Scores
 
@@ -38,7 +38,9 @@ class ScoredImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     """
 
     def __init__(self, model: nn.Module, scores: Scores) -> None:
-        self.scores = {layer.module: scores[layer.target] for layer in layers(model) if layer.target in scores}
+        self.scores = {
+            layer.module: scores[layer.target] for layer in prunable_tensors(model) if layer.target in scores
+        }
 
     def __call__(self, group: Any) -> Tensor | None:
         """One number for each channel of a group; None if no layer that was scored makes them."""

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ip_plugin.core.gauge import Similarity
-from ip_plugin.core.layer import output_filters
+from ip_plugin.core.tensor_ref import output_filters
 from ip_plugin.methods.filter_variety import check_similarity, check_strength, varied
 
 from ..shared.plain_view import kernels

@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ip_plugin.core.layer import is_prunable
+from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -321,7 +321,7 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
         compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
         if compiled or isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
             raise CompiledModelError(name, type(module).__name__)
-        prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or is_prunable(module)
+        prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or TensorRef(module).is_prunable
         if not prunable and parametrize.is_parametrized(module, "weight"):
             raise AlreadyParametrizedError(name, "another package")
     if optimizer is not None:

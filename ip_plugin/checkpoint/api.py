@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..basis.bases import check_regular
-from ..core.layer import Model, inner
 from ..core.optimizer import watch
+from ..core.tensor_ref import Model, inner, tensors_of
 from ..errors import AlreadyParametrizedError, NotStorableError, StoredDtypeError
 from .container import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
-from .contents import check_modules, packed, places
+from .contents import check_modules, packed
 from .reader import Plan
 from .schema import Basis, Description, Record
 
@@ -76,8 +75,8 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
     owners: dict[int, str] = {}
     numbers: dict[int, int] = {}
     known: list[Basis] = []
-    for place, stored in packed(model, resumable=resumable):
-        values, space = stored.values, place.interspace
+    for ref, stored in packed(model, resumable=resumable):
+        values, space = stored.values, ref.interspace
         number = None
         if space is not None:
             number = numbers.setdefault(id(space.basis), len(known))
@@ -87,27 +86,27 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
         parts: dict[str, Tensor] = {}
         stored_dtype = ""
         if values is not None:
-            if dtype is not None and place.prunable and values.dtype in (torch.float32, torch.float64):
-                values, stored_dtype = _rounded(values, dtype, place.name), dtype_name(dtype)
+            if dtype is not None and ref.is_prunable and values.dtype in (torch.float32, torch.float64):
+                values, stored_dtype = _rounded(values, dtype, ref.name), dtype_name(dtype)
             parts["" if stored.positions is None else "values"] = values
         if stored.positions is not None:
             parts["positions"] = stored.positions.data
         if stored.mask is not None and stored.mask is not stored.positions:
             parts["mask"] = stored.mask.data
-        owner = owners.setdefault(id(place.tensor), place.name)
-        records[place.name] = Record(
-            shape=tuple(place.tensor.shape),
-            dtype=dtype_name(place.tensor.dtype),
+        owner = owners.setdefault(id(ref.parameter), ref.name)
+        records[ref.name] = Record(
+            shape=tuple(ref.parameter.shape),
+            dtype=dtype_name(ref.parameter.dtype),
             stored=stored_dtype,
-            buffer=place.is_buffer,
-            tied="" if owner == place.name else owner,
+            buffer=ref.is_buffer,
+            tied="" if owner == ref.name else owner,
             positions="" if stored.positions is None else stored.positions.coding,
             mask="" if stored.mask is None else "positions" if stored.mask is stored.positions else stored.mask.coding,
             basis=number,
         )
         for what, tensor in parts.items():
-            key = part(place.name, what) if what else place.name
-            if what in ("positions", "mask") and not tensor.numel() and getattr(records[place.name], what) == "all":
+            key = part(ref.name, what) if what else ref.name
+            if what in ("positions", "mask") and not tensor.numel() and getattr(records[ref.name], what) == "all":
                 continue
             if key in tensors:
                 raise NotStorableError(key, "two tensors of this name", "rename the module or parameter")
@@ -127,20 +126,20 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def _check(model: nn.Module) -> None:
     """Raise unless a compact file can hold a model."""
     check_modules(model)
-    for place in places(model):
-        tensor = place.tensor
+    for ref in tensors_of(model):
+        tensor = ref.parameter
         if is_lazy(tensor):
-            raise NotStorableError(place.name, "not initialised yet", "run the model once before")
+            raise NotStorableError(ref.name, "not initialised yet", "run the model once before")
         if tensor.is_meta:
-            raise NotStorableError(place.name, "on the meta device, without values", "load values before")
+            raise NotStorableError(ref.name, "on the meta device, without values", "load values before")
         if tensor.layout != torch.strided:
-            raise NotStorableError(place.name, f"of layout {tensor.layout}", "make it dense with .to_dense()")
+            raise NotStorableError(ref.name, f"of layout {tensor.layout}", "make it dense with .to_dense()")
         if dtype_name(tensor.dtype) not in (*NATIVE, *AS_BYTES):
-            raise NotStorableError(place.name, f"of dtype {tensor.dtype}", "convert it to another dtype")
-        if isinstance(place.module, ParametrizationList) and place.mask is not None:
-            raise AlreadyParametrizedError(place.name, "another package, and pruned beneath")
-        if place.interspace is not None:
-            check_regular(place.interspace.basis, place.name)
+            raise NotStorableError(ref.name, f"of dtype {tensor.dtype}", "convert it to another dtype")
+        if ref.is_foreign and ref.mask is not None:
+            raise AlreadyParametrizedError(ref.name, "another package, and pruned beneath")
+        if ref.interspace is not None:
+            check_regular(ref.interspace.basis, ref.name)
 
 
 @torch.no_grad()

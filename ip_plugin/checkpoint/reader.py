@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..core import torch_masks
-from ..core.layer import mask_target
+from ..core.optimizer import note_conversion
 from ..core.parametrization import Interspace, Mask, enter, leave
+from ..core.tensor_ref import TensorRef, tensors_of
 from ..errors import InvalidFileError, NotStorableError, WrongModelError
 from .container import CompactFile, dtype_name
-from .contents import Place, as_integers, check_modules, owners, places
+from .contents import as_integers, check_modules, owners
 from .resizing import resized
 from .schema import Record
 
@@ -35,7 +35,7 @@ class Plan:
     def __init__(self, model: nn.Module, file: CompactFile) -> None:
         check_modules(model)
         self._records = file.description.tensors
-        self._places = {place.name: place for place in places(model)}
+        self._refs = {ref.name: ref for ref in tensors_of(model)}
         self._module_names = {id(module): name for name, module in model.named_modules()}
         self._match()
         self._attributes = self._sizes(file.description.groups)
@@ -45,7 +45,7 @@ class Plan:
         for name, record in self._records.items():
             index = None if record.tied else file.positions(name)
             if not record.tied:
-                self._contents[name] = _content(file.stored_values(name), index, record, self._places[name].tensor)
+                self._contents[name] = _content(file.stored_values(name), index, record, self._refs[name].parameter)
             if record.mask:
                 self._masks[name] = _mask(record, index if record.mask == "positions" else file.kept(name))
         self._bases = [
@@ -55,27 +55,29 @@ class Plan:
 
     def _match(self) -> None:
         """Names, kinds, dtypes and ties of the model's tensors are those of the file."""
-        missing = [name for name in self._places if name not in self._records]
-        unknown = [name for name in self._records if name not in self._places]
+        missing = [name for name in self._refs if name not in self._records]
+        unknown = [name for name in self._records if name not in self._refs]
         if missing or unknown:
             of_model = f"{len(missing)} tensors of the model that are not in the file ({', '.join(missing[:3])})"
             of_file = f"{len(unknown)} tensors of the file that are not in the model ({', '.join(unknown[:3])})"
             raise WrongModelError(" and ".join(([of_model] if missing else []) + ([of_file] if unknown else [])))
-        owner = owners(list(self._places.values()))
+        owner = owners(self._refs.values())
         for name, record in self._records.items():
-            place = self._places[name]
-            if is_lazy(place.tensor):
+            ref = self._refs[name]
+            if is_lazy(ref.parameter):
                 raise NotStorableError(name, "not initialised yet", "run the model once before")
-            kinds = [_kind(is_buffer) for is_buffer in (record.buffer, place.is_buffer)]
+            kinds = [_kind(is_buffer) for is_buffer in (record.buffer, ref.is_buffer)]
             if kinds[0] != kinds[1]:
                 raise WrongModelError(f"{name!r}, {kinds[0]} in the file and {kinds[1]} in the model")
             dtype: torch.dtype = getattr(torch, record.dtype)
-            if dtype != place.tensor.dtype and not (dtype.is_floating_point and place.tensor.is_floating_point()):
-                raise WrongModelError(f"{name!r}, {record.dtype} in the file and {dtype_name(place.tensor.dtype)} here")
+            if dtype != ref.parameter.dtype and not (dtype.is_floating_point and ref.parameter.is_floating_point()):
+                raise WrongModelError(
+                    f"{name!r}, {record.dtype} in the file and {dtype_name(ref.parameter.dtype)} here"
+                )
             others = self._records[owner[name]]
             if (record.tied or name) != (others.tied or owner[name]):
                 raise WrongModelError(f"{name!r} and {owner[name]!r}, which are one tensor in the model alone")
-            if record.mask and isinstance(place.module, ParametrizationList):
+            if record.mask and ref.is_foreign:
                 raise InvalidFileError(f"{name!r}: a mask on what is not of a layer")
 
     def _sizes(self, groups: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
@@ -83,15 +85,15 @@ class Plan:
         shapes: dict[int, dict[str, tuple[int, ...]]] = {}
         cut: dict[int, nn.Module] = {}
         for name, record in self._records.items():
-            place = self._places[name]
-            here = tuple(place.tensor.shape)
-            shapes.setdefault(id(place.module), {})[place.tensor_name] = record.shape
+            ref = self._refs[name]
+            here = tuple(ref.parameter.shape)
+            shapes.setdefault(id(ref.module), {})[ref.tensor_name] = record.shape
             if record.shape != here:
                 smaller = len(here) == len(record.shape) and all(map(int.__le__, record.shape, here))
                 if not smaller:
                     raise WrongModelError(f"{name!r} of shape {record.shape} in the file and {here} in the model")
-                cut[id(place.module)] = place.module
-        known = {self._module_names[id(place.module)]: place.module for place in self._places.values()}
+                cut[id(ref.module)] = ref.module
+        known = {self._module_names[id(ref.module)]: ref.module for ref in self._refs.values()}
         for name in groups:
             if not isinstance(known.get(name), _ConvNd):
                 raise WrongModelError(f"groups of {name!r}, which is no convolution of the model")
@@ -113,9 +115,9 @@ class Plan:
         for name, record in self._records.items():
             if record.basis is None:
                 continue
-            place = self._places[name]
+            ref = self._refs[name]
             alone = not record.tied and all(other.tied != name for other in self._records.values())
-            if not (isinstance(place.module, _ConvNd) and place.tensor_name == "weight" and alone):
+            if not (isinstance(ref.module, _ConvNd) and ref.tensor_name == "weight" and alone):
                 raise InvalidFileError(f"{name!r}: a basis on what is not the weight of one convolution")
             size, elements = file.basis_size(record.basis), math.prod(record.shape[2:])
             if size != elements or size == 1:
@@ -127,58 +129,57 @@ class Plan:
             for name, value in attributes.items():
                 setattr(module, name, value)
         for name, record in self._records.items():
-            self._strip(self._places[name], record)
+            self._strip(self._refs[name], record)
         tensors: dict[str, Tensor] = {}
         for name, record in self._records.items():
-            place = self._places[name]
-            tensors[name] = tensors[record.tied] if record.tied else _filled(place.tensor, self._contents[name])
-            if tensors[name] is not place.tensor:
-                where = place.target
-                held = where.module._buffers if place.is_buffer else where.module._parameters
-                held[where.tensor_name] = tensors[name]  # type: ignore[assignment]
+            ref = self._refs[name]
+            tensors[name] = tensors[record.tied] if record.tied else _filled(ref.parameter, self._contents[name])
+            if tensors[name] is not ref.parameter:
+                module, key = ref.target
+                owner: dict[str, Any] = module._buffers if ref.is_buffer else module._parameters
+                owner[key] = tensors[name]
         for number in range(len(self._bases)):
             self._set_basis(number)
         for name in self._records:
-            place = self._places[name]
+            ref = self._refs[name]
             if name in self._masks:
-                mask_target(place.target, self._masks[name])
-            elif place.parametrization is not None:
-                place.parametrization.mask = None
+                ref.set_mask(self._masks[name])
+            elif ref.parametrization is not None:
+                ref.parametrization.mask = None
 
-    def _strip(self, place: Place, record: Record) -> None:
+    def _strip(self, ref: TensorRef, record: Record) -> None:
         """Take off a tensor what the file does not put on it."""
-        if place.is_buffer:
+        if ref.is_buffer:
             return
-        torch_masks.take_off(*place.target)
+        torch_masks.take_off(*ref.target)
         wanted = Interspace if record.basis is not None else Mask if record.mask else None
-        if place.parametrization is not None and type(place.parametrization) is not wanted:
-            leave(place.module, place.tensor_name, place.tensor.detach())
+        if ref.parametrization is not None and type(ref.parametrization) is not wanted:
+            leave(ref.module, ref.tensor_name, ref.parameter.detach())
 
     def _set_basis(self, number: int) -> None:
         """Give the layers of a basis one Parameter: that which they share already, if they alone do."""
-        members = [self._places[name] for name, record in self._records.items() if record.basis == number]
+        members = [self._refs[name] for name, record in self._records.items() if record.basis == number]
         parameter, values = self._bases[number], self._bases[number].data
-        there = [place.interspace.basis for place in members if place.interspace is not None]
+        there = [ref.interspace.basis for ref in members if ref.interspace is not None]
         elsewhere = [
-            place.interspace.basis
-            for name, place in self._places.items()
-            if place.interspace is not None and self._records[name].basis != number
+            ref.interspace.basis
+            for name, ref in self._refs.items()
+            if ref.interspace is not None and self._records[name].basis != number
         ]
-        like = members[0].target.module._parameters[members[0].target.tensor_name]
-        assert like is not None
+        like = members[0].parameter
         values = values.to(like.device)
         if len({id(each) for each in there}) == 1 and all(each is not there[0] for each in elsewhere):
             parameter = there[0]
             parameter.requires_grad_(self._bases[number].requires_grad)
         _replace(parameter, values)
-        for place in members:
-            if place.interspace is None:
+        for ref in members:
+            if ref.interspace is None:
                 space = Interspace(parameter, tuple(like.shape[2:]), self._constraints[number])
-                enter(place.module, place.tensor_name, space)
+                enter(ref.module, ref.tensor_name, space)
             else:
-                place.interspace.basis = parameter
-                place.interspace.constraint = self._constraints[number]
-                place.interspace.converted_at = None
+                ref.interspace.basis = parameter
+                ref.interspace.constraint = self._constraints[number]
+            note_conversion(ref.parameter, changed=False)
 
 
 def _kind(is_buffer: bool) -> str:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ip_plugin import prunable
 from ip_plugin.adapters import Criterion, Training, TrainingCriterion
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import (
     SET,
     Gradual,
@@ -60,7 +60,7 @@ def _random(model: nn.Module, count: int) -> None:
 
 def _fitted(model: nn.Module, count: int) -> None:
     """Where nothing is in the interspace there is no basis to fit: magnitude pruning."""
-    if any(layer.interspace is not None for layer in layers(model)):
+    if any(layer.interspace is not None for layer in prunable_tensors(model)):
         prune_fitted(model, sparsity=count / _size(model), min_per_layer=1)
     else:
         _at_once(magnitude, model, count)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import ChannelCriterion, ChannelTrainingCriterion, TrainingCriterion, cuts_channels
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import InvalidStudyError, LayerCollapseWarning
 from ip_plugin.utils.seeds import derived_seed
 
@@ -166,12 +166,12 @@ def _convert(model: nn.Module, run: Run, settings: Settings, budget: bool) -> li
     Without a budget nothing is to be paid for.
     """
     sharers: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
-    for layer in layers(model):
-        shape = layer.coefficients.shape
+    for layer in prunable_tensors(model):
+        shape = layer.parameter.shape
         elements = shape[2:].numel()
         if elements > 1:
-            key = layer.name if settings.sharing == "layer" else shape[2:]
-            sharers[key].append((layer.name, shape.numel(), elements**2))
+            key = layer.module_name if settings.sharing == "layer" else shape[2:]
+            sharers[key].append((layer.module_name, shape.numel(), elements**2))
     converted: list[str] = []
     spatial: list[str] = []
     for members in sharers.values():

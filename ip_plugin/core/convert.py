@@ -31,9 +31,9 @@ from ..errors import (
 )
 from ..utils.validation import check_fraction
 from . import torch_masks
-from .layer import Layer, Model, Target, check_finite, layers
-from .optimizer import check_trains, join_optimizer, watch
-from .parametrization import Interspace, enter, held, leave, parametrizations
+from .optimizer import check_trains, join_optimizer, note_conversion, watch
+from .parametrization import Interspace, enter, leave, parametrizations
+from .tensor_ref import Model, Target, TensorRef, check_finite, check_no_other, parametrized_tensors, prunable_tensors
 
 Selection: TypeAlias = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Sharing: TypeAlias = Literal["layer", "model"] | Callable[[str, nn.Module], Hashable]
@@ -124,12 +124,14 @@ def interspace(
     generator = torch.Generator("cpu").manual_seed(seed)
     plans = []
     for members in groups:
-        values = bases.normalized(_basis(members, basis, sparsity, generator), constraint).to(members[0].weight.dtype)
+        values = bases.normalized(_basis(members, basis, sparsity, generator), constraint).to(
+            members[0].parameter.dtype
+        )
         filters = bases.constrained(values, constraint)
         plans.append((members, values, filters, None if bases.is_standard(filters) else bases.inverse(filters)))
     # Everything that can be wrong has been refused; from here on the model changes.
     for members, values, filters, inverse in plans:
-        weights = [layer.weight for layer in members]
+        weights = [layer.parameter for layer in members]
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
@@ -139,12 +141,12 @@ def interspace(
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
                     bases.transform_(weight.grad, filters.mT)
-                space.converted_at = weight._version
+            note_conversion(weight, changed=inverse is not None)
     watch(model)
     return model if optimizer is None else join_optimizer(model, optimizer)
 
 
-def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[Layer]]:
+def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[TensorRef]]:
     """The layers that `interspace` would convert, those together that would share a basis; raises what it raises."""
     chosen = _select(model, selection)
     _check(model, chosen)
@@ -152,34 +154,34 @@ def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -
 
 
 def _basis(
-    members: list[Layer], basis: BasisSpec | Literal["fitted"], sparsity: float | None, generator: torch.Generator
+    members: list[TensorRef], basis: BasisSpec | Literal["fitted"], sparsity: float | None, generator: torch.Generator
 ) -> Tensor:
     """The basis that some layers share, float64."""
     if not isinstance(basis, str) or basis != "fitted":
         return bases.make(basis, _kernel(members[0]), generator)
     assert sparsity is not None
-    if any(layer.weight.is_meta for layer in members):
+    if any(layer.parameter.is_meta for layer in members):
         raise InvalidBasisError(
             "A basis must have kernels to be fitted to.", "weights on the meta device", "load the weights before"
         )
-    kernels = [Kernels(kernel_rows(layer.weight), 0, _kernel(layer)) for layer in members]
+    kernels = [Kernels(kernel_rows(layer.parameter), 0, _kernel(layer)) for layer in members]
     return fit(kernels, largest(1 - sparsity), seed=generator.initial_seed()).bases[0]
 
 
-def _kernel(layer: Layer) -> tuple[int, ...]:
-    return tuple(layer.weight.shape[2:])
+def _kernel(layer: TensorRef) -> tuple[int, ...]:
+    return tuple(layer.parameter.shape[2:])
 
 
-def _select(model: nn.Module, selection: Selection) -> list[Layer]:
+def _select(model: nn.Module, selection: Selection) -> list[TensorRef]:
     """The layers to convert, in model order."""
     modules = dict(model.named_modules())
-    candidates = [Layer(name, module) for name, module in modules.items() if _obstacle(module) is None]
+    candidates = [TensorRef(module, "weight", name) for name, module in modules.items() if _obstacle(module) is None]
     if selection is None:
         chosen = candidates
     elif isinstance(selection, str) or not (callable(selection) or isinstance(selection, Iterable)):
         raise LayerSelectionError(selection)
     elif callable(selection):
-        chosen = [layer for layer in candidates if selection(layer.name, layer.module)]
+        chosen = [layer for layer in candidates if selection(layer.module_name, layer.module)]
     else:
         names = dict.fromkeys(selection)
         for name in names:
@@ -188,7 +190,7 @@ def _select(model: nn.Module, selection: Selection) -> list[Layer]:
             obstacle = _obstacle(modules[name])
             if obstacle is not None:
                 raise NotConvertibleError(name, obstacle)
-        chosen = [layer for layer in candidates if layer.name in names]
+        chosen = [layer for layer in candidates if layer.module_name in names]
     if not chosen:
         raise NoLayerMatchedError(len(candidates), selection is not None)
     return chosen
@@ -216,12 +218,12 @@ def _raw_weight(module: nn.Module) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _check(model: nn.Module, chosen: list[Layer]) -> None:
+def _check(model: nn.Module, chosen: list[TensorRef]) -> None:
     """Refuse what cannot be converted, before anything has changed."""
     for module in model.modules():
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise WrappedModelError(type(module).__name__)
-    converted = [layer.name for layer in chosen if layer.interspace is not None]
+    converted = [layer.module_name for layer in chosen if layer.interspace is not None]
     if converted:
         raise AlreadyInterspaceError(converted)
     owners: dict[int, list[str]] = {}
@@ -230,52 +232,54 @@ def _check(model: nn.Module, chosen: list[Layer]) -> None:
             owners.setdefault(id(parameter), []).append(name)
     for layer in chosen:
         if layer.parametrization is not None:
-            raise AlreadyPrunedError(layer.name, "by a mask of ip_plugin")
+            raise AlreadyPrunedError(layer.module_name, "by a mask of ip_plugin")
         if "weight" in torch_masks.pruned_names(layer.module):
-            raise AlreadyPrunedError(layer.name, "by torch.nn.utils.prune")
+            raise AlreadyPrunedError(layer.module_name, "by torch.nn.utils.prune")
         if parametrize.is_parametrized(layer.module, "weight"):
             found = parametrizations(layer.module).weight
-            raise AlreadyParametrizedError(layer.name, ", ".join(type(p).__name__ for p in found))
-        weight = layer.weight
+            raise AlreadyParametrizedError(layer.module_name, ", ".join(type(p).__name__ for p in found))
+        weight = layer.parameter
         if not isinstance(weight, nn.Parameter):
-            raise AlreadyParametrizedError(layer.name, "a hook: it is a plain tensor, not a Parameter")
+            raise AlreadyParametrizedError(layer.module_name, "a hook: it is a plain tensor, not a Parameter")
         if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise NotConvertibleError(layer.name, "its weight is not initialised yet; run the model once")
+            raise NotConvertibleError(layer.module_name, "its weight is not initialised yet; run the model once")
         if len(owners[id(weight)]) > 1:
             raise TiedWeightError(owners[id(weight)])
         if not weight.is_floating_point():
-            raise UnsupportedDtypeError(layer.name, weight.dtype)
+            raise UnsupportedDtypeError(layer.module_name, weight.dtype)
         if not weight.is_meta:
-            check_finite(layer.name, weight)
+            check_finite(layer.module_name, weight)
 
 
-def _grouped(chosen: list[Layer], sharing: Sharing) -> list[list[Layer]]:
+def _grouped(chosen: list[TensorRef], sharing: Sharing) -> list[list[TensorRef]]:
     """Layers that share a basis, together; every group has one kernel shape, dtype and device."""
     if sharing != "layer" and sharing != "model" and not callable(sharing):
         raise SharingError.unknown(repr(sharing))
-    groups: dict[Hashable, list[Layer]] = {}
+    groups: dict[Hashable, list[TensorRef]] = {}
     for layer in chosen:
-        weight = layer.weight
+        weight = layer.parameter
         key: Hashable
         if callable(sharing):
-            key = sharing(layer.name, layer.module)
+            key = sharing(layer.module_name, layer.module)
         elif sharing == "model":
             key = (_kernel(layer), weight.dtype, weight.device)
         else:
-            key = layer.name
+            key = layer.module_name
         try:
             members = groups.setdefault(key, [])
         except TypeError:
-            raise SharingError.unknown(f"it returned {key!r} for layer {layer.name!r}, which is not hashable") from None
+            raise SharingError.unknown(
+                f"it returned {key!r} for layer {layer.module_name!r}, which is not hashable"
+            ) from None
         if members:
-            first = members[0].weight
+            first = members[0].parameter
             for what, its, other in (
                 ("kernel shape", _kernel(members[0]), _kernel(layer)),
                 ("dtype", first.dtype, weight.dtype),
                 ("device", first.device, weight.device),
             ):
                 if its != other:
-                    raise SharingError.mismatch(what, members[0].name, its, layer.name, other)
+                    raise SharingError.mismatch(what, members[0].module_name, its, layer.module_name, other)
         members.append(layer)
     return list(groups.values())
 
@@ -302,20 +306,18 @@ def bake(model: Model) -> Model:
     >>> bake(interspace(conv)).weight is weight
     True
     """
-    found = held(model)
-    for each in found:
-        if len(each.chain) > 1:
-            raise AlreadyParametrizedError.beside_ours(each.layer, list(each.chain)[1:], each.tensor_name)
+    refs = parametrized_tensors(model)
+    check_no_other(refs)
     with torch.no_grad():
         for module in model.modules():
             for tensor_name in torch_masks.pruned_names(module):
                 kept = torch_masks.take_off(module, tensor_name)
                 assert kept is not None
                 module.get_parameter(tensor_name).mul_(kept)
-        for each in found:
-            if isinstance(each.parametrization, Interspace):
-                each.chain.original.grad = None
-            leave(each.module, each.tensor_name, each.chain())
+        for ref in refs:
+            if ref.interspace is not None:
+                ref.parameter.grad = None
+            leave(ref.module, ref.tensor_name, ref.composed)
     return model
 
 
@@ -336,4 +338,4 @@ def prunable(model: nn.Module) -> list[Target]:
     ['original', 'weight']
     >>> prune.global_unstructured(prunable(model), prune.L1Unstructured, amount=0.9)
     """
-    return [layer.target for layer in layers(model)]
+    return [ref.target for ref in prunable_tensors(model)]

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from ..basis import bases
 from ..errors import InvalidBasisError
-from .layer import Layer, Model, layers
 from .parametrization import Interspace, Mask
+from .tensor_ref import Model, by_basis, prunable_tensors
 
 #: What filters in the interspace are compared by: their coefficients, or the kernels that these make.
 Similarity: TypeAlias = Literal["coefficients", "weights"]
@@ -85,29 +85,28 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
     >>> torch.equal(space.basis, torch.eye(9)), space.constraint
     (True, 'unit')
     """
-    sharers: dict[nn.Parameter, list[Layer]] = {}
-    for layer in layers(model):
-        if layer.interspace is not None and layer.interspace.constraint == "none":
-            sharers.setdefault(layer.interspace.basis, []).append(layer)
-    found = {basis: bases.norms(basis) for basis in sharers}
-    for basis, norm in found.items():
+    sharers = by_basis(
+        ref for ref in prunable_tensors(model) if ref.interspace is not None and ref.interspace.constraint == "none"
+    )
+    norms = {basis: bases.norms(basis) for basis in sharers}
+    for basis, norm in norms.items():
         if not bool((norm > 0).all() & norm.isfinite().all()):
             worst = int((~((norm > 0) & norm.isfinite())).nonzero()[0])
             raise InvalidBasisError(
                 "A filter must have a finite norm above zero to be given unit norm.",
-                f"filter {worst} of the basis of layer {sharers[basis][0].name!r} has norm {float(norm[worst])}",
+                f"filter {worst} of the basis of layer {sharers[basis][0].module_name!r} has norm {float(norm[worst])}",
                 "set its coefficients and the filter anew, or train without letting it vanish",
             )
     reset: set[str] = set()
-    for basis, norm in found.items():
-        for layer in sharers[basis]:
-            assert layer.interspace is not None
-            layer.interspace.constraint = "unit"
+    for basis, norm in norms.items():
+        for ref in sharers[basis]:
+            assert ref.interspace is not None
+            ref.interspace.constraint = "unit"
         if bool((norm == 1).all()):
             continue
-        for layer in sharers[basis]:
-            scale = norm.reshape(1, 1, *layer.coefficients.shape[2:])
-            reset |= _rescale(layer.coefficients, scale, optimizer)
+        for ref in sharers[basis]:
+            scale = norm.reshape(1, 1, *ref.parameter.shape[2:])
+            reset |= _rescale(ref.parameter, scale, optimizer)
         reset |= _rescale(basis, 1 / norm[:, None], optimizer)
         if basis.grad is not None:  # what would change a norm has no effect any more
             basis.grad -= (basis.grad * basis).sum(1, keepdim=True) * basis

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import AlreadyParametrizedError, InvalidMaskError, LayerCollapseWarning, UnknownLayerError
 from . import torch_masks
-from .layer import Layer, Model, layers
+from .tensor_ref import Model, TensorRef, prunable_tensors
 
 #: Of the share of its entries that a layer keeps, to the share that all layers keep together.
 THIN = 0.1
@@ -30,7 +30,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     >>> int(masks(model)[""].sum())
     1
     """
-    found = {layer.name: layer.mask for layer in layers(model)}
+    found = {layer.module_name: layer.mask for layer in prunable_tensors(model)}
     return {name: mask.clone() for name, mask in found.items() if mask is not None}
 
 
@@ -58,15 +58,15 @@ def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     >>> masks(model)
     {'': tensor([[ True, False]])}
     """
-    known = {layer.name: layer for layer in layers(model)}
+    known = {layer.module_name: layer for layer in prunable_tensors(model)}
     others = dict(model.named_modules())
-    checked: list[tuple[Layer, Tensor]] = []
+    checked: list[tuple[TensorRef, Tensor]] = []
     for name, mask in masks.items():
         if name not in known:
             if name in others and hasattr(others[name], "parametrizations"):
                 raise AlreadyParametrizedError(name, "another package")
             raise UnknownLayerError(name, known, argument="masks")
-        checked.append((known[name], _checked(name, mask, known[name].coefficients)))
+        checked.append((known[name], _checked(name, mask, known[name].parameter)))
     for layer, mask in checked:
         layer.set_mask(mask)
     return model
@@ -101,7 +101,7 @@ def adopt_masks(model: Model) -> Model:
     >>> prune.is_pruned(model), int(masks(model)[""].sum())
     (False, 8)
     """
-    for layer in layers(model):
+    for layer in prunable_tensors(model):
         if torch_masks.mask(*layer.target) is not None:
             mask = layer.mask
             assert mask is not None

@@ -13,12 +13,15 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import bases
 from ..errors import OptimizerMismatchError
-from .layer import Layer, Model, layers
 from .parametrization import Interspace
+from .tensor_ref import Model, TensorRef, by_basis, prunable_tensors
 
+#: Version of a layer's coefficients when `interspace` changed their values, until `join_optimizer` has been called.
+_converted = WeakTensorKeyDictionary()
 _watched: WeakSet[Any] = WeakSet()  # torch's ParametrizationLists, each with an Interspace
 _checked: WeakSet[Optimizer] = WeakSet()
 _hook: RemovableHandle | None = None
@@ -50,20 +53,20 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
     [(16, 3, 3, 3), (16,), (9, 9)]
     """
-    converted = [layer for layer in layers(model) if layer.interspace is not None]
+    converted = [layer for layer in prunable_tensors(model) if layer.interspace is not None]
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     check_trains(optimizer, converted)
-    mine = [layer for layer in converted if id(layer.coefficients) in group_of]
+    mine = [layer for layer in converted if id(layer.parameter) in group_of]
     names = {id(p): name for name, p in model.named_parameters()}
-    joined: dict[int, tuple[Layer, dict[str, Any]]] = {}
+    joined: dict[int, tuple[TensorRef, dict[str, Any]]] = {}
     for layer in mine:
         assert layer.interspace is not None
         basis = layer.interspace.basis
-        group = group_of[id(layer.coefficients)]
+        group = group_of[id(layer.parameter)]
         if id(basis) in joined and joined[id(basis)][1] is not group:
-            first = joined[id(basis)][0].name
+            first = joined[id(basis)][0].module_name
             warnings.warn(
-                f"layers {first!r} and {layer.name!r} share a basis and are in different parameter groups: "
+                f"layers {first!r} and {layer.module_name!r} share a basis and are in different parameter groups: "
                 f"the basis joined the group of {first!r}",
                 stacklevel=2,
             )
@@ -73,7 +76,7 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
                 group["param_names"].append(names[id(basis)])
             group_of[id(basis)] = group
             joined[id(basis)] = layer, group
-    outcomes = {layer.name: _carry_state(layer, optimizer) for layer in mine}
+    outcomes = {layer.module_name: _carry_state(layer, optimizer) for layer in mine}
     for outcome in dict.fromkeys(outcomes.values()):
         if outcome is not None:
             names_of = ", ".join(repr(name) for name, what in outcomes.items() if what == outcome)
@@ -81,20 +84,33 @@ def join_optimizer(model: Model, optimizer: Optimizer) -> Model:
     return model
 
 
-def check_trains(optimizer: Optimizer, converted: Sequence[Layer]) -> None:
+def check_trains(optimizer: Optimizer, converted: Sequence[TensorRef]) -> None:
     """Raise OptimizerMismatchError if an optimizer trains none of some layers."""
     trained = _ids(optimizer)
-    if converted and not any(id(layer.coefficients) in trained for layer in converted):
+    if converted and not any(id(layer.parameter) in trained for layer in converted):
         raise OptimizerMismatchError(
             f"{len(converted)} interspace layers, none of their coefficients in the optimizer's parameter groups"
         )
 
 
-def _carry_state(layer: Layer, optimizer: Optimizer) -> str | None:
+def note_conversion(coefficients: nn.Parameter, changed: bool = True) -> None:
+    """Note whether a layer that enters a basis has got other values, which state of optimizers does not belong to."""
+    _converted.pop(coefficients, None)
+    if changed:
+        _converted[coefficients] = coefficients._version
+
+
+def inherit_conversion(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Treat a Parameter that was selected from coefficients as these: not trained since the conversion, or trained."""
+    if _converted.get(old) == old._version:
+        note_conversion(new)
+
+
+def _carry_state(layer: TensorRef, optimizer: Optimizer) -> str | None:
     """Write state that was gathered for weights in the coefficients' basis; returns what could not be done."""
-    space, coefficients = layer.interspace, layer.coefficients
+    space, coefficients = layer.interspace, layer.parameter
     assert space is not None
-    converted_at, space.converted_at = space.converted_at, None
+    converted_at = _converted.pop(coefficients, None)
     if converted_at is None or not optimizer.state.get(coefficients):
         return None
     if coefficients._version != converted_at:
@@ -130,13 +146,11 @@ def param_groups(
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(2, 0.0005), (1, 0.0)]
     """
-    basis = {
-        id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace is not None
-    }
-    rest = [p for p in model.parameters() if id(p) not in basis]
+    basis = by_basis(prunable_tensors(model))
+    rest = [p for p in model.parameters() if p not in basis]
     groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": weight_decay}]
     if basis:
-        groups.append({"params": list(basis.values()), "weight_decay": basis_weight_decay})
+        groups.append({"params": list(basis), "weight_decay": basis_weight_decay})
         if basis_lr is not None:
             groups[1]["lr"] = basis_lr
     return groups
@@ -145,7 +159,7 @@ def param_groups(
 def watch(model: nn.Module) -> None:
     """Warn once if an optimizer steps coefficients of a model whose trained bases no optimizer has."""
     global _hook
-    _watched.update(layer.target.module for layer in layers(model) if layer.interspace is not None)
+    _watched.update(ref.chain for ref in prunable_tensors(model) if ref.interspace is not None)
     _checked.clear()
     if _hook is None and _watched:
         _hook = register_optimizer_step_post_hook(_warn_of_bases_left_out)

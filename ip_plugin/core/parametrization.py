@@ -6,8 +6,8 @@ spatial. Both keep the tensor's own Parameter object, so that an optimizer built
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,6 @@ class Interspace(Mask):
         self.kernel = tuple(kernel)
         #: ``"none"``, ``"unit"`` or ``"orthonormal"``; layers that share a basis have one.
         self.constraint = constraint
-        #: Version of the coefficients when a basis that is not standard changed their values; None once an optimizer
-        #: that still has state of the old values has been told (`join_optimizer`).
-        self.converted_at: int | None = None
 
     def get_extra_state(self) -> Tensor:
         """The constraint as a number."""
@@ -132,51 +129,9 @@ class Interspace(Mask):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def ours(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
-    """The parametrization of this package on a tensor of `module`, or None."""
-    return ours_in(parametrizations(module)[tensor_name]) if parametrize.is_parametrized(module, tensor_name) else None
-
-
-def ours_in(module: nn.Module) -> Mask | None:
-    """The parametrization of this package if `module` is torch's list of a tensor's that starts with one, or None."""
-    first = next(module.children(), None) if isinstance(module, parametrize.ParametrizationList) else None
-    return first if isinstance(first, Mask) else None
-
-
 def parametrizations(module: nn.Module) -> Any:
     """The ModuleDict of torch's parametrizations: tensor name -> ParametrizationList."""
     return module.parametrizations
-
-
-class Held(NamedTuple):
-    """A tensor that is under a parametrization of this package."""
-
-    layer: str
-    module: nn.Module
-    tensor_name: str
-    parametrization: Mask
-
-    @property
-    def chain(self) -> parametrize.ParametrizationList:
-        """Torch's list of the tensor's parametrizations; `parametrization` is the first."""
-        found: parametrize.ParametrizationList = parametrizations(self.module)[self.tensor_name]
-        return found
-
-
-def held(model: nn.Module) -> list[Held]:
-    """Everything in a model that is under a parametrization of this package, in model order."""
-    return held_in(model.named_modules())
-
-
-def held_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Held]:
-    """The same of some named modules, without their children."""
-    return [
-        Held(name, module, tensor_name, tensors[0])
-        for name, module in modules
-        if parametrize.is_parametrized(module)
-        for tensor_name, tensors in parametrizations(module).items()
-        if isinstance(tensors[0], Mask)
-    ]
 
 
 def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:

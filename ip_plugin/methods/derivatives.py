@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.layer import Layer, inner, layers
+from ..core.tensor_ref import TensorRef, inner, prunable_tensors
 from ..errors import InvalidBatchError, InvalidLossError, NoBatchesError, NothingToPruneError
 
 #: Called with (outputs, targets); returns a tensor of one element.
@@ -25,10 +25,10 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
-def unwrapped(model: nn.Module) -> tuple[nn.Module, list[Layer]]:
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
     """The model inside of torch's wrappers, and its prunable layers."""
     model = inner(model)
-    found = list(layers(model))
+    found = prunable_tensors(model)
     if not found:
         raise NothingToPruneError
     return model, found
@@ -46,7 +46,7 @@ def first_order(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
 
 def derive(
     model: nn.Module, batches: Batches, loss: Loss, derivative: Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
-) -> tuple[list[Layer], list[Tensor]]:
+) -> tuple[list[TensorRef], list[Tensor]]:
     """The prunable layers, and for each the sum of a derivative over batches (and over processes)."""
     inner, found = unwrapped(model)
     sums: list[Tensor] = []
@@ -100,12 +100,12 @@ def _checked_loss(value: object) -> Tensor:
     return value
 
 
-def _leaves(model: nn.Module, found: list[Layer]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _leaves(model: nn.Module, found: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The prunable tensors as leaves of a graph of their own, and all tensors of the model by name.
 
     Leaves share the Parameters' memory, and nothing but they gets a gradient. Buffers are copies, to be written to.
     """
-    leaf_of = {id(each.coefficients): each.coefficients.detach().requires_grad_() for each in found}
+    leaf_of = {id(each.parameter): each.parameter.detach().requires_grad_() for each in found}
     tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}
     tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     return list(leaf_of.values()), tensors

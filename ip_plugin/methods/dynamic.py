@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..core.gauge import unit_gauge
-from ..core.layer import Layer, layers
 from ..core.masking import adopt_masks
 from ..core.parametrization import Interspace
+from ..core.tensor_ref import TensorRef, prunable_tensors
 from ..errors import InvalidAmountError, InvalidLossError, InvalidScheduleError
 from ..utils.seeds import derived_seed
 from ..utils.topk import keep_largest
@@ -59,7 +59,7 @@ class _DynamicSparse:
             apply_masks(
                 self._inner, select(random(self._inner, generator=self.generator), sparsity=sparsity, scope=scope)
             )
-        elif all(layer.mask is None for layer in layers(self._inner)):
+        elif all(layer.mask is None for layer in prunable_tensors(self._inner)):
             raise InvalidAmountError(
                 "A model must be sparse to begin with, or `sparsity` must say how sparse it is to be.",
                 "sparsity=None, and no layer of the model has a mask",
@@ -79,12 +79,14 @@ class _DynamicSparse:
         self.steps += 1
         return self.steps < self.end_step and due(self.steps, 0, self.end_step, self.update_every)
 
-    def _sparse(self) -> list[Layer]:
+    def _sparse(self) -> list[TensorRef]:
         """The layers of which something is pruned."""
-        return [layer for layer in layers(self._inner) if layer.mask is not None and not bool(layer.mask.all())]
+        return [
+            layer for layer in prunable_tensors(self._inner) if layer.mask is not None and not bool(layer.mask.all())
+        ]
 
     @torch.no_grad()
-    def _move(self, layer: Layer, growth: Tensor) -> None:
+    def _move(self, layer: TensorRef, growth: Tensor) -> None:
         """Drop the weakest entries of a layer, and let those of the largest growth come.
 
         Args:
@@ -97,7 +99,7 @@ class _DynamicSparse:
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
             return
-        strength = unit_gauge(layer.coefficients.detach(), layer.parametrization).flatten()
+        strength = unit_gauge(layer.parameter.detach(), layer.parametrization).flatten()
         stays = mask.flatten()
         kept = stays.nonzero().squeeze(1)
         stays = stays.index_fill(0, kept[strength[kept].abs_().topk(count, largest=False, sorted=False).indices], False)
@@ -107,9 +109,9 @@ class _DynamicSparse:
         self._clear(layer, ~stays)
 
     @torch.no_grad()
-    def _clear(self, layer: Layer, where: Tensor) -> None:
+    def _clear(self, layer: TensorRef, where: Tensor) -> None:
         """Zero entries, and the optimizer's state of them."""
-        coefficients = layer.coefficients
+        coefficients = layer.parameter
         coefficients.masked_fill_(where, 0)
         if coefficients.grad is not None:
             coefficients.grad.masked_fill_(where, 0)
@@ -159,8 +161,8 @@ class SET(_DynamicSparse):
         if not self._count_step():
             return False
         for layer in self._sparse():
-            noise = torch.rand(layer.coefficients.shape, generator=self.generator)
-            self._move(layer, noise.to(layer.coefficients.device))
+            noise = torch.rand(layer.parameter.shape, generator=self.generator)
+            self._move(layer, noise.to(layer.parameter.device))
         return True
 
 
@@ -206,7 +208,7 @@ class RigL(_DynamicSparse):
             self._move(layer, gradient)
         return True
 
-    def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[Layer, Tensor]]:
+    def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[TensorRef, Tensor]]:
         """For every sparse layer the size of the gradient of every coefficient in unit gauge, pruned ones included."""
         found = self._sparse()
         with _untouched(self._inner), _lifted(found), torch.enable_grad():
@@ -214,9 +216,7 @@ class RigL(_DynamicSparse):
             if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
                 raise InvalidLossError(f"{value!r}")
             value.backward()
-            gradients = [
-                torch.zeros_like(x) if x.grad is None else x.grad for x in (each.coefficients for each in found)
-            ]
+            gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (each.parameter for each in found)]
         if isinstance(self.model, DistributedDataParallel):
             for gradient in gradients:  # equal to the last bit, or the masks would drift apart
                 dist.broadcast(gradient, 0, group=self.model.process_group)
@@ -225,7 +225,7 @@ class RigL(_DynamicSparse):
         ]
 
 
-def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:
+def _per_unit_norm(layer: TensorRef, gradient: Tensor) -> Tensor:
     """The gradient of coefficients as they are in unit gauge."""
     if not isinstance(layer.parametrization, Interspace):
         return gradient
@@ -234,7 +234,7 @@ def _per_unit_norm(layer: Layer, gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def _lifted(found: list[Layer]) -> Iterator[None]:
+def _lifted(found: list[TensorRef]) -> Iterator[None]:
     """Without masks for a while: what is pruned is zero, so that the network computes the same."""
     parametrizations = [layer.parametrization for layer in found]
     masks = [None if each is None else each.mask for each in parametrizations]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.parametrization import Mask, held
+from ..core.parametrization import Mask
+from ..core.tensor_ref import parametrized_tensors
 from ..errors import InvalidScheduleError
 from ..utils.validation import is_fraction
 from .schedules import Score, pruned_share
@@ -110,13 +111,13 @@ class LotteryTicket:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers without masks, by names that do not change when a layer is masked."""
-    of_ours = {id(each.chain): each for each in held(model)}
+    of_ours = {id(each.chain): each for each in parametrized_tensors(model)}
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         each = of_ours.get(id(module))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or (isinstance(module, Mask) and name != "basis"):
                 continue
-            plain = f"{each.layer}.{each.tensor_name}" if each and name == "original" else f"{prefix}.{name}"
+            plain = each.name if each and name == "original" else f"{prefix}.{name}"
             found[plain.removeprefix(".")] = tensor
     return found

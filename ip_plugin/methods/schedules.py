@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.layer import Model
+from ..core.tensor_ref import Model
 from ..errors import InvalidScheduleError
 from ..utils.validation import check_fraction, is_count
 from .scores import Scores, magnitude

@@ -34,8 +34,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.gauge import unit_gauge
-from ..core.layer import Layer, Target, layers
 from ..core.parametrization import Interspace
+from ..core.tensor_ref import Target, TensorRef, prunable_tensors
 from ..errors import (
     InvalidOutputsError,
     InvalidTemperatureError,
@@ -64,8 +64,8 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
     [torch.Size([2, 3])]
     """
     _, found = unwrapped(model)
-    noise = [torch.rand(each.coefficients.shape, generator=generator, device=generator.device) for each in found]
-    return _scores(found, [n.to(each.coefficients.device) for n, each in zip(noise, found, strict=True)])
+    noise = [torch.rand(each.parameter.shape, generator=generator, device=generator.device) for each in found]
+    return _scores(found, [n.to(each.parameter.device) for n, each in zip(noise, found, strict=True)])
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def magnitude(model: nn.Module) -> Scores:
         NonFiniteScoresError: NaN or infinity in the model.
     """
     _, found = unwrapped(model)
-    return _scores(found, [unit_gauge(each.coefficients.detach(), each.parametrization).abs() for each in found])
+    return _scores(found, [unit_gauge(each.parameter.detach(), each.parametrization).abs() for each in found])
 
 
 @torch.no_grad()
@@ -107,8 +107,8 @@ def lamp(model: nn.Module) -> Scores:
     return _scores(found, [_lamp(each) for each in found])
 
 
-def _lamp(layer: Layer) -> Tensor:
-    magnitudes = unit_gauge(layer.coefficients.detach(), layer.parametrization).abs()
+def _lamp(layer: TensorRef) -> Tensor:
+    magnitudes = unit_gauge(layer.parameter.detach(), layer.parametrization).abs()
     if layer.mask is not None:
         magnitudes = magnitudes * layer.mask
     ascending, order = magnitudes.flatten().sort()
@@ -198,7 +198,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
     return _scores(found, [_times(each, p) for each, p in zip(found, products, strict=True)])
 
 
-def _over_squared_norms(layer: Layer, gradient: Tensor) -> Tensor:
+def _over_squared_norms(layer: TensorRef, gradient: Tensor) -> Tensor:
     """Of the two factors one belongs to the gradient, the other to the Hessian that is applied to it."""
     norms = None if layer.interspace is None else layer.interspace.filter_norms
     if norms is not None:
@@ -250,7 +250,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         for space in inner.modules():
             if isinstance(space, Interspace):
                 space.constraint = "none"
-        leaves = [tensors[name_of[id(each.coefficients)]].requires_grad_() for each in found]
+        leaves = [tensors[name_of[id(each.parameter)]].requires_grad_() for each in found]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
         flow = sum(each.double().sum() for each in _floating(outputs))
         if not isinstance(flow, Tensor) or not flow.requires_grad:
@@ -319,17 +319,17 @@ class Movement:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, found = unwrapped(model)
-        tensors = {each.name: each.coefficients.detach() for each in found}
+        tensors = {each.module_name: each.parameter.detach() for each in found}
         self._sums = {name: torch.zeros_like(t, dtype=sum_dtype(t)) for name, t in tensors.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Add what the present gradients say; a layer without a gradient adds nothing."""
-        for layer in layers(self._model):
-            gradient = layer.coefficients.grad
+        for layer in prunable_tensors(self._model):
+            gradient = layer.parameter.grad
             if gradient is not None:
-                total = self._sums[layer.name] = self._sums[layer.name].to(gradient.device)
-                total.addcmul_(layer.coefficients.to(total.dtype), gradient.to(total.dtype), value=-1)
+                total = self._sums[layer.module_name] = self._sums[layer.module_name].to(gradient.device)
+                total.addcmul_(layer.parameter.to(total.dtype), gradient.to(total.dtype), value=-1)
 
     def scores(self) -> Scores:
         """The sums so far, copies; entries that are pruned by now have the score -inf.
@@ -338,7 +338,9 @@ class Movement:
             NonFiniteScoresError: a gradient was NaN or infinite.
         """
         _, found = unwrapped(self._model)
-        return _scores(found, [self._sums[each.name].clone(memory_format=torch.contiguous_format) for each in found])
+        return _scores(
+            found, [self._sums[each.module_name].clone(memory_format=torch.contiguous_format) for each in found]
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """{layer name: sum}, copies. Inverse: `load_state_dict`."""
@@ -367,7 +369,7 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
     For hosts that rank by absolute value; equal scores have equal ranks.
 
     >>> layer = nn.Linear(3, 1)
-    >>> list(ranks({Target(layer, "weight"): torch.tensor([[-5.0, 2.0, -5.0]])}).values())
+    >>> list(ranks({(layer, "weight"): torch.tensor([[-5.0, 2.0, -5.0]])}).values())
     [tensor([[0., 1., 0.]], dtype=torch.float64)]
     """
     if not scores:
@@ -382,17 +384,17 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
 
 
 @torch.no_grad()
-def _times(layer: Layer, gradient: Tensor) -> Tensor:
-    return gradient * layer.coefficients.detach()
+def _times(layer: TensorRef, gradient: Tensor) -> Tensor:
+    return gradient * layer.parameter.detach()
 
 
 @torch.no_grad()
-def _scores(found: list[Layer], values: list[Tensor]) -> Scores:
+def _scores(found: list[TensorRef], values: list[Tensor]) -> Scores:
     """Values by target, checked, and -inf where an entry is pruned."""
     for layer, value in zip(found, values, strict=True):
         # The sum tells by one pass; it may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
-            raise NonFiniteScoresError(f"layer {layer.name!r}", bad)
+            raise NonFiniteScoresError(f"layer {layer.module_name!r}", bad)
     return {
         layer.target: (value if layer.mask is None else value.masked_fill(~layer.mask, -math.inf)).contiguous()
         for layer, value in zip(found, values, strict=True)

@@ -18,8 +18,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.layer import Model, Target, described, layers, target
 from ..core.masking import set_masks, warn_of_thin_layers
+from ..core.tensor_ref import Model, Target, TensorRef, described, prunable_tensors
 from ..errors import (
     AlreadySparserError,
     InvalidAmountError,
@@ -111,7 +111,7 @@ def select(
         LayerCollapseWarning: layers keep less than a tenth of the share of entries that all layers keep together.
 
     >>> from torch import nn
-    >>> scores = {Target(nn.Linear(4, 1), "weight"): torch.tensor([[0.5, 2.0, -1.0, 3.0]])}
+    >>> scores = {(nn.Linear(4, 1), "weight"): torch.tensor([[0.5, 2.0, -1.0, 3.0]])}
     >>> select(scores, sparsity=0.5)[next(iter(scores))]
     tensor([[False,  True, False,  True]])
     >>> select(scores, pattern=NofM(1, 2))[next(iter(scores))]
@@ -171,12 +171,12 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
         UnknownTargetError, InvalidMaskError: the model is as it was.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> model = apply_masks(model, {Target(model, "weight"): torch.tensor([[True, False]])})
+    >>> model = apply_masks(model, {(model, "weight"): torch.tensor([[True, False]])})
     """
-    names = {layer.target: layer.name for layer in layers(model)}
+    names = {layer.target: layer.module_name for layer in prunable_tensors(model)}
     by_name: dict[str, Tensor] = {}
     for where, mask in masks.items():
-        name = names.get(target(*where))
+        name = names.get(TensorRef(*where).target)
         if name is None:
             raise UnknownTargetError(where[1], type(where[0]).__name__)
         by_name[name] = mask

@@ -7,18 +7,15 @@ measures.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..checkpoint.contents import packed
-from ..core import torch_masks
-from ..core.layer import Layer, Target, combined, is_prunable, layers, output_filters
-from ..core.parametrization import Mask, held
+from ..core.tensor_ref import TensorRef, by_basis, output_filters, prunable_tensors, tensors_of
 from ..utils.example_input import run
 from .table import Report, Row
 
@@ -65,26 +62,26 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     >>> found.prunable.parameters, found.prunable.nonzeros, found.prunable.macs_dense
     (18, 18, 162)
     """
-    prunable = list(layers(model))
+    prunable = prunable_tensors(model)
     stored: dict[int, int] = {}
-    for place, content in packed(model):
-        stored[id(place.tensor)] = stored.get(id(place.tensor), 0) + content.nbytes
+    for ref, content in packed(model):
+        stored[id(ref.parameter)] = stored.get(id(ref.parameter), 0) + content.nbytes
     from ..methods.filter_variety import measure  # here, so that `import ip_plugin` does not import all methods
 
     prepared = {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
     calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in prepared}
     positions = None if example_input is None else _positions(model, prunable, example_input, prepared, calls)
-    first_user: dict[int, str] = {}
+    first_user = {basis: members[0].module_name for basis, members in by_basis(prunable).items()}
     rows = []
     for layer in prunable:
         space = layer.interspace
         basis, counted = "", None
         if space is not None:
-            basis = first_user.setdefault(id(space.basis), layer.name)
-            counted = space.basis if basis == layer.name else None
-        bytes_stored = stored.pop(id(layer.coefficients)) + (0 if counted is None else _bytes(counted))
-        row = _row(layer, basis, counted, bytes_stored, None if positions is None else positions[layer.name])
-        found = measure(output_filters(layer.module, _weight(layer))) if variety else None
+            basis = first_user[space.basis]
+            counted = space.basis if basis == layer.module_name else None
+        bytes_stored = stored.pop(id(layer.parameter)) + (0 if counted is None else _bytes(counted))
+        row = _row(layer, basis, counted, bytes_stored, None if positions is None else positions[layer.module_name])
+        found = measure(output_filters(layer.module, layer.composed)) if variety else None
         rows.append(row if found is None else dataclasses.replace(row, **found._asdict()))
     own = {name: module.rows(calls[name]) for name, module in prepared.items()}
     if own:
@@ -94,8 +91,8 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     return Report(tuple(rows), total, _everything(model, prunable, total, sum(stored.values()), bases))
 
 
-def _row(layer: Layer, basis: str, counted: Tensor | None, stored: int, positions: int | None) -> Row:
-    coefficients, mask, space = layer.coefficients.detach(), layer.mask, layer.interspace
+def _row(layer: TensorRef, basis: str, counted: Tensor | None, stored: int, positions: int | None) -> Row:
+    coefficients, mask, space = layer.parameter.detach(), layer.mask, layer.interspace
     left = coefficients != 0
     kept = left if mask is None else left & mask
     parameters, nonzeros = kept.numel(), int(kept.sum())
@@ -105,7 +102,7 @@ def _row(layer: Layer, basis: str, counted: Tensor | None, stored: int, position
         if space is not None and isinstance(layer.module, _ConvNd):
             transform = positions * space.basis.numel() * min(layer.module.in_channels, layer.module.out_channels)
     return Row(
-        layer=layer.name,
+        layer=layer.module_name,
         space="spatial" if space is None else "interspace",
         shape=tuple(coefficients.shape),
         parameters=parameters,
@@ -152,13 +149,6 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _weight(layer: Layer) -> Tensor:
-    """What the layer computes with: composed and masked, in the interspace."""
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -188,27 +178,28 @@ def _total(values: Iterable[int | None]) -> int | None:
     return None if None in found else sum(value or 0 for value in found)
 
 
-def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row, stored: int, bases: int) -> Row:
+def _everything(model: nn.Module, layers: Sequence[TensorRef], prunable: Row, stored: int, bases: int) -> Row:
     """The prunable layers, and with them all other parameters, bases and buffers, which `stored` bytes hold.
 
     So many numbers are in `bases` that are no Parameters.
     """
-    masks = {id(parameter): mask for parameter, mask in _all_masks(model)}
-    coefficients = {id(layer.coefficients) for layer in layers}
-    basis = {id(layer.interspace.basis) for layer in layers if layer.interspace is not None}
+    refs = tensors_of(model)
+    masks = {ref.parameter: ref.mask for ref in refs if not ref.is_foreign and ref.mask is not None}
+    coefficients = {layer.parameter for layer in layers}
+    basis = by_basis(layers)
     parameters, nonzeros, size = prunable.parameters + bases, prunable.nonzeros + bases, 0
     for parameter in model.parameters():
-        if id(parameter) in coefficients:
+        if parameter in coefficients:
             continue
         values = parameter.detach()
         parameters += values.numel()
-        if id(parameter) in basis:
+        if parameter in basis:
             nonzeros += values.numel()  # stored whole; its bytes are among the rows'
             continue
         size += _bytes(values)
-        mask = masks.get(id(parameter))
+        mask = masks.get(parameter)
         nonzeros += int(((values != 0) if mask is None else (values != 0) & mask).sum())
-    size += sum(_bytes(buffer) for buffer in _buffers(model))
+    size += sum(_bytes(ref.parameter) for ref in refs if ref.is_buffer)
     return dataclasses.replace(
         prunable,
         layer="everything",
@@ -220,52 +211,27 @@ def _everything(model: nn.Module, layers: Sequence[Layer], prunable: Row, stored
     )
 
 
-def _all_masks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every masked Parameter with its mask: weights, biases, norms and whatever else a user has pruned."""
-    for each in held(model):
-        where = Target(each.chain, "original")
-        mask = combined(each.parametrization.mask, torch_masks.mask(*where))
-        if mask is not None:
-            yield torch_masks.parameter(*where), mask
-    for module in model.modules():
-        for tensor_name in torch_masks.pruned_names(module):
-            mask = torch_masks.mask(module, tensor_name)
-            if mask is not None and not isinstance(module, ParametrizationList):
-                yield torch_masks.parameter(module, tensor_name), mask
-
-
-def _buffers(model: nn.Module) -> Iterator[Tensor]:
-    """Buffers that a state_dict holds, without masks."""
-    for module in model.modules():
-        masks = {f"{tensor_name}_mask" for tensor_name in torch_masks.pruned_names(module)}
-        if isinstance(module, Mask):
-            masks.add("mask")
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in masks | module._non_persistent_buffers_set:
-                yield buffer
-
-
 def _positions(
-    model: nn.Module, layers: Sequence[Layer], example_input: Any,
+    model: nn.Module, layers: Sequence[TensorRef], example_input: Any,
     prepared: Mapping[str, Prepared], calls: Mapping[str, list[tuple[Tensor, ...]]],
 ) -> dict[str, int]:  # fmt: skip
     """How often each layer applies its weight: output positions (input positions where transposed) times batch.
 
     What prepared modules are called with is added to `calls`.
     """
-    counts = dict.fromkeys((layer.name for layer in layers), 0)
-    owners = {id(layer.coefficients): layer for layer in layers}
+    counts = dict.fromkeys((layer.module_name for layer in layers), 0)
+    owners = {id(layer.parameter): layer for layer in layers}
 
-    def counter(layer: Layer) -> Callable[..., None]:
+    def counter(layer: TensorRef) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(module, _ConvTransposeNd):
                 applied, channels = (*args, *kwargs.values())[0], module.in_channels
             elif isinstance(module, _ConvNd):
                 applied, channels = output, module.out_channels
             else:
-                applied, channels = output, layer.coefficients.shape[0]
+                applied, channels = output, layer.parameter.shape[0]
             if isinstance(applied, Tensor):
-                counts[layer.name] += applied.numel() // channels
+                counts[layer.module_name] += applied.numel() // channels
 
         return count
 
@@ -277,8 +243,8 @@ def _positions(
 
     hooks = [module.register_forward_pre_hook(noter(name)) for name, module in prepared.items()]
     for module in model.modules():
-        if is_prunable(module):
-            owner = owners[id(Layer("", module).coefficients)]  # of a tied weight, the layer that lists it
+        if TensorRef(module).is_prunable:
+            owner = owners[id(TensorRef(module).parameter)]  # of a tied weight, the layer that lists it
             hooks.append(module.register_forward_hook(counter(owner), with_kwargs=True))
     try:
         run(model, example_input)

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..core.layer import Layer
+from ..core.tensor_ref import TensorRef
 from .addressing import Window
 from .coefficients import Coefficients
 from .convolution import UNLIMITED, Convolution
 from .nodes import can_be_delayed, module_of, only_user
 
 
-def fuse(traced: fx.GraphModule, sparse: dict[str, Layer], shapes: dict[fx.Node, torch.Size]) -> None:
+def fuse(traced: fx.GraphModule, sparse: dict[str, TensorRef], shapes: dict[fx.Node, torch.Size]) -> None:
     """Replace convolutions, and what follows them, by calls of `Convolution`.
 
     Args:
         traced: changed in place; what it no longer calls loses its parameters, so that dense weights can be freed.
-        sparse: layers to replace, with their coefficients, by name.
+        sparse: tensors of the layers to replace, by the names of the layers.
         shapes: of all values; those of the calls are added.
     """
     replaced: set[str] = set()
@@ -46,15 +46,16 @@ def fuse(traced: fx.GraphModule, sparse: dict[str, Layer], shapes: dict[fx.Node,
 
 
 def _fused(
-    node: fx.Node, layer: Layer, shapes: dict[fx.Node, torch.Size]
+    node: fx.Node, tensor: TensorRef, shapes: dict[fx.Node, torch.Size]
 ) -> tuple[list[fx.Node], fx.Node | None, Convolution]:
     """The nodes that one call can replace, in order; the value that they add; and the module to call."""
     module = module_of(node)
     assert isinstance(module, nn.Conv2d)
-    values = layer.coefficients.detach()
-    if layer.mask is not None:
-        values = values * layer.mask
-    basis = None if layer.interspace is None else layer.interspace.effective_basis.detach().numpy().astype(np.float32)
+    values = tensor.parameter.detach()
+    if tensor.mask is not None:
+        values = values * tensor.mask
+    space = tensor.interspace
+    basis = None if space is None else space.effective_basis.detach().numpy().astype(np.float32)
     bias = torch.zeros(module.out_channels) if module.bias is None else module.bias.detach()
     chain, residual, limits = [node], None, UNLIMITED
     user = only_user(node)
@@ -74,7 +75,7 @@ def _fused(
         chain.append(user)
     coefficients = Coefficients.of(np.ascontiguousarray(values.flatten(2).numpy()), module.groups, basis)
     convolution = Convolution(
-        layer.name, _window(module), module.groups, module.in_channels, coefficients, bias.float().numpy(), limits
+        str(node.target), _window(module), module.groups, module.in_channels, coefficients, bias.float().numpy(), limits
     )
     return chain, residual, convolution
 

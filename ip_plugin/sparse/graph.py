@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core.convert import bake
-from ..core.layer import layers
+from ..core.tensor_ref import prunable_tensors
 from .convolution import Convolution, can_run_sparse
 from .fusion import fuse
 from .nodes import called_plainly, function_name, module_of
@@ -35,7 +35,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     Raises:
         UntraceableError: `torch.fx` cannot follow the forward.
     """
-    sparse = {layer.name: layer for layer in layers(model) if can_run_sparse(layer.module)}
+    sparse = {ref.module_name: ref for ref in prunable_tensors(model) if can_run_sparse(ref.module)}
     plain = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     try:
         traced = fx.symbolic_trace(plain)

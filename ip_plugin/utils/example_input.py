@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExampleInputError
+from .preserved_state import preserved_state
 
 
 @torch.no_grad()
 def run(model: nn.Module, example_input: Any) -> Any:
-    """The outputs of a model, in evaluation mode and without gradients; training modes stay as they are.
+    """The outputs of a model in evaluation mode, computed without gradients.
 
     Args:
         model: not changed.
@@ -25,15 +26,12 @@ def run(model: nn.Module, example_input: Any) -> Any:
     >>> run(nn.Linear(2, 3), torch.zeros(1, 2)).shape
     torch.Size([1, 3])
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with preserved_state(model):
         model.eval()
-        if isinstance(example_input, Mapping):
-            return model(**example_input)
-        return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
-    except Exception as error:
-        shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        try:
+            if isinstance(example_input, Mapping):
+                return model(**example_input)
+            return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+        except Exception as error:
+            shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+            raise ExampleInputError(f"{type(error).__name__} on {shape}: {error}") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ip_plugin import interspace
 from ip_plugin.basis import fitting
 from ip_plugin.basis.fitting import Fit, Kernels, fit, largest
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import InvalidAmountError, InvalidBasisError
 
 SHAPES = [(3,), (1, 3), (2, 2), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
@@ -156,11 +156,11 @@ def test_a_model_in_fitted_bases_computes_the_same_and_has_fewer_large_coefficie
             conv.weight.copy_(kernels((3, 3), conv.weight.numel() // 9).rows.reshape(conv.weight.shape))
     x = torch.randn(1, 3, 8, 8)
     expected = model(x)
-    dropped = [smallest(layer.weight) for layer in layers(model)]
+    dropped = [smallest(layer.parameter) for layer in prunable_tensors(model)]
     interspace(model, basis="fitted", sparsity=0.8, sharing=sharing)
     torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
-    for layer, before in zip(layers(model), dropped, strict=True):
-        assert layer.mask is None and smallest(layer.coefficients) < 0.8 * before
+    for layer, before in zip(prunable_tensors(model), dropped, strict=True):
+        assert layer.mask is None and smallest(layer.parameter) < 0.8 * before
     assert model[0].parametrizations.weight[0].basis.requires_grad
 
 

@@ -21,7 +21,7 @@ from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import Training
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
 
 #: Criteria as they are: some leave layers almost empty.
@@ -67,8 +67,10 @@ class Watched(Training):
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    found = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
-    bases = {id(layer.interspace.basis): layer.interspace.basis for layer in layers(model) if layer.interspace}
+    found = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
+    bases = {
+        id(layer.interspace.basis): layer.interspace.basis for layer in prunable_tensors(model) if layer.interspace
+    }
     return found | {f"basis {n}": basis.detach().clone() for n, basis in enumerate(bases.values())}
 
 
@@ -114,7 +116,7 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
 
     def watched(prune: Callable[[nn.Module, int], None], model: nn.Module, number: int) -> None:
         prune(model, number)
-        kept.extend(layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None)
+        kept.extend(layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None)
 
     host, _, criterion = name.partition(":")
     module: Any = {"torch": torch_criteria, "ip": builtin_criteria}[host]
@@ -129,7 +131,9 @@ def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> Non
     model = network("spatial")  # torch's seed is the one that has made the weights
     criterion: Any = CRITERIA["random"]
     criterion.prune(model, 50000)
-    kept = torch.cat([layer.coefficients.detach()[layer.mask] for layer in layers(model) if layer.mask is not None])
+    kept = torch.cat(
+        [layer.parameter.detach()[layer.mask] for layer in prunable_tensors(model) if layer.mask is not None]
+    )
     assert 0.45 < float((kept > 0).float().mean()) < 0.55
 
 

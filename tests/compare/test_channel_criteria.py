@@ -15,7 +15,7 @@ from ip_plugin.compare import config, criteria
 from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.config import Run, Settings
 from ip_plugin.compare.tasks import TASKS
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import movement
 from ip_plugin.methods.filter_variety import removal_order
 
@@ -126,8 +126,8 @@ def test_movement_cuts_the_filters_of_least_movement(space: str, varied: bool) -
     twin.load_state_dict(training.ended[0])
     twin.eval()
     scores = movement(twin, training.batches(10), training.loss)
-    first = next(layers(twin))
-    worth, values = scores[first.target].flatten(1).sum(1), first.coefficients.detach()
+    first = prunable_tensors(twin)[0]
+    worth, values = scores[first.target].flatten(1).sum(1), first.parameter.detach()
     assert len(worth.unique()) == 32
     order = removal_order(worth, values, strength=float(varied))
     kept = order[16:].sort().values
@@ -189,7 +189,7 @@ def test_the_residual_network_is_cut_to_the_same_shape_in_both_spaces(name: str)
             criterion.train(model, 0.5, training)
         else:
             criterion.cut(model, 0.5, images, labels)  # type: ignore[union-attr]
-        shapes.append([tuple(layer.coefficients.shape) for layer in layers(model)])
+        shapes.append([tuple(layer.parameter.shape) for layer in prunable_tensors(model)])
         assert model(images).isfinite().all()
     assert shapes[0] == shapes[1]
     assert [shape[0] for shape in shapes[0]] == [16, 16, 16, 32, 32, 32, 64, 64, 64, 10]

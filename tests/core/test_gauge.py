@@ -11,7 +11,7 @@ from torch import nn
 
 from ip_plugin import interspace, normalize
 from ip_plugin.core.gauge import unit_gauge
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 
 pytestmark = pytest.mark.contract
 
@@ -29,11 +29,11 @@ def stretched(case: Case) -> tuple[nn.Sequential, torch.Tensor]:
 def test_normalize_changes_the_gauge_and_nothing_else(case: Case) -> None:
     model, x = stretched(case)
     expected = backward(model, x)
-    read = [unit_gauge(layer.coefficients.detach(), layer.parametrization) for layer in layers(model)]
+    read = [unit_gauge(layer.parameter.detach(), layer.parametrization) for layer in prunable_tensors(model)]
     assert normalize(model) is model
     torch.testing.assert_close(model(x), expected)
-    for layer, unit in zip(layers(model), read, strict=True):
-        torch.testing.assert_close(layer.coefficients.detach(), unit)
+    for layer, unit in zip(prunable_tensors(model), read, strict=True):
+        torch.testing.assert_close(layer.parameter.detach(), unit)
         if layer.interspace is not None:
             norms = layer.interspace.basis.norm(dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -46,10 +46,10 @@ def test_normalize_changes_the_gauge_and_nothing_else(case: Case) -> None:
 
 def test_reading_in_unit_gauge_changes_no_parameter() -> None:
     model = interspace(nn.Conv2d(3, 4, 3), basis=3 * torch.eye(9), constraint="none")
-    layer = next(layers(model))
-    version, value = layer.coefficients._version, layer.coefficients.detach().clone()
-    torch.testing.assert_close(unit_gauge(layer.coefficients, layer.parametrization), 3 * value)
-    assert layer.coefficients._version == version and torch.equal(layer.coefficients, value)
+    layer = prunable_tensors(model)[0]
+    version, value = layer.parameter._version, layer.parameter.detach().clone()
+    torch.testing.assert_close(unit_gauge(layer.parameter, layer.parametrization), 3 * value)
+    assert layer.parameter._version == version and torch.equal(layer.parameter, value)
 
 
 @pytest.mark.parametrize("constraint", ["unit", "none", "orthonormal"])

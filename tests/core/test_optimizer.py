@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from kinds import Case, backward, every_case
 from torch import nn
 
-from ip_plugin import interspace, join_optimizer, param_groups
+from ip_plugin import bake, interspace, join_optimizer, param_groups
 from ip_plugin.errors import OptimizerMismatchError
 
 pytestmark = pytest.mark.contract
@@ -247,3 +249,17 @@ def test_converting_with_the_optimizer_of_another_model_changes_nothing() -> Non
         interspace(model, optimizer=optimizer)
     assert list(model.state_dict()) == before and torch.equal(model(x), out)
     assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_a_conversion_is_forgotten_with_the_next_one_and_with_its_parameter() -> None:
+    model, x = Case("conv2d", "standard", "layer").plain()
+    optimizer = torch.optim.Adam(model.parameters())
+    backward(model, x)
+    optimizer.step()
+    interspace(bake(interspace(model, basis="dct")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        join_optimizer(model, optimizer)
+    coefficients = weakref.ref(interspace(nn.Conv2d(3, 4, 3), basis="dct").parametrizations.weight.original)
+    gc.collect()
+    assert coefficients() is None

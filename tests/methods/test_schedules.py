@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, prunable, report, set_masks
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import AlreadySparserError, InvalidAmountError, InvalidLossError, InvalidScheduleError
 from ip_plugin.methods import SET, Gradual, LotteryTicket, RigL, erk, magnitude, prune, snip, synflow
 
@@ -154,7 +154,7 @@ def test_a_ticket_rewinds_everything_but_the_masks(space: str) -> None:
     size = TOTAL
     for _ in range(3):
         train(model, optimizer, range(3, 9))
-        trained = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
+        trained = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
         ticket.next_round(fraction=0.2)
         size -= round(0.2 * size)
         assert left(model) == size
@@ -166,7 +166,9 @@ def test_a_ticket_rewinds_everything_but_the_masks(space: str) -> None:
                 assert torch.equal(value, plain[name.replace(".parametrizations.weight.original", ".weight")]), name
         for now, then in zip(optimizer.state_dict()["state"].values(), early[1]["state"].values(), strict=True):
             assert torch.equal(now["momentum_buffer"], then["momentum_buffer"])
-    assert any(not torch.equal(value, layer.coefficients) for value, layer in zip(trained.values(), layers(model)))
+    assert any(
+        not torch.equal(value, layer.parameter) for value, layer in zip(trained.values(), prunable_tensors(model))
+    )
 
 
 def test_a_ticket_prunes_by_the_trained_values_and_not_by_those_it_rewinds_to() -> None:
@@ -188,9 +190,9 @@ def test_dynamic_training_keeps_counts_and_zeros(cls: Any, space: str) -> None:
     model = model_in(space)
     optimizer = sgd(model)
     schedule = cls(model, optimizer, sparsity=0.8, end_step=40, update_every=4, drop_fraction=0.5)
-    sizes = {layer.name: int(layer.mask.sum()) for layer in layers(model)}
+    sizes = {layer.module_name: int(layer.mask.sum()) for layer in prunable_tensors(model)}
     assert sum(sizes.values()) == TOTAL - round(0.8 * TOTAL)
-    shapes = [tuple(layer.coefficients.shape) for layer in layers(model)]
+    shapes = [tuple(layer.parameter.shape) for layer in prunable_tensors(model)]
     assert list(sizes.values()) == pytest.approx(
         [d * n for d, n in zip(erk(shapes, 1 - round(0.8 * TOTAL) / TOTAL), SIZES, strict=True)], abs=1
     )
@@ -203,9 +205,9 @@ def test_dynamic_training_keeps_counts_and_zeros(cls: Any, space: str) -> None:
         assert not changed or (index + 1 < 40 and (index + 1) % 4 == 0)
         moved += changed
         seen = now
-        for layer in layers(model):
-            assert int(layer.mask.sum()) == sizes[layer.name]
-            for tensor in (layer.coefficients, optimizer.state[layer.coefficients]["momentum_buffer"]):
+        for layer in prunable_tensors(model):
+            assert int(layer.mask.sum()) == sizes[layer.module_name]
+            for tensor in (layer.parameter, optimizer.state[layer.parameter]["momentum_buffer"]):
                 assert not tensor[~layer.mask].any()
     assert moved >= 5
     assert bake(model)(X).shape == (24, 3)
@@ -248,17 +250,17 @@ def test_an_update_leaves_gradients_statistics_and_random_state() -> None:
     optimizer = sgd(model)
     schedule = RigL(model, optimizer, sparsity=0.5, end_step=100, update_every=1)
     loss_of(model).backward()
-    for layer in layers(model):
-        layer.coefficients.grad.masked_fill_(~layer.mask, 0)
+    for layer in prunable_tensors(model):
+        layer.parameter.grad.masked_fill_(~layer.mask, 0)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     buffers = {name: b.clone() for name, b in model.named_buffers() if not name.endswith("mask")}
     state = torch.get_rng_state()
     assert schedule.step(lambda: loss_of(model))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers() if name in buffers)
-    kept = {layer.name: layer for layer in layers(model)}
+    kept = {layer.module_name: layer for layer in prunable_tensors(model)}
     for name, p in model.named_parameters():
-        mine = [layer.mask for layer in kept.values() if layer.coefficients is p]
+        mine = [layer.mask for layer in kept.values() if layer.parameter is p]
         assert torch.equal(p.grad, gradients[name] if not mine else torch.where(p == 0, 0, gradients[name]))
 
 
@@ -270,15 +272,15 @@ def test_what_comes_starts_at_zero_whatever_lay_behind_the_mask(cls: Any) -> Non
     train(model, optimizer, range(1))
     before = masks(model)
     with torch.no_grad():
-        for layer in layers(model):
-            layer.coefficients.masked_fill_(~layer.mask, 5.0)
-            optimizer.state[layer.coefficients]["momentum_buffer"].masked_fill_(~layer.mask, 5.0)
+        for layer in prunable_tensors(model):
+            layer.parameter.masked_fill_(~layer.mask, 5.0)
+            optimizer.state[layer.parameter]["momentum_buffer"].masked_fill_(~layer.mask, 5.0)
     assert schedule.step(*([lambda: loss_of(model)] if cls is RigL else []))
     grown = {name: mask & ~before[name] for name, mask in masks(model).items()}
     assert sum(int(each.sum()) for each in grown.values()) > 20
-    for layer in layers(model):
-        for tensor in (layer.coefficients, optimizer.state[layer.coefficients]["momentum_buffer"]):
-            assert not tensor[grown[layer.name]].any() and tensor[before[layer.name] & layer.mask].any()
+    for layer in prunable_tensors(model):
+        for tensor in (layer.parameter, optimizer.state[layer.parameter]["momentum_buffer"]):
+            assert not tensor[grown[layer.module_name]].any() and tensor[before[layer.module_name] & layer.mask].any()
 
 
 def test_large_layers_of_half_precision() -> None:
@@ -321,7 +323,7 @@ def test_masks_that_are_there_are_taken() -> None:
     expected = masks(model)["3"].clone()
     schedule = SET(model, sgd(model), end_step=100, update_every=1)
     assert torch.equal(masks(model)["3"], expected)
-    assert not prunable(model)[1].module.original[~expected].any()
+    assert not prunable(model)[1][0].original[~expected].any()
     assert schedule.step()
     assert left(model) == 288
     assert not torch.equal(masks(model)["3"], expected)
@@ -364,7 +366,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: str, space: str) ->
 
     other, other_optimizer, other_schedule = start()
     if kind == "gradual":  # masks that the state has are made
-        set_masks(other, {layer.name: torch.ones_like(layer.coefficients) for layer in layers(other)})
+        set_masks(other, {layer.module_name: torch.ones_like(layer.parameter) for layer in prunable_tensors(other)})
     other.load_state_dict(saved[0])
     other_optimizer.load_state_dict(saved[1])
     other_schedule.load_state_dict(saved[2])
@@ -386,7 +388,7 @@ def test_a_resumed_ticket_rewinds_to_the_same_state() -> None:
 
     other = model_in("interspace")
     other_optimizer = sgd(other)
-    set_masks(other, {layer.name: torch.ones_like(layer.coefficients) for layer in layers(other)})
+    set_masks(other, {layer.module_name: torch.ones_like(layer.parameter) for layer in prunable_tensors(other)})
     other.load_state_dict(saved[0])
     other_ticket = LotteryTicket(other, other_optimizer)
     other_ticket.load_state_dict(saved[1])

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as host
 from ip_plugin import errors, interspace, masks, methods, prunable, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.basis.bases import Constraint
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 
 Score = Callable[[nn.Module, Any], methods.Scores]
 
@@ -116,7 +116,7 @@ def test_lamp_of_equal_and_of_pruned_entries_and_of_a_layer_of_zeros() -> None:
 
 
 def mask_of(layer: Any) -> Tensor:
-    return torch.rand(layer.coefficients.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    return torch.rand(layer.parameter.shape, generator=torch.Generator().manual_seed(2)) < 0.6
 
 
 # Oracles: the plain twin is called with kernels that an explicit sum has composed.
@@ -128,20 +128,20 @@ class Formula:
     def __init__(self, case: Case, constraint: Constraint = "none") -> None:
         self.plain, self.x = case.plain(torch.float64)
         self.model = case.convert(copy.deepcopy(self.plain), constraint=constraint)
-        self.layers = list(layers(self.model))
+        self.layers = prunable_tensors(self.model)
         generator = torch.Generator().manual_seed(5)
         for layer in self.layers:
             if layer.interspace is not None:  # move the basis: no longer orthonormal, no unit norms
                 noise = torch.rand(layer.interspace.basis.shape, generator=generator)
                 layer.interspace.basis.data.add_(noise, alpha=0.3)
-        self.coefficients = [layer.coefficients.detach().clone() for layer in self.layers]
+        self.coefficients = [layer.parameter.detach().clone() for layer in self.layers]
         self.bases = [None if e.interspace is None else e.interspace.effective_basis.detach() for e in self.layers]
 
     def __call__(self, coefficients: list[Tensor], bases: list[Tensor | None], x: Tensor) -> Tensor:
         kernels = {}
         for layer, c, g in zip(self.layers, coefficients, bases, strict=True):
             kernel = c if g is None else torch.einsum("oin,nk->oik", c.flatten(2), g).reshape(c.shape)
-            kernels[f"{layer.name}.weight"] = kernel
+            kernels[f"{layer.module_name}.weight"] = kernel
         return functional_call(self.plain, kernels, (x,))
 
     def gradients(self) -> list[Tensor]:
@@ -223,10 +223,10 @@ def test_grasp_equals_the_hessian_in_unit_gauge(kind: str, basis: str, masked: s
         for c, g, n in zip(formula.coefficients, formula.bases, norms, strict=True)
     ]
     sizes = [c.numel() for c in in_unit]
-    kept = [mask_of(layer) if masked else torch.ones_like(layer.coefficients) for layer in formula.layers]
+    kept = [mask_of(layer) if masked else torch.ones_like(layer.parameter) for layer in formula.layers]
     for layer, mask in zip(formula.layers, kept, strict=True):
         if masked == "ours":
-            set_masks(formula.model, {layer.name: mask})
+            set_masks(formula.model, {layer.module_name: mask})
         elif masked == "host":
             host.custom_from_mask(*layer.target, mask=mask)
     ones = torch.cat([mask.flatten() for mask in kept])
@@ -288,9 +288,9 @@ def test_no_score_depends_on_the_gauge(name: str, sharing: str) -> None:
     before = values(SCORES[name](model, x))
     scale = torch.linspace(0.5, 3, 9, dtype=torch.float64)
     scaled: set[int] = set()
-    for layer in layers(model):
+    for layer in prunable_tensors(model):
         if layer.interspace is not None:
-            layer.coefficients.data /= scale.reshape(3, 3)
+            layer.parameter.data /= scale.reshape(3, 3)
             if id(layer.interspace.basis) not in scaled:
                 layer.interspace.basis.data *= scale[:, None]
                 scaled.add(id(layer.interspace.basis))
@@ -336,19 +336,19 @@ def mixed(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Tensor]:
 def test_pruned_entries_score_lowest_and_count_nowhere(name: str, hosts: str) -> None:
     model, x = mixed()
     zeroed, _ = mixed()
-    for layer, other in zip(list(layers(model)), layers(zeroed), strict=True):
+    for layer, other in zip(prunable_tensors(model), prunable_tensors(zeroed), strict=True):
         mask = mask_of(layer)
         if hosts != "host":
-            set_masks(model, {layer.name: mask if hosts == "ours" else mask | (torch.rand(mask.shape) < 0.2)})
+            set_masks(model, {layer.module_name: mask if hosts == "ours" else mask | (torch.rand(mask.shape) < 0.2)})
         if hosts != "ours":
             host.custom_from_mask(*layer.target, mask=mask)
-        other.coefficients.data *= mask
+        other.parameter.data *= mask
     model[9].weight.data *= masks(model)["7"]  # the mask is on one of the tied layers only
     torch.manual_seed(4)
     found = SCORES[name](model, x)
     torch.manual_seed(4)
     reference = SCORES[name](zeroed, x)
-    for layer, score, expected in zip(layers(model), values(found), values(reference), strict=True):
+    for layer, score, expected in zip(prunable_tensors(model), values(found), values(reference), strict=True):
         assert layer.mask is not None and (score[~layer.mask] == -math.inf).all()
         torch.testing.assert_close(score[layer.mask], expected[layer.mask])
 
@@ -619,7 +619,7 @@ def test_torch_prune_takes_them_as_importance_scores(name: str, prune: Any, spac
         assert signed == (name in ("grasp", "movement"))
         given = methods.ranks(scores) if signed else scores
         prune.global_unstructured(prunable(model), prune.L1Unstructured, importance_scores=given, amount=amount)
-        found = [layer.mask for layer in layers(model)]
+        found = [layer.mask for layer in prunable_tensors(model)]
         assert all(torch.equal(a, b) for a, b in zip(found, expected.values(), strict=True))
         assert sum(int((~mask).sum()) for mask in found) == count
 
@@ -643,16 +643,16 @@ def chain(space: str, seed: int) -> nn.Sequential:
     model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3, bias=False))
     if space == "interspace":
         interspace(model, basis=torch.eye(9) + 0.1 * torch.rand(9, 9))
-    for layer in layers(model):
-        layer.coefficients.data.uniform_(0.5, 1).div_(layer.coefficients[0].numel())
+    for layer in prunable_tensors(model):
+        layer.parameter.data.uniform_(0.5, 1).div_(layer.parameter[0].numel())
     return model
 
 
 @pytest.mark.parametrize("space", ["spatial", "interspace"])
 def test_synflow_conserves_the_flow_through_every_layer_of_a_chain(space: str) -> None:
     model = chain(space, 0)
-    for layer in layers(model):
-        layer.coefficients.data *= torch.randn(layer.coefficients.shape)
+    for layer in prunable_tensors(model):
+        layer.parameter.data *= torch.randn(layer.parameter.shape)
     sums = torch.stack([score.sum() for score in values(methods.synflow(model, torch.zeros(1, 3, 8, 8)))])
     assert len(sums) == 5 and sums[0] > 0
     torch.testing.assert_close(sums, sums[0].expand(5))
@@ -719,11 +719,11 @@ def test_movement_says_how_squares_change_while_training() -> None:
     model, x = KINDS["conv2d"].ready(torch.float64)
     interspace(model, basis="dct")
     follower = methods.Movement(model)
-    before = [layer.coefficients.detach().clone() for layer in layers(model)]
+    before = [layer.parameter.detach().clone() for layer in prunable_tensors(model)]
     trained(model, x, 20, follower, lr=1e-4)
-    for layer, old, score in zip(layers(model), before, values(follower.scores()), strict=True):
+    for layer, old, score in zip(prunable_tensors(model), before, values(follower.scores()), strict=True):
         # d(t^2) = -2 lr t dL/dt in each step, up to lr^2
-        change = (layer.coefficients.detach() ** 2 - old**2) / 2e-4
+        change = (layer.parameter.detach() ** 2 - old**2) / 2e-4
         torch.testing.assert_close(score, change, rtol=1e-2, atol=2e-3)
 
 

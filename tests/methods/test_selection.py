@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import errors, interspace, masks, methods, prunable, set_masks
-from ip_plugin.core.layer import Target, layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 
 INF = math.inf
 
@@ -23,7 +23,7 @@ INF = math.inf
 def scores_of(*lists: Any) -> methods.Scores:
     """Scores of linear layers, one for each nested list; of convolutions for tensors."""
     tensors = [each if isinstance(each, Tensor) else torch.tensor(each).float() for each in lists]
-    return {Target(nn.Module(), f"t{i}"): tensor for i, tensor in enumerate(tensors)}
+    return {(nn.Module(), f"t{i}"): tensor for i, tensor in enumerate(tensors)}
 
 
 def kept(found: methods.Masks) -> list[list[int]]:
@@ -281,7 +281,7 @@ def test_patterns_worked_out_by_hand() -> None:
 
 
 def test_of_equal_scores_in_a_group_the_first_are_kept() -> None:
-    scores = {Target(nn.Linear(1, 1), "weight"): torch.ones(3, 64)}
+    scores = {(nn.Linear(1, 1), "weight"): torch.ones(3, 64)}
     (mask,) = methods.select(scores, pattern=methods.NofM(20, 64)).values()
     assert mask[:, :20].all() and not mask[:, 20:].any()
 
@@ -372,7 +372,7 @@ def test_masks_are_applied_again_and_again_in_either_space(space: str) -> None:
     if space == "interspace":
         interspace(model, basis="dct")
     host.random_unstructured(model[2], "weight", amount=8)
-    size = sum(layer.coefficients.numel() for layer in layers(model))
+    size = sum(layer.parameter.numel() for layer in prunable_tensors(model))
     before = None
     for sparsity in (0.3, 0.6, 0.9):
         chosen = methods.select(methods.magnitude(model), sparsity=sparsity, min_per_layer=1)
@@ -394,11 +394,11 @@ def test_targets_and_masks_that_the_model_does_not_have_are_refused_and_nothing_
     set_masks(model, {"2": torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]])})
     before = masks(model)
     good = {prunable(model)[0]: torch.zeros(4, 3, 3, 3, dtype=torch.bool)}
-    foreign = {Target(nn.Linear(4, 2), "weight"): torch.ones(2, 4)}
+    foreign = {(nn.Linear(4, 2), "weight"): torch.ones(2, 4)}
     with pytest.raises(errors.UnknownTargetError, match="'weight' of a Linear that is no target of this model"):
         methods.apply_masks(model, {**good, **foreign})
     with pytest.raises(errors.UnknownTargetError, match="'bias' of a ParametrizedLinear"):
-        methods.apply_masks(model, {**good, Target(model[2], "bias"): torch.ones(2)})
+        methods.apply_masks(model, {**good, (model[2], "bias"): torch.ones(2)})
     with pytest.raises(errors.InvalidMaskError, match="layer '2'"):
-        methods.apply_masks(model, {**good, Target(model[2], "weight"): torch.ones(4, 2)})
+        methods.apply_masks(model, {**good, (model[2], "weight"): torch.ones(4, 2)})
     assert list(masks(model)) == ["2"] and torch.equal(masks(model)["2"], before["2"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ...core.convert import Sharing, bake, groups_of, interspace
-from ...core.layer import Layer, Model, by_basis, check_finite, layers
+from ...core.tensor_ref import Model, TensorRef, by_basis, check_finite, prunable_tensors
 from ...errors import InvalidScopeError
 from ..derivatives import Batches, pair
 from ..schedules import Score, prune, whole
@@ -86,14 +86,14 @@ def prune_fitted(
     """
     if scope not in ("global", "layer"):
         raise InvalidScopeError(scope)
-    found_layers = list(layers(model))
-    sizes = [layer.coefficients.numel() for layer in found_layers]
+    found_layers = prunable_tensors(model)
+    sizes = [layer.parameter.numel() for layer in found_layers]
     least(min_per_layer, sizes, sum(sizes) - pruned(sparsity, None, sum(sizes)))
     if rounds is not None:
         whole(rounds, "rounds", 1)
     groups = _groups(model, sharing)
     for layer in found_layers:
-        check_finite(layer.name, layer.coefficients)
+        check_finite(layer.module_name, layer.parameter)
     dense = None
     if batches is not None:
         batches = list(batches)
@@ -102,7 +102,7 @@ def prune_fitted(
     found = _fit(model, groups, 1 - sparsity, scope, seed, progress)
     bake(model)
     for number, members in enumerate(groups):
-        names = [layer.name for layer in members]
+        names = [layer.module_name for layer in members]
         interspace(model, basis=found[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
 
     def rebuild() -> None:
@@ -119,27 +119,27 @@ def prune_fitted(
 
 
 def _fit(
-    model: nn.Module, groups: list[list[Layer]], density: float, scope: str, seed: int, progress: bool
+    model: nn.Module, groups: list[list[TensorRef]], density: float, scope: str, seed: int, progress: bool
 ) -> dict[int, Tensor]:
-    shared = {layer.name: number for number, members in enumerate(groups) for layer in members}
-    kernels = [_kernels(layer, shared.get(layer.name)) for layer in layers(model)]
+    shared = {layer.module_name: number for number, members in enumerate(groups) for layer in members}
+    kernels = [_kernels(layer, shared.get(layer.module_name)) for layer in prunable_tensors(model)]
     keep = largest(density) if scope == "global" else _of_each(largest(density))
     with _watched(progress, "fitting bases") as round_done:
         return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
-def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[Layer]]:
+def _groups(model: nn.Module, sharing: Sharing | None) -> list[list[TensorRef]]:
     """Layers that share a basis, or are to share one."""
-    converted = by_basis(layers(model))
+    converted = by_basis(prunable_tensors(model))
     if converted and sharing is None:
-        return converted
+        return list(converted.values())
     return groups_of(model, sharing or "model")
 
 
-def _kernels(layer: Layer, group: int | None) -> Kernels:
+def _kernels(layer: TensorRef, group: int | None) -> Kernels:
     if group is None:
         return Kernels(kernel_rows(layer.composed.reshape(-1, 1, 1)), None)
-    return Kernels(kernel_rows(layer.composed), group, tuple(layer.coefficients.shape[2:]))
+    return Kernels(kernel_rows(layer.composed), group, tuple(layer.parameter.shape[2:]))
 
 
 def _of_each(keep: Keep) -> Keep:

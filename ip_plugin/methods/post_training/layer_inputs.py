@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ...core.layer import Layer
 from ...core.parametrization import parametrizations
+from ...core.tensor_ref import TensorRef
 from ..derivatives import call, pure, sum_dtype
 
 #: Numbers in the patches that are held at once.
@@ -31,7 +31,7 @@ _FORWARDS = [
 ]  # fmt: skip
 
 
-def multiplies(layer: Layer) -> bool:
+def multiplies(layer: TensorRef) -> bool:
     """Whether a layer's outputs are its weight times patches of its input, as those of torch's own classes are."""
     plain = layer.parametrization is None or len(parametrizations(layer.module).weight) == 1
     return plain and type(layer.module).forward in _FORWARDS
@@ -124,7 +124,7 @@ class Moments:
 
 
 def observe(
-    model: nn.Module, watchers: Mapping[Layer, Callable[[Tensor], object]], inputs: Iterable[Any]
+    model: nn.Module, watchers: Mapping[TensorRef, Callable[[Tensor], object]], inputs: Iterable[Any]
 ) -> dict[str, list[str]]:
     """Run a model in evaluation mode, without a trace in it; watchers get the patches of their layers, in parts.
 
@@ -134,10 +134,10 @@ def observe(
     sources: dict[str, set[str | None]] = {}
     last: list[tuple[str, Tensor]] = []
 
-    def of_layer(layer: Layer, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
+    def of_layer(layer: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
-            last[:] = [(layer.name, y)]
+            last[:] = [(layer.module_name, y)]
             size: tuple[int, ...] = ()
             if not isinstance(module, _ConvNd):
                 x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]

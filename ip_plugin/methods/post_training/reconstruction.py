@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...core.layer import Layer, Model
+from ...core.tensor_ref import Model, TensorRef
 from ...errors import InvalidRidgeError, NoBatchesError, TwinMismatchError
 from ..derivatives import Batches, call, pair, pure, unwrapped
 from .layer_inputs import Moments, multiplies, observe, rows
@@ -74,12 +74,12 @@ def reconstruct(model: Model, dense: nn.Module, batches: Batches, *, ridge: floa
     twins = twins_of(found, others)
     changes: list[tuple[Tensor, Tensor]] = []
     for some in _chunks([each for each in found if each.mask is not None and multiplies(each)]):
-        moments = {each.name: Moments() for each in some}
-        takers = observe(twin, {twins[each.name]: moments[each.name].add for each in some}, inputs)
+        moments = {each.module_name: Moments() for each in some}
+        takers = observe(twin, {twins[each.module_name]: moments[each.module_name].add for each in some}, inputs)
         for each in some:
-            if moments[each.name].samples:
-                means = _means(inner, twin, each, twins[each.name], takers.get(each.name, ()))
-                changes += _fitted(each, twins[each.name], moments.pop(each.name), means, ridge)
+            if moments[each.module_name].samples:
+                means = _means(inner, twin, each, twins[each.module_name], takers.get(each.module_name, ()))
+                changes += _fitted(each, twins[each.module_name], moments.pop(each.module_name), means, ridge)
     for tensor, value in changes:
         tensor.copy_(value)
     return model
@@ -131,23 +131,23 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
     return list(zip(buffers, found, strict=True))
 
 
-def twins_of(found: Sequence[Layer], others: Sequence[Layer]) -> dict[str, Layer]:
+def twins_of(found: Sequence[TensorRef], others: Sequence[TensorRef]) -> dict[str, TensorRef]:
     """The layer of the dense network for each layer."""
-    known = {each.name: each for each in others}
+    known = {each.module_name: each for each in others}
     for each in found:
-        other = known.get(each.name)
-        if other is None or other.coefficients.shape != each.coefficients.shape:
-            what = "no such layer" if other is None else f"one of shape {tuple(other.coefficients.shape)}"
-            raise TwinMismatchError(each.name, tuple(each.coefficients.shape), what)
+        other = known.get(each.module_name)
+        if other is None or other.parameter.shape != each.parameter.shape:
+            what = "no such layer" if other is None else f"one of shape {tuple(other.parameter.shape)}"
+            raise TwinMismatchError(each.module_name, tuple(each.parameter.shape), what)
     return known
 
 
-def _chunks(found: Sequence[Layer]) -> Iterator[list[Layer]]:
+def _chunks(found: Sequence[TensorRef]) -> Iterator[list[TensorRef]]:
     """As many layers together as their moments leave room for."""
-    some: list[Layer] = []
+    some: list[TensorRef] = []
     room = _AT_ONCE
     for each in found:
-        groups, _, inputs, n = rows(each.module, each.coefficients).shape
+        groups, _, inputs, n = rows(each.module, each.parameter).shape
         size = groups * (inputs * n) ** 2
         if some and size > room:
             yield some
@@ -159,7 +159,7 @@ def _chunks(found: Sequence[Layer]) -> Iterator[list[Layer]]:
 
 
 def _means(
-    model: nn.Module, dense: nn.Module, mine: Layer, its: Layer, takers: Sequence[str]
+    model: nn.Module, dense: nn.Module, mine: TensorRef, its: TensorRef, takers: Sequence[str]
 ) -> list[tuple[Tensor, Tensor, int]]:
     """What holds the mean of a layer's outputs: (tensor, its value in the dense network, its sign)."""
     if isinstance(mine.module.bias, Tensor) and isinstance(its.module.bias, Tensor):
@@ -174,10 +174,10 @@ def _means(
 
 
 def _fitted(
-    mine: Layer, its: Layer, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
+    mine: TensorRef, its: TensorRef, moments: Moments, means: Sequence[tuple[Tensor, Tensor, int]], ridge: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What to write into which tensors."""
-    module, coefficients = mine.module, mine.coefficients.detach()
+    module, coefficients = mine.module, mine.parameter.detach()
     second = moments.second(central=bool(means))
     space = mine.interspace
     mask = mine.mask

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...basis.bases import check_regular, compose
 from ...basis.dictionary import Dictionary, learn
 from ...basis.fitting import Kernels, kernel_rows
-from ...core.layer import Layer, Model, by_basis, check_finite
+from ...core.tensor_ref import Model, TensorRef, by_basis, check_finite
 from ..derivatives import unwrapped
 from .reconstruction import twins_of
 
@@ -64,9 +64,9 @@ def refine(
     found = unwrapped(model)[1]
     twins = None if dense is None else twins_of(found, unwrapped(dense)[1])
     changes = []
-    for members in by_basis(found):
+    for members in by_basis(found).values():
         if any(layer.mask is not None for layer in members):
-            wanted = [_without_mask(layer) if twins is None else twins[layer.name].composed for layer in members]
+            wanted = [_without_mask(layer) if twins is None else twins[layer.module_name].composed for layer in members]
             kernels = [Kernels(kernel_rows(each), 0) for each in wanted]
             changes.append((members, _refined(members, kernels, seed, round_done)))
     for members, better in changes:
@@ -76,36 +76,36 @@ def refine(
 
 
 def _refined(
-    members: Sequence[Layer], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
+    members: Sequence[TensorRef], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
 ) -> Dictionary | None:
     """What is better for the layers that share a basis, if it is."""
-    check_regular(_basis(members[0]), members[0].name)
+    check_regular(_basis(members[0]), members[0].module_name)
     counts, before = [], 0.0
     for layer, wanted in zip(members, kernels, strict=True):
-        check_finite(layer.name, wanted.rows)
-        counts.append(layer.coefficients.numel() if layer.mask is None else int(layer.mask.sum()))
+        check_finite(layer.module_name, wanted.rows)
+        counts.append(layer.parameter.numel() if layer.mask is None else int(layer.mask.sum()))
         before += float((wanted.rows - kernel_rows(layer.composed)).square_().sum(dtype=torch.float64))
     found = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
     return found if found.error < before else None
 
 
-def _write(members: Sequence[Layer], found: Dictionary) -> None:
+def _write(members: Sequence[TensorRef], found: Dictionary) -> None:
     longest = float(torch.linalg.matrix_norm(found.basis, 2))
     for layer in members:
         assert layer.interspace is not None
         layer.interspace.constraint = "none"
         layer.interspace.basis.copy_(found.basis / longest)
     for layer, (coefficients, mask) in zip(members, found.codes, strict=True):
-        held = layer.coefficients
+        held = layer.parameter
         held.copy_((coefficients * longest).reshape(held.shape))
         if layer.mask is not None:
             layer.set_mask(mask.reshape(held.shape))
 
 
-def _without_mask(layer: Layer) -> Tensor:
-    return compose(layer.coefficients.detach(), _basis(layer))
+def _without_mask(layer: TensorRef) -> Tensor:
+    return compose(layer.parameter.detach(), _basis(layer))
 
 
-def _basis(layer: Layer) -> Tensor:
+def _basis(layer: TensorRef) -> Tensor:
     assert layer.interspace is not None
     return layer.interspace.effective_basis.detach()

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ip_plugin import bake, errors, interspace, join_optimizer, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters.shared import batch_norms
-from ip_plugin.core.parametrization import held
+from ip_plugin.core.tensor_ref import parametrized_tensors
 
 pytest.importorskip("nni")
 
@@ -337,8 +337,8 @@ def test_magnitudes_are_read_in_unit_gauge(name: str, config: str) -> None:
 def by_plain_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters by the names that they have without masks on spatial tensors."""
     spatial = {
-        f"{each.layer}.parametrizations.{each.tensor_name}.original": f"{each.layer}.{each.tensor_name}"
-        for each in held(model)
+        f"{each.module_name}.parametrizations.{each.tensor_name}.original": f"{each.module_name}.{each.tensor_name}"
+        for each in parametrized_tensors(model)
         if not hasattr(each.parametrization, "basis")
     }
     for name, parameter in model.named_parameters():
@@ -483,9 +483,11 @@ def test_unstructured_masks_leave_biases_and_norms_as_the_host_does() -> None:
     pruner, _ = once("LevelPruner")(nni, model, entries)
     nni.finish(pruner)
     assert not bool(masks(model)["0"][2].any())
-    assert [(each.layer, each.tensor_name) for each in held(model) if each.parametrization.mask is not None] == [
-        ("0", "weight")
-    ]
+    assert [
+        (each.module_name, each.tensor_name)
+        for each in parametrized_tensors(model)
+        if each.parametrization.mask is not None
+    ] == [("0", "weight")]
 
 
 class Branching(nn.Module):
@@ -615,8 +617,8 @@ def test_bases_train_along_wherever_the_optimizer_was_built(built: str, sharing:
     elif built == "groups":
         optimizer = traced(param_groups(model, weight_decay=1e-2), momentum=0.9)
     elif built == "by keyword":
-        optimizer = nni_host.trace(torch.optim.SGD)(params=[prunable(model)[0].module.original], lr=0.1, momentum=0.9)
-    bases = {id(each.parametrization.basis): each.parametrization.basis for each in held(model)}  # type: ignore[union-attr]
+        optimizer = nni_host.trace(torch.optim.SGD)(params=[prunable(model)[0][0].original], lr=0.1, momentum=0.9)
+    bases = {id(each.parametrization.basis): each.parametrization.basis for each in parametrized_tensors(model)}  # type: ignore[union-attr]
     pruner = nni.TaylorPruner(model, HALF, nni.TorchEvaluator(watching, optimizer, step), training_steps=3)
     pruner.compress()
     params = [p for group in seen[0].param_groups for p in group["params"]]
@@ -961,7 +963,10 @@ def test_a_norm_of_something_else_than_the_channels_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5))  # of inputs (N, 5, 4)
     pruner, _ = once("L1NormPruner")(nni, model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     nni.finish(pruner)
-    assert [(each.layer, each.tensor_name) for each in held(model)] == [("0", "weight"), ("0", "bias")]
+    assert [(each.module_name, each.tensor_name) for each in parametrized_tensors(model)] == [
+        ("0", "weight"),
+        ("0", "bias"),
+    ]
     assert model(torch.ones(2, 5, 4)).shape == (2, 5, 6)
 
 
@@ -1090,7 +1095,7 @@ def test_the_lightning_evaluator(name: str, space: str) -> None:
         f"net.{layer}": 4 for layer in LAYERS
     }
     assert int((model.net[1].bias == 0).sum()) == 4  # the BatchNorm behind the first convolution
-    for each in held(model):
+    for each in parametrized_tensors(model):
         basis = getattr(each.parametrization, "basis", None)
         assert basis is None or not torch.equal(basis, torch.eye(len(basis)))
     assert copy.deepcopy(model)(X).shape == (60, 8)

@@ -240,7 +240,7 @@ def test_remove_of_a_target_and_of_the_hosts_mask() -> None:
     for target in (prunable(model)[0], prunable(model)[2]):
         prune.remove(*target)
     assert not prune.is_pruned(model)
-    assert int((prunable(model)[0].module.original == 0).sum()) == 5
+    assert int((prunable(model)[0][0].original == 0).sum()) == 5
     assert int((bake(model)[4].weight == 0).sum()) == 5
 
 

@@ -284,9 +284,7 @@ def test_groups_that_lose_different_channels_but_equally_many(where: str, with_o
         model[4].bias.data[gone] = model[4].weight.data[gone] = 0
     set_masks(model, keep)
     expected, masks_before = model.eval()(x), masks(model)
-    mine = optimizer.state[
-        prunable(model)[1].module.original if space == "interspace" else getattr(*prunable(model)[1])
-    ]
+    mine = optimizer.state[prunable(model)[1][0].original if space == "interspace" else getattr(*prunable(model)[1])]
     momentum = mine["momentum_buffer"].clone()
     cut_masked_channels(model, x, optimizer=optimizer if with_optimizer else None)
     channels = (model[0].out_channels, model[3].in_channels, model[3].out_channels, model[6].in_channels)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ip_plugin import interspace, set_masks
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import InvalidScoresError
 from ip_plugin.methods import magnitude, movement
 
@@ -49,7 +49,7 @@ def network(space: str) -> Any:
 def test_a_channel_is_worth_the_sum_over_all_that_makes_it(space: str) -> None:
     model = network(space)
     scores = movement(model, BATCHES, nn.functional.cross_entropy)
-    of = {layer.name: scores[layer.target] for layer in layers(model)}
+    of = {layer.module_name: scores[layer.target] for layer in prunable_tensors(model)}
     sums = {
         "left": of["left"].flatten(1).sum(1) + of["right"].flatten(1).sum(1),
         "up": of["up"].sum((0, 2, 3)),  # (in, out, *kernel)
@@ -83,7 +83,7 @@ def test_entries_that_are_pruned_add_nothing() -> None:
 def test_what_was_not_scored_or_has_another_shape_by_now() -> None:
     model = network("plain")
     scores = magnitude(model)
-    target = next(layer.target for layer in layers(model) if layer.name == "up")
+    target = next(layer.target for layer in prunable_tensors(model) if layer.module_name == "up")
     importance = ScoredImportance(model, {target: scores[target]})
     graph = tp.DependencyGraph().build_dependency(model, X[:1])
     assert importance(graph.get_pruning_group(model.left, tp.prune_conv_out_channels, [0, 1])) is None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from ip_plugin import bake, interspace, join_optimizer, masks, normalize, report, set_masks
-from ip_plugin.core.layer import Target, layers, mask_target
+from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 from ip_plugin.errors import (
     AlreadyParametrizedError,
     CompiledModelError,
@@ -107,8 +107,8 @@ def test_regularizers_add_the_same_gradients(name: str) -> None:
         changed = [not torch.equal(a, p.grad) for a, p in zip(before, each.parameters(), strict=True)]
         assert any(changed) == (name not in ("base", "meta", "magnitude"))
         cutter.update_regularizer()
-    for layer, other in zip(layers(model), layers(plain), strict=True):
-        torch.testing.assert_close(layer.coefficients.grad, other.coefficients.grad)
+    for layer, other in zip(prunable_tensors(model), prunable_tensors(plain), strict=True):
+        torch.testing.assert_close(layer.parameter.grad, other.parameter.grad)
     for first, second in ((model.norm, plain.norm), (model.stem[1], plain.stem[1])):
         torch.testing.assert_close(first.weight.grad, second.weight.grad)
 
@@ -277,20 +277,22 @@ def prune_softly(cutter: Any) -> None:
 def test_soft_pruning_reaches_coefficients(basis: str, masked: bool) -> None:
     model, plain, x = twins(basis, Residual)
     if masked:
-        set_masks(model, {layer.name: torch.rand(layer.coefficients.shape) < 0.9 for layer in layers(model)})
+        set_masks(
+            model, {layer.module_name: torch.rand(layer.parameter.shape) < 0.9 for layer in prunable_tensors(model)}
+        )
         plain.load_state_dict(bake(copy.deepcopy(model)).state_dict())
-    before = {layer.name: layer.coefficients.detach().clone() for layer in layers(model)}
+    before = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(model)}
     for each in (model, plain):
         cls = tp.pruner.BasePruner
         options = {"importance": magnitude(), "ignored_layers": [each.head]}
         prune_softly(pruner(cls, each, x, **options) if each is model else cls(each, x, **options))
     same(model, plain, x)
-    for layer, twin in zip(layers(model), layers(plain), strict=True):
-        gone = (twin.coefficients == 0).flatten(2).all(2) if twin.coefficients.dim() == 4 else twin.coefficients == 0
+    for layer, twin in zip(prunable_tensors(model), prunable_tensors(plain), strict=True):
+        gone = (twin.parameter == 0).flatten(2).all(2) if twin.parameter.dim() == 4 else twin.parameter == 0
         assert bool(gone.any()) and not bool(gone.all())
-        kept = torch.ones_like(layer.coefficients) if layer.mask is None else layer.mask
-        assert not bool((layer.coefficients * kept)[gone].any())
-        assert torch.equal(layer.coefficients[~gone], before[layer.name][~gone])  # bit for bit
+        kept = torch.ones_like(layer.parameter) if layer.mask is None else layer.mask
+        assert not bool((layer.parameter * kept)[gone].any())
+        assert torch.equal(layer.parameter[~gone], before[layer.module_name][~gone])  # bit for bit
     F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -346,7 +348,7 @@ def test_a_group_that_fails_is_undone_alone() -> None:
 def test_an_importance_asked_by_hand_reads_coefficients() -> None:
     model, plain, x = twins("dct")
     with torch.no_grad():
-        for space in {layer.interspace for layer in layers(model) if layer.interspace}:
+        for space in {layer.interspace for layer in prunable_tensors(model) if layer.interspace}:
             space.constraint = "none"
             space.basis.mul_(3)
         plain.load_state_dict(bake(copy.deepcopy(model)).state_dict())
@@ -444,12 +446,12 @@ def rescale(model: nn.Module) -> None:
     """Another gauge of the same network: every filter has another norm."""
     with torch.no_grad():
         factors: dict[nn.Parameter, Tensor] = {}
-        for layer in layers(model):
+        for layer in prunable_tensors(model):
             if layer.interspace is not None:
                 layer.interspace.constraint = "none"
                 basis = layer.interspace.basis
                 factor = factors.setdefault(basis, torch.linspace(0.2, 3, len(basis), dtype=basis.dtype))
-                layer.coefficients.div_(factor.reshape(1, 1, *layer.coefficients.shape[2:]))
+                layer.parameter.div_(factor.reshape(1, 1, *layer.parameter.shape[2:]))
         for basis, factor in factors.items():
             basis.mul_(factor[:, None])
 
@@ -461,11 +463,11 @@ def test_magnitudes_are_read_in_unit_gauge_and_nothing_is_scaled_for_good(import
     unit = normalize(copy.deepcopy(model))
     histories, kept = [], {}
     for each in (model, unit):
-        before = {layer.name: layer.coefficients.detach().clone() for layer in layers(each)}
+        before = {layer.module_name: layer.parameter.detach().clone() for layer in prunable_tensors(each)}
         basis = {name: p.detach().clone() for name, p in each.named_parameters() if name.endswith("basis")}
         scorer = IMPORTANCES[importance]()
         scored(each.eval(), scorer, x)
-        grads = {layer.name: layer.coefficients.grad.clone() for layer in layers(each)}
+        grads = {layer.module_name: layer.parameter.grad.clone() for layer in prunable_tensors(each)}
         cutter = pruner(tp.pruner.BasePruner, each, x, importance=scorer, ignored_layers=[each.head])
         cutter.step()
         histories.append(cutter.pruning_history())
@@ -476,12 +478,12 @@ def test_magnitudes_are_read_in_unit_gauge_and_nothing_is_scaled_for_good(import
             kept = {name: (value, grads[name]) for name, value in before.items()}
     assert histories[0] == histories[1]
     assert len(histories[0]) > 3
-    for layer in layers(model):  # every value and gradient that is left is one that was there, to the bit
-        value, grad = kept[layer.name]
-        assert torch.isin(layer.coefficients, value).all()
-        assert layer.coefficients.numel() < value.numel() or layer.name == "head"
+    for layer in prunable_tensors(model):  # every value and gradient that is left is one that was there, to the bit
+        value, grad = kept[layer.module_name]
+        assert torch.isin(layer.parameter, value).all()
+        assert layer.parameter.numel() < value.numel() or layer.module_name == "head"
         if importance != "hessian":  # the host keeps second moments there
-            assert torch.isin(layer.coefficients.grad, grad).all()
+            assert torch.isin(layer.parameter.grad, grad).all()
 
 
 class CutAndLook(tp.pruner.BasePruner):
@@ -519,11 +521,11 @@ def test_regularizers_act_in_unit_gauge() -> None:
             tp.pruner.GroupNormPruner, each, x, importance=magnitude(normalizer=None), reg=0.1,
             ignored_layers=[each.head],
         ).regularize(each)  # fmt: skip
-    for layer, other in zip(layers(model), layers(unit), strict=True):
+    for layer, other in zip(prunable_tensors(model), prunable_tensors(unit), strict=True):
         scale = 1.0
         if layer.interspace is not None:
-            scale = layer.interspace.basis.norm(dim=1).reshape(1, 1, *layer.coefficients.shape[2:])
-        torch.testing.assert_close(layer.coefficients.grad, other.coefficients.grad * scale)
+            scale = layer.interspace.basis.norm(dim=1).reshape(1, 1, *layer.parameter.shape[2:])
+        torch.testing.assert_close(layer.parameter.grad, other.parameter.grad * scale)
 
 
 def small(bias: bool = False) -> nn.Sequential:
@@ -548,7 +550,7 @@ def test_masks_are_cut_along(space: str, whose: str) -> None:
     if whose == "ours":
         set_masks(model, {"0": first, "1": second})
     else:
-        for layer, mask in zip(list(layers(model)), (first, second), strict=True):
+        for layer, mask in zip(prunable_tensors(model), (first, second), strict=True):
             prune.custom_from_mask(*layer.target, mask=mask)
     weights = [p.detach().clone() for name, p in model.named_parameters() if not name.endswith("basis")]
     importance = tp.importance.GroupMagnitudeImportance(group_reduction="first")
@@ -559,9 +561,9 @@ def test_masks_are_cut_along(space: str, whose: str) -> None:
     left = masks(model)
     assert torch.equal(left["0"], first[[1, 3]])
     assert torch.equal(left["1"], second[:, [1, 3]])
-    found = list(layers(model))
-    assert torch.equal(found[0].coefficients, weights[0][[1, 3]])
-    assert torch.equal(found[1].coefficients, weights[1][:, [1, 3]])
+    found = prunable_tensors(model)
+    assert torch.equal(found[0].parameter, weights[0][[1, 3]])
+    assert torch.equal(found[1].parameter, weights[1][:, [1, 3]])
     assert int((bake(model)[1].weight == 0).sum()) == 9 + 1
 
 
@@ -597,7 +599,7 @@ def test_masks_of_the_host_on_biases_and_norms_are_cut_along() -> None:
 
 def test_masks_of_the_host_join_those_that_are_there() -> None:
     model, _, _ = twins()
-    mask_target(Target(model.branch, "bias"), torch.tensor([1, 0, 1, 1, 1, 1]))
+    TensorRef(model.branch, "bias").set_mask(torch.tensor([1, 0, 1, 1, 1, 1]))
     prune.custom_from_mask(model.branch.parametrizations["bias"], "original", torch.tensor([1, 1, 0, 1, 1, 1.0]))
     with plain_layers(model):
         assert (model.branch.bias != 0).tolist() == [True, False, False, True, True, True]
@@ -728,9 +730,9 @@ def test_the_memory_format_stays() -> None:
     set_masks(model, {"left": torch.rand(8, 8, 3, 3) > 0.3})
     F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
     pruner(tp.pruner.BasePruner, model, x, importance=magnitude(), ignored_layers=[model.head]).step()
-    left = next(layer for layer in layers(model) if layer.name == "left")
-    assert left.coefficients.shape == (4, 4, 3, 3)
-    for tensor in (left.coefficients, left.coefficients.grad, left.mask):
+    left = next(layer for layer in prunable_tensors(model) if layer.module_name == "left")
+    assert left.parameter.shape == (4, 4, 3, 3)
+    for tensor in (left.parameter, left.parameter.grad, left.mask):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
 
@@ -751,7 +753,7 @@ def test_bases_may_join_the_optimizer_after_the_cut() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             join_optimizer(model, optimizer)
-        momenta.append([optimizer.state[layer.coefficients]["momentum_buffer"] for layer in layers(model)])
+        momenta.append([optimizer.state[layer.parameter]["momentum_buffer"] for layer in prunable_tensors(model)])
         assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
     for first, second in zip(*momenta, strict=True):
         torch.testing.assert_close(first, second)
@@ -886,18 +888,18 @@ def test_plain_layers_are_to_be_read() -> None:
 def test_what_a_host_writes_is_scaled_back() -> None:
     model, _, _ = twins("dct")
     rescale(model)
-    layer = next(layer for layer in layers(model) if layer.name == "left")
+    layer = next(layer for layer in prunable_tensors(model) if layer.module_name == "left")
     scale = layer.interspace.basis.norm(dim=1).reshape(3, 3).detach()
-    before = layer.coefficients.detach().clone()
+    before = layer.parameter.detach().clone()
     with plain_layers(model):
         torch.testing.assert_close(model.left.weight.detach(), before * scale)
         model.left.weight.data[1, 2] = 6.0
         model.left.weight.grad = torch.ones_like(model.left.weight)
     expected = before.clone()
     expected[1, 2] = 6.0 / scale
-    torch.testing.assert_close(layer.coefficients, expected)
-    assert int((layer.coefficients != before).sum()) == 9
-    torch.testing.assert_close(layer.coefficients.grad[0, 0], scale)
+    torch.testing.assert_close(layer.parameter, expected)
+    assert int((layer.parameter != before).sum()) == 9
+    torch.testing.assert_close(layer.parameter.grad[0, 0], scale)
 
 
 # Bad input --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ip_plugin.adapters import torch_prune, torch_pruning
 from ip_plugin.basis import dictionary
 from ip_plugin.basis.fitting import fit
 from ip_plugin.compare import builtin_criteria
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import (
     AlreadyPrunedError,
     InvalidAmountError,
@@ -67,7 +67,7 @@ def network() -> nn.Sequential:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {layer.name: layer.module.weight.detach().clone() for layer in layers(model)}  # type: ignore[operator]
+    return {layer.module_name: layer.module.weight.detach().clone() for layer in prunable_tensors(model)}  # type: ignore[operator]
 
 
 def error(model: nn.Module, original: dict[str, Tensor]) -> float:
@@ -111,7 +111,7 @@ def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
     original = weights(model)
     twin = copy.deepcopy(model)
     prune_fitted(model, sparsity=0.8)
-    assert [layer.name for layer in layers(model) if layer.interspace] == ["0", "3"]
+    assert [layer.module_name for layer in prunable_tensors(model) if layer.interspace] == ["0", "3"]
     assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
     apply_masks(twin, select(magnitude(twin), sparsity=0.8))
     assert error(model, original) < 0.95 * error(twin, original)
@@ -147,7 +147,7 @@ def test_the_floor_and_equal_calls() -> None:
 
 def test_the_network_can_be_fine_tuned() -> None:
     model = prune_fitted(network(), sparsity=0.8)
-    before, bases = masks(model), [layer.interspace.basis for layer in layers(model) if layer.interspace]
+    before, bases = masks(model), [layer.interspace.basis for layer in prunable_tensors(model) if layer.interspace]
     assert not any(basis.requires_grad for basis in bases)
     optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0), lr=0.1, momentum=0.9)
     losses = []
@@ -274,7 +274,7 @@ def test_bases_are_orthonormal_and_trained_if_asked_for(batches: Any) -> None:
     assert counts[0] == counts[1]
     if batches is None:
         assert error(model, weights(dense)) < 0.97 * error(other, weights(dense))
-    for one, another in zip(layers(model), layers(other), strict=True):
+    for one, another in zip(prunable_tensors(model), prunable_tensors(other), strict=True):
         if one.interspace is not None and another.interspace is not None:
             basis, orthonormal = one.interspace.basis.detach(), another.interspace.basis
             torch.testing.assert_close(orthonormal @ orthonormal.mT, torch.eye(len(basis)))
@@ -307,7 +307,7 @@ def test_infinite_values_are_refused_in_linear_layers_too() -> None:
     model[9].weight.data[0, 0] = math.inf
     with pytest.raises(NonFiniteWeightError, match="layer '9'"):
         prune_fitted(model, sparsity=0.5)
-    assert not masks(model) and not any(layer.interspace for layer in layers(model))
+    assert not masks(model) and not any(layer.interspace for layer in prunable_tensors(model))
 
 
 @pytest.mark.parametrize("batches", [None, BATCHES])

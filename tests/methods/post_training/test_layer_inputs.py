@@ -10,7 +10,7 @@ from kinds import KINDS
 from torch import Tensor, nn
 
 from ip_plugin import interspace
-from ip_plugin.core.layer import Layer, layers
+from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
 from ip_plugin.methods.post_training import layer_inputs as inputs
 from ip_plugin.methods.post_training.layer_inputs import Moments, multiplies, observe, patches, rows
 
@@ -65,7 +65,7 @@ def test_linear_layers_take_any_number_of_dimensions() -> None:
 
 def seen_by(model: nn.Module, batches: list[Any]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     parts: dict[str, list[Tensor]] = {}
-    watchers = {each: parts.setdefault(each.name, []).append for each in layers(model)}
+    watchers = {each: parts.setdefault(each.module_name, []).append for each in prunable_tensors(model)}
     takers = observe(model, watchers, batches)
     return {name: torch.cat(some, 1) for name, some in parts.items() if some}, takers
 
@@ -123,7 +123,7 @@ def test_inputs_without_a_batch_and_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     single, _ = seen_by(model, list(x))
     monkeypatch.setattr(inputs, "_AT_ONCE", 2 * 2 * 9 * 16)
     sizes: list[int] = []
-    observe(model, {next(layers(model)): lambda seen: sizes.append(seen.shape[1])}, [x])
+    observe(model, {prunable_tensors(model)[0]: lambda seen: sizes.append(seen.shape[1])}, [x])
     assert sizes == [32, 32, 16]
     for name, each in whole.items():
         torch.testing.assert_close(single[name], each)
@@ -144,9 +144,9 @@ def test_moments_of_parts_are_those_of_all() -> None:
 
 def test_which_layers_multiply() -> None:
     model, _ = KINDS["subclass"].ready()
-    assert [multiplies(each) for each in layers(model)] == [False, False, True]
+    assert [multiplies(each) for each in prunable_tensors(model)] == [False, False, True]
     model, _ = KINDS["conv2d"].ready()
     interspace(model)
-    assert all(multiplies(each) for each in layers(model))
+    assert all(multiplies(each) for each in prunable_tensors(model))
     nn.utils.parametrizations.weight_norm(model[0])
-    assert not multiplies(Layer("0", model[0]))
+    assert not multiplies(TensorRef(model[0]))

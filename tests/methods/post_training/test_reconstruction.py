@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import interspace, masks, set_masks
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import (
     InvalidBatchError,
     InvalidRidgeError,
@@ -102,12 +102,12 @@ def test_the_gauge_does_not_matter() -> None:
 def errors_of_layers(model: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, float]:
     """Each layer's error for the dense network's inputs."""
     found: dict[str, float] = {}
-    mine = {each.name: each.module for each in layers(model)}
+    mine = {each.module_name: each.module for each in prunable_tensors(model)}
 
     def hook(name: str) -> Any:
         return lambda module, args, y: found.update({name: float((mine[name](*args) - y).detach().square().sum())})
 
-    handles = [each.module.register_forward_hook(hook(each.name)) for each in layers(dense)]
+    handles = [each.module.register_forward_hook(hook(each.module_name)) for each in prunable_tensors(dense)]
     dense(x)
     for handle in handles:
         handle.remove()
@@ -128,18 +128,18 @@ def test_no_layer_gets_worse_in_the_spatial_network(kind: str) -> None:
 
 def check_every_layer(model: nn.Module, dense: nn.Module, x: Tensor, changed: bool) -> None:
     prune(model, magnitude, sparsity=0.5, scope="layer")
-    held = {each.name: each.coefficients.detach().clone() for each in layers(model)}
+    held = {each.module_name: each.parameter.detach().clone() for each in prunable_tensors(model)}
     kept = masks(model)
     before = errors_of_layers(model, dense, x)
     assert reconstruct(model, dense, [(x, None)]) is model
     after = errors_of_layers(model, dense, x)
-    for each in layers(model):
-        assert after[each.name] <= before[each.name] * (1 + 1e-9)
-        assert torch.equal(each.coefficients[~kept[each.name]], held[each.name][~kept[each.name]])
+    for each in prunable_tensors(model):
+        assert after[each.module_name] <= before[each.module_name] * (1 + 1e-9)
+        assert torch.equal(each.parameter[~kept[each.module_name]], held[each.module_name][~kept[each.module_name]])
         if changed:
-            assert after[each.name] < 0.999 * before[each.name]
+            assert after[each.module_name] < 0.999 * before[each.module_name]
         else:
-            assert torch.equal(each.coefficients, held[each.name]) or each.name == "4"
+            assert torch.equal(each.parameter, held[each.module_name]) or each.module_name == "4"
 
 
 def test_a_support_that_can_give_the_dense_outputs_gives_them() -> None:

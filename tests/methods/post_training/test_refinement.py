@@ -13,7 +13,7 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.basis import dictionary
-from ip_plugin.core.layer import layers
+from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.errors import InvalidBasisError, NonFiniteWeightError, NothingToPruneError, TwinMismatchError
 from ip_plugin.methods import magnitude, prune, refine
 
@@ -25,7 +25,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {layer.name: layer.module.weight.detach().clone() for layer in layers(model)}  # type: ignore[operator]
+    return {layer.module_name: layer.module.weight.detach().clone() for layer in prunable_tensors(model)}  # type: ignore[operator]
 
 
 def errors(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -52,8 +52,8 @@ def test_errors_fall_and_counts_stay(case: Case) -> None:
     else:
         assert after["0"] + after["2"] < before["0"] + before["2"]
     assert torch.equal(model[4].weight, linear)
-    for layer in layers(model):
-        if layer.interspace is not None and after[layer.name] < before[layer.name]:
+    for layer in prunable_tensors(model):
+        if layer.interspace is not None and after[layer.module_name] < before[layer.module_name]:
             assert float(torch.linalg.matrix_norm(layer.interspace.basis.detach(), 2)) == pytest.approx(1)
     assert model(x).isfinite().all()
     composed = model(x)
@@ -66,8 +66,8 @@ def test_the_dense_network_is_still_behind_the_masks(basis: str) -> None:
     twin = copy.deepcopy(model)
     refine(model)
     refine(twin, dense)
-    for layer in list(layers(model))[:2]:
-        assert layer.mask is not None and not layer.coefficients[~layer.mask].any()
+    for layer in prunable_tensors(model)[:2]:
+        assert layer.mask is not None and not layer.parameter[~layer.mask].any()
     for name, weight in weights(twin).items():
         torch.testing.assert_close(weights(model)[name], weight, atol=1e-4, rtol=1e-3)
 

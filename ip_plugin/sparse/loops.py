@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 
 class _Kernel(NamedTuple):
-    """A compiled loop and its arguments: `sizes`, `arrays`, `rest`, then buffers and where their pixels are."""
+    """A compiled loop and its arguments: sizes, coefficients and their positions, the rest, and where pixels are."""
 
     function: Callable[..., Any]
     sizes: tuple[Any, ...]
@@ -71,7 +71,7 @@ class Loop:
         self, coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice,
         limits: tuple[float, float] = UNLIMITED,
     ) -> None:  # fmt: skip
-        self.choice, self._target = choice, addressing.target
+        self._target = addressing.target
         self._limits = np.float32(limits[0]), np.float32(limits[1])
         self._kernel = _KERNELS[choice.order](coefficients, bias, addressing, choice)
         self.bytes = sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
@@ -157,17 +157,9 @@ def _winograd(coefficients: Coefficients, bias: Floats, addressing: Addressing, 
     kernels = coefficients.kernels(int(used.max(initial=0)) + 1, groups=1, taps=9)
     arrays = used, winograd.filters(kernels[:, used]).reshape(-1)
     rest = (bias, *winograd.borders(tiles, across), layout.images, layout.height, layout.width)
-    target = (layout.first, layout.stride, layout.reach)
-    scratch_size = winograd.memory(len(used), tiles)
-    return _Kernel(
-        winograd.winograd,
-        (rows, tiles, choice.parts),
-        arrays,
-        rest,
-        addressing.source.distances(),
-        target,
-        scratch_size,
-    )
+    source, target = addressing.source.distances(), (layout.first, layout.stride, layout.reach)
+    sizes, scratch_size = (rows, tiles, choice.parts), winograd.memory(len(used), tiles)
+    return _Kernel(winograd.winograd, sizes, arrays, rest, source, target, scratch_size)
 
 
 _KERNELS = {"direct": _direct, "fused": _fused, "winograd": _winograd}

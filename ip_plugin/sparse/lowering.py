@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,16 +16,18 @@ from .steps import GlobalMean, MaxPool, SparseConvolution, Step, Torch
 KINDS: tuple[type[Step], ...] = (SparseConvolution, MaxPool, GlobalMean, Torch)
 
 
-def lower(module: fx.GraphModule, inputs: tuple[Tensor, ...], choose: Chooser, *, farthest: int = 2**31 - 1) -> Program:
+def lower(
+    module: fx.GraphModule, inputs: tuple[Tensor, ...], choose: Chooser, *, max_offset: int = 2**31 - 1
+) -> Program:
     """The program of a traced network.
 
     Args:
         module: a traced network.
         inputs: of the shapes that it is lowered for.
         choose: how convolutions are run.
-        farthest: how many numbers the input of a sparse convolution may take: offsets have 32 bits.
+        max_offset: largest offset into the input of a sparse convolution.
     """
-    placement = Placement(module, inputs, choose, farthest)
+    placement = Placement(module, inputs, choose, max_offset)
     steps: list[Step] = []
     for node in module.graph.nodes:
         if node.op != "output":
@@ -62,18 +63,8 @@ def _last_uses(program: Program, inputs: tuple[Tensor, ...]) -> dict[Region, int
     last_uses = {region: number for number, step in enumerate(program.steps) for region in step.regions}
 
     def watch(node: fx.Node, value: Any) -> None:
-        for tensor in _tensors(value):
-            region = owners.get(tensor.untyped_storage().data_ptr())
-            if region is not None:
-                last_uses[region] = max(last_uses[region], program.last_uses[node])
+        if isinstance(value, Tensor) and (region := owners.get(value.untyped_storage().data_ptr())):
+            last_uses[region] = max(last_uses[region], program.last_uses[node])
 
     program.bind(workspace, watch)(inputs)
     return last_uses
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

@@ -24,8 +24,8 @@ from .steps import LayerRun, Run
 class SparseNetwork(Prepared):
     """A network for inference that runs convolutions by their non-zeros where that is faster; `prepare` makes it.
 
-    It has the values that the model had then. Inputs are float32 on the CPU; each new shape is prepared for once. Calls
-    from several threads at once work in memory of their own.
+    Its weights are those that the model had then. Inputs are float32 on the CPU; each new shape is prepared for once.
+    Calls from several threads at once work in memory of their own.
 
     Args:
         plain: what `graph.trace` has made of the model.

@@ -18,17 +18,15 @@ class Placement:
 
     Args:
         module: a traced network.
-        inputs: of the shapes that it is lowered for.
-        choose: how convolutions are run.
-        farthest: how many numbers a buffer may have that a convolution reads.
+        inputs, choose, max_offset: as of `lowering.lower`.
 
     Attributes:
         shapes: of all values.
         regions: of values: where steps read them, be it the value itself or a copy.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: tuple[Tensor, ...], choose: Chooser, farthest: int) -> None:
-        self.choose, self.farthest = choose, farthest
+    def __init__(self, module: fx.GraphModule, inputs: tuple[Tensor, ...], choose: Chooser, max_offset: int) -> None:
+        self.choose, self.max_offset = choose, max_offset
         self.shapes = value_shapes(module, inputs)
         self.regions: dict[fx.Node, Region] = {}
         self._copies: set[fx.Node] = set()

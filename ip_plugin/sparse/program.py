@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -55,7 +56,7 @@ class Program:
         return Workspace(self._module, self.regions, scratch)
 
     def bind(self, workspace: Workspace, watch: Callable[[fx.Node, Any], None] | None = None) -> Call:
-        """A function that runs all steps in a workspace; `watch` is called with each node and its value."""
+        """A function that runs all steps in a workspace; `watch` gets each node with every part of its value."""
         output = self._output.args[0]
         bound = [step.bind(workspace) for step in self.steps]
         steps = [(step.node, run, unused) for step, run, unused in zip(self.steps, bound, self._unused, strict=False)]
@@ -66,7 +67,7 @@ class Program:
             for node, run, unused in steps:
                 run(values)
                 if watch is not None:
-                    watch(node, values.get(node))
+                    fx.node.map_aggregate(values.get(node), partial(watch, node))
                 for other in unused:
                     del values[other]
             return fx.node.map_aggregate(fx.node.map_arg(output, values.__getitem__), _owned)

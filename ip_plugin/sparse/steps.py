@@ -145,7 +145,7 @@ class SparseConvolution(Step):
         images, channels, height, width = placement.shapes[node]
         source, addressing = placement.addressing(value, layer.window)
         choice = None
-        if layer.inputs * addressing.channel_stride <= placement.farthest:
+        if layer.inputs * addressing.channel_stride <= placement.max_offset:
             choice = placement.choose(layer, addressing, source is None)
         if choice is None:
             run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))

@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
             draw(st.sampled_from([torch.float32, torch.bfloat16])),
         ),
         "gap": draw(pairs), "seed": draw(st.integers(0, 99)), "residual": draw(st.booleans()),
-        "lies": draw(st.sampled_from(["as usual", "channels last", "sliced"])),
+        "memory": draw(st.sampled_from(["as usual", "channels last", "sliced"])),
     }  # fmt: skip
 
 
@@ -84,9 +84,9 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
     elif basis is not None:
         choice = choice._replace(order="fused")
     images = torch.randn(case["images"], case["inputs"] * groups, height, width, generator=generator)
-    if case["lies"] == "channels last":
+    if case["memory"] == "channels last":
         images = images.to(memory_format=torch.channels_last)
-    elif case["lies"] == "sliced":
+    elif case["memory"] == "sliced":
         images = F.pad(images, (1, 2, 2, 1), value=math.nan)[:, :, 2:-1, 1:-2]
     bias = torch.randn(len(coefficients), generator=generator)
     kernels = (coefficients if basis is None else coefficients @ basis).unflatten(2, window.kernel).double()
@@ -155,7 +155,7 @@ def test_results_do_not_depend_on_the_number_of_threads(interspace: bool, choice
 
 @pytest.mark.parametrize("size", [(5, 5), (8, 4), (3, 10), (4, 17)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_the_winograd_tiles_that_read_it(value: float, size: tuple[int, int]) -> None:
+def test_nan_and_infinity_stay_in_the_winograd_tiles_that_read_them(value: float, size: tuple[int, int]) -> None:
     kernels, window, choice = torch.randn(1, 1, 9), Window((3, 3), padding=(1, 1)), Choice("winograd", 16)
     images = torch.randn(2, 1, *size)
     expected = F.conv2d(images, kernels.unflatten(2, (3, 3)), padding=1)
@@ -179,7 +179,7 @@ def test_nan_goes_through_a_clamp_as_it_does_in_torch() -> None:
     torch.testing.assert_close(got, images.clamp(0, 6), equal_nan=True)
 
 
-def test_pixels_of_all_images_and_no_others_are_stored() -> None:
+def test_pixels_of_all_images_are_inside_and_no_others() -> None:
     layout = Layout(images=2, height=2, width=3, rows=3, pitch=4, reach=5)
     assert layout.pixels == 19
     bits = np.unpackbits(layout.inside(), bitorder="little")
@@ -190,7 +190,7 @@ def test_pixels_of_all_images_and_no_others_are_stored() -> None:
 
 
 @pytest.mark.parametrize("tiles", [32, 128])
-def test_zeros_that_may_be_read_are_before_the_first_pixel_and_behind_the_last(tiles: int) -> None:
+def test_there_are_zeros_before_the_first_pixel_and_after_the_last(tiles: int) -> None:
     layout = Layout(images=1, height=2, width=15, rows=3, pitch=16, reach=17)
     assert layout.pixels == 31
     assert layout.zeros_around(tiles) == (32, 16 if tiles == 32 else 0)  # to 48 at least, where the reach ends
@@ -210,7 +210,7 @@ def test_coefficients_compose_to_the_kernels_that_they_came_from() -> None:
 
 @example(height=5, width=5, padding=1)
 @given(height=st.integers(3, 9), width=st.integers(3, 9), padding=st.integers(0, 2))
-def test_layers_behind_each_other_share_a_layout(height: int, width: int, padding: int) -> None:
+def test_consecutive_layers_share_a_layout(height: int, width: int, padding: int) -> None:
     window, same = Window((3, 3), padding=(padding, padding)), Window((3, 3), padding=(1, 1))
     layout = Addressing.new(window, 2, height, width, gap=(1, 1)).target
     second = Addressing.existing(same, layout)

@@ -100,7 +100,7 @@ def test_values_that_are_used_more_than_once(space: str, deterministic: bool) ->
 
 
 class Pools(nn.Module):
-    """Max poolings of results of either sign, of what is odd in size, and one that is left to torch."""
+    """Max poolings of values of either sign and of odd sizes, and one that is left to torch."""
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_max_poolings(last: nn.Module, space: str) -> None:
 
 
 def first_of_four() -> nn.Conv2d:
-    """A convolution that is run sparse, by any rule, and sees one channel."""
+    """A convolution that runs sparse and reads one channel of four."""
     convolution = nn.Conv2d(4, 1, 1)
     with torch.no_grad():
         convolution.weight[0, 1:] = 0
@@ -152,7 +152,7 @@ def test_nan_goes_through_a_max_pooling_as_it_does_in_torch() -> None:
 
 
 class Averages(nn.Module):
-    """Averages of all pixels, as a module and as a function, of what is used afterwards, too."""
+    """Averages of all pixels, by a module and by a function; their inputs are used again afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_averages_of_all_pixels(size: tuple[int, int], space: str) -> None:
         agrees(network, model, torch.randn(3, 3, *size))
 
 
-def test_an_average_of_what_was_packed_long_before() -> None:
+def test_an_average_of_a_value_that_was_packed_long_before() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,7 +243,7 @@ def test_shapes_that_change_in_place_are_not_followed(method: str) -> None:
 
 
 class ReadTwice(nn.Module):
-    """What two convolutions read, with or without a change between them; through modules that change nothing."""
+    """A value that two convolutions read, with or without a change between them, through modules that do nothing."""
 
     def __init__(self, changes: bool) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ def packed(model: nn.Module, images: Tensor) -> int:
 
 @SPACES
 @pytest.mark.parametrize("changes", [False, True])
-def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, space: str) -> None:
+def test_a_value_that_is_read_twice_is_packed_once_unless_it_changes(changes: bool, space: str) -> None:
     model, images = pruned(ReadTwice(changes), space, 0.7), torch.randn(1, 4, 8, 8)
     network = prepare(model, images, deterministic=True)
     agrees(network, model, images)
@@ -287,7 +287,7 @@ def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, spac
         ({"padding": 1, "out_channels": 9000}, 12, "dense"),  # large filters
     ],
 )
-def test_what_is_left_too_dense_runs_by_winograd_where_that_can_be(
+def test_layers_that_are_still_too_dense_run_by_winograd_where_possible(
     arguments: dict[str, Any], size: int, how: str, space: str
 ) -> None:
     convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, **arguments})
@@ -313,7 +313,7 @@ def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str) ->
     network = SparseNetwork(trace(model, (images,)), Autotuner(timer=took))
     agrees(network, model, images)
     (how,) = (run.how for run in network.runs(images))
-    if sparsity > 0.9:  # too little is left
+    if sparsity > 0.9:  # too few non-zeros for it
         assert "winograd" not in timed and how in ("direct", "fused")
     else:
         assert how == fastest and {"winograd", "fused", "dense", "pack"} <= set(timed)
@@ -460,7 +460,7 @@ def test_calls_from_many_threads_at_once() -> None:
         torch.testing.assert_close(output, model(batch).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_by_rule_two_networks_agree_in_every_bit() -> None:
+def test_two_deterministic_networks_are_bit_equal() -> None:
     model = pruned(Block(), "interspace", 0.7)
     images = torch.randn(2, 3, 8, 8)
     one, two = (prepare(model, images, deterministic=True) for _ in range(2))
@@ -478,7 +478,7 @@ class Undecided(nn.Module):
 
 
 @SPACES
-def test_what_cannot_be_traced_is_run_layer_by_layer(space: str) -> None:
+def test_models_that_cannot_be_traced_run_layer_by_layer(space: str) -> None:
     model = pruned(Undecided(), space)
     images = torch.randn(1, 3, 8, 8)
     with pytest.warns(SparseFallbackWarning, match="control flow"):
@@ -487,7 +487,7 @@ def test_what_cannot_be_traced_is_run_layer_by_layer(space: str) -> None:
     agrees(network, model, images)
 
 
-def test_what_cannot_be_run_is_refused() -> None:
+def test_models_and_inputs_that_cannot_be_run_are_refused() -> None:
     model, images = pruned(Block(), "spatial"), torch.randn(1, 3, 8, 8)
     with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
         prepare(model, images.double())
@@ -548,7 +548,7 @@ class InPlace(nn.Module):
 
 @SPACES
 @pytest.mark.parametrize("which", ["source", "module", "addend", "other", "method"])
-def test_what_changes_in_place_is_not_moved(which: str, space: str) -> None:
+def test_values_that_change_in_place_are_not_moved(which: str, space: str) -> None:
     model, images = pruned(InPlace(which), space, 0.5), torch.randn(1, 3, 8, 8)
     agrees(prepare(model, images, deterministic=True), model, images)
 
@@ -610,13 +610,13 @@ def test_layer_by_layer_a_convolution_may_be_called_in_any_way() -> None:
     agrees(network, model, images)
 
 
-def test_what_loops_have_no_room_for_is_left_to_torch() -> None:
+def test_convolutions_that_loops_have_no_room_for_are_left_to_torch() -> None:
     model = pruned(nn.Sequential(nn.Conv2d(1, 2, 17, padding=8), nn.Conv2d(2, 2, 3)), "spatial")
     images = torch.randn(1, 1, 20, 20)
     network = prepare(model, images, deterministic=True)
     assert [run.layer for run in network.runs(images)] == ["1"]
     agrees(network, model, images)
-    steps = lower(trace(model, (images,)), (images,), by_rule, farthest=100).steps
+    steps = lower(trace(model, (images,)), (images,), by_rule, max_offset=100).steps
     assert [step.layer.run.how for step in steps if step.layer] == ["dense"]
 
 

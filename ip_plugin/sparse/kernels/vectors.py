@@ -7,7 +7,7 @@ serves every width. Only powers of two are fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -118,7 +118,7 @@ def load_phases(typing: Any, array: Any, offset: Any) -> Any:
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(Vector(64)))
         loaded = builder.load(address)
         loaded.align = 4
-        phases = [builder.shuffle_vector(loaded, loaded, _indices([list(range(first, 64, 4))])) for first in range(4)]
+        phases = [builder.shuffle_vector(loaded, loaded, _indices(range(first, 64, 4))) for first in range(4)]
         return context.make_tuple(builder, signature.return_type, phases)
 
     return types.containers.UniTuple(vector, 4)(array, types.intp), generate
@@ -129,9 +129,9 @@ def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
     """Store four vectors as 64 neighbouring numbers: the inverse of `load_phases`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pairs = [builder.shuffle_vector(*arguments[at : at + 2], _indices([list(range(32))])) for at in (2, 4)]
+        pairs = [builder.shuffle_vector(*arguments[at : at + 2], _indices(range(32))) for at in (2, 4)]
         turns = [phase * 16 + lane for lane in range(16) for phase in range(4)]
-        mixed = builder.shuffle_vector(*pairs, _indices([turns]))
+        mixed = builder.shuffle_vector(*pairs, _indices(turns))
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1], mixed.type)
         builder.store(mixed, address).align = 4
         return context.get_dummy_value()
@@ -139,14 +139,8 @@ def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
     return types.void(array, types.intp, a, b, c, d), generate
 
 
-def _blocks(width: int, begin: int) -> list[list[int]]:
-    """Lanes of every second block of 16."""
-    return [list(range(at, at + 16)) for at in range(begin, width, 32)]
-
-
-def _indices(blocks: list[list[int]]) -> ir.Constant:
-    flat = [index for block in blocks for index in block]
-    return ir.Constant(ir.VectorType(_INT32, len(flat)), flat)
+def _indices(lanes: Sequence[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -162,7 +156,8 @@ def store_responses(typing: Any, bfloat16: Any, array: Any, offset: Any, values:
             whole = ir.VectorType(_INT32, values.width)
             half = ir.VectorType(_INT32, values.width // 2)
             bits = builder.add(builder.bitcast(made, whole), ir.Constant(whole, [0x8000] * values.width))
-            low, high = (builder.shuffle_vector(bits, bits, _indices(_blocks(values.width, at))) for at in (0, 16))
+            halves = ([lane for lane in range(values.width) if lane // 16 % 2 == half] for half in (0, 1))
+            low, high = (builder.shuffle_vector(bits, bits, _indices(lanes)) for lanes in halves)
             low = builder.lshr(low, ir.Constant(half, [16] * half.count))
             high = builder.and_(high, ir.Constant(half, [0xFFFF0000] * half.count))
             made = builder.or_(low, high)
@@ -186,8 +181,7 @@ def load_responses(typing: Any, lanes: Any, bfloat16: Any, array: Any, offset: A
         if signature.args[1].count:
             low = builder.shl(loaded, ir.Constant(kind, [16] * count))
             high = builder.and_(loaded, ir.Constant(kind, [0xFFFF0000] * count))
-            blocks = [list(range(at, at + 16)) for at in range(0, count, 16)]
-            mixed = [part for block in blocks for part in (block, [count + lane for lane in block])]
+            mixed = [lane + half for at in range(0, count, 16) for half in (0, count) for lane in range(at, at + 16)]
             loaded = builder.shuffle_vector(low, high, _indices(mixed))
         return builder.bitcast(loaded, _register(vector))
 

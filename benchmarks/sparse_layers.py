@@ -23,11 +23,11 @@ from harness import side_by_side
 from torch import Tensor
 
 from ip_plugin.basis import bases
-from ip_plugin.sparse import autotune
-from ip_plugin.sparse.convolution import looped
-from ip_plugin.sparse.graph import Convolution
-from ip_plugin.sparse.places import Window, places
-from ip_plugin.sparse.plan import Entries
+from ip_plugin.sparse.addressing import Addressing, Window
+from ip_plugin.sparse.autotune import Autotuner
+from ip_plugin.sparse.coefficients import Coefficients
+from ip_plugin.sparse.convolution import Convolution
+from ip_plugin.sparse.loops import Loop
 
 SHAPES = [(64, 32), (128, 16), (256, 8), (512, 4), (64, 56), (128, 28), (256, 14), (512, 7)]
 WINDOW = Window((3, 3), padding=(1, 1))
@@ -54,25 +54,21 @@ def dense(channels: int, size: int, batch: int) -> dict[str, Callable[[], Tensor
 
 
 def sparse(
-    channels: int, size: int, batch: int, sparsity: float, space: str, narrow: bool
+    channels: int, size: int, batch: int, sparsity: float, space: str, response_dtype: torch.dtype
 ) -> Callable[[], object] | None:
     """The sparse way, chosen by timing; None where dense was chosen."""
     values = torch.randn(channels, channels, 9) * (torch.rand(channels, channels, 9) >= sparsity)
     basis = bases.make("orthonormal", (3, 3)).float().numpy() if space == "IP" else None
-    entries = Entries.of(values.numpy(), 1, basis)
+    coefficients = Coefficients.of(values.numpy(), 1, basis)
     bias = np.zeros(channels, np.float32)
-    where = places(WINDOW, batch, size, size, gap=(1, 1))
-    assert where is not None
-    node: torch.fx.Node = None  # type: ignore[assignment]  # there is no graph
-    choice = autotune.Chooser(by_rule=False, narrow=narrow)(
-        Convolution("layer", node, WINDOW, 1, entries, bias, channels), where, (size, size), False
-    )
+    addressing = Addressing.new(WINDOW, batch, size, size, gap=(1, 1))
+    convolution = Convolution("layer", WINDOW, 1, channels, coefficients, bias)
+    choice = Autotuner(response_dtype)(convolution, addressing, False)
     if choice is None:
         return None
-    run = looped(entries, bias, where, choice, (0.0, np.inf))
-    source, target = where.source.empty(channels), where.target.empty(channels)
-    where.source.view(source, channels).normal_()
-    return partial(run, source, target, run.scratch())
+    source, target = addressing.source.empty(channels), addressing.target.empty(channels)
+    addressing.source.view(source, channels).normal_()
+    return Loop(coefficients, bias, addressing, choice, (0.0, np.inf)).bind(source, target)
 
 
 def main() -> None:
@@ -81,18 +77,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(GOALS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--narrow", action="store_true", help="responses in bfloat16")
+    parser.add_argument("--bfloat16", action="store_true", help="store basis-filter responses in bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]  # one for each shape
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
     print(f"torch {torch.__version__}, {arguments.threads} threads; times faster than the fastest dense convolution\n")
     found: dict[tuple[str, float], list[float]] = {}
     for batch in arguments.batches:
         for channels, size in SHAPES:
             ways = dense(channels, size, batch)
             grid = [(space, s) for space in ("SP", "IP") for s in arguments.sparsities]
-            cells = {(space, s): sparse(channels, size, batch, s, space, arguments.narrow) for space, s in grid}
+            cells = {(space, s): sparse(channels, size, batch, s, space, dtype) for space, s in grid}
             variants = {f"{space} {s:g}": run for (space, s), run in cells.items() if run is not None}
             baseline = ways.pop("oneDNN, packed")
             with torch.no_grad():

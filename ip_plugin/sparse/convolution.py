@@ -1,117 +1,93 @@
-"""One convolution on buffers, and the loops that run it."""
+"""A convolution of a traced graph, fused with what follows it."""
 
 from __future__ import annotations
 
+import functools
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import numba
-import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
-from . import plan
-from .kernels import nonzero, winograd
-from .kernels.vectors import lanes
-from .layout import Floats, aligned
-from .places import Places
-from .plan import Choice, Entries, Plan
+from ..errors import SparseExecutionError
+from .addressing import Window
+from .coefficients import Coefficients
+from .layout import Floats
 
-_NOTHING = np.empty(0, np.float32)
+UNLIMITED = (-math.inf, math.inf)
 
 
-class LoopedConvolution(ABC):
-    """A convolution that is run by a loop of our own, on buffers; `looped` makes it.
+class Convolution(nn.Module):
+    """A 2D convolution, the addition of a residual, and a clamp; `forward` is the dense way to run it.
 
     Args:
-        entries: its coefficients.
-        bias: of output channels.
-        where: layouts, and taps.
-        choice: how it is run.
-        limits: what results are clamped to.
+        name: of the layer in the model.
+        window, groups: as torch names them.
+        inputs: number of input channels.
+        coefficients, bias: with the BatchNorm that follows folded in.
+        limits: what the result is clamped to.
     """
 
     def __init__(
-        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
-    ) -> None:
-        self.bias, self.where, self.choice = bias, where, choice
-        self.limits = np.float32(limits[0]), np.float32(limits[1])
-        self.plan: Plan = plan.make(entries, where.offsets, where.source.stride * len(where.phases), choice)
-        self._residual = (where.target.first, where.target.stride)
+        self, name: str, window: Window, groups: int, inputs: int, coefficients: Coefficients, bias: Floats,
+        limits: tuple[float, float] = UNLIMITED,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.name, self.window, self.groups, self.inputs = name, window, groups, inputs
+        self.coefficients, self.bias, self.limits = coefficients, bias, limits
 
-    def scratch(self) -> Floats:
-        """Memory for one call at a time."""
-        rows, columns = self.scratch_shape()
-        return aligned(rows * columns).reshape(rows, columns)
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the dense weight."""
+        return self.coefficients.channels, self.inputs // self.groups, *self.window.kernel
 
-    @abstractmethod
-    def scratch_shape(self) -> tuple[int, int]:
-        """Of what a call needs to work with, float32; not to be used by two calls at once."""
+    @property
+    def density(self) -> float:
+        """Share of the coefficients that are not zero."""
+        return len(self.coefficients.values) / max(1, math.prod(self.shape))
 
-    @abstractmethod
-    def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
-        """Read one buffer, write the other."""
+    def weight(self) -> Tensor:
+        """The dense weight, composed now."""
+        kernels = self.coefficients.kernels(self.inputs, self.groups, math.prod(self.window.kernel))
+        return torch.from_numpy(kernels.reshape(self.shape))
 
-    def _added(self, residual: Floats | None) -> tuple[Floats, int, int]:
-        """The residual, its first pixel and the distance of its channels, which is 0 where there is none."""
-        return (_NOTHING, 0, 0) if residual is None else (residual, *self._residual)
+    @functools.cached_property
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        return self.weight(), torch.from_numpy(self.bias)
 
+    def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result by torch; the dense weight stays in memory from the first call on."""
+        result = F.conv2d(images, *self._dense, *self.window[1:], self.groups)
+        if residual is not None:
+            result += residual
+        return result if self.limits == UNLIMITED else result.clamp_(*self.limits)
 
-def looped(
-    entries: Entries, bias: Floats, where: Places, choice: Choice,
-    limits: tuple[float, float] = (-math.inf, math.inf),
-) -> LoopedConvolution:  # fmt: skip
-    """A convolution that is run as it was chosen; arguments as of `LoopedConvolution`."""
-    kind = _AtPoints if choice.order == "winograd" else _ByNonzeros
-    return kind(entries, bias, where, choice, limits)
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Shape of the output for an input of this shape.
 
-
-class _ByNonzeros(LoopedConvolution):
-    """The loops of `kernels`."""
-
-    def __init__(
-        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
-    ) -> None:
-        super().__init__(entries, bias, where, choice, limits)
-        self._first = where.source.first
-        target = where.target
-        tiles = -(-target.pixels // choice.width)
-        self._head = (lanes(choice.width), tiles, choice.parts, *self.plan.arrays, self.bias, target.stored())
-        self._to = (target.first, target.stride, *target.around(tiles * choice.width))
-
-    def scratch_shape(self) -> tuple[int, int]:
-        if self.choice.order == "direct":
-            return 0, 0
-        size = self.plan.responses * self.choice.response + len(self.bias) * self.choice.width
-        return numba.config.NUMBA_NUM_THREADS, size
-
-    def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
-        common = (source, self._first, *self._added(residual), *self.limits, target, *self._to)
-        if self.choice.order == "direct":
-            nonzero.direct(*self._head, *common)
-        else:
-            nonzero.fused(*self._head, *common, scratch, self.plan.responses)
+        Raises:
+            SparseExecutionError: the input is no batch of images.
+        """
+        if len(shape) != 4 or 0 in shape:
+            raise SparseExecutionError(
+                "A sparse network must be given batches of images.",
+                f"shape {tuple(shape)}",
+                "pass tensors of shape (images, channels, height, width)",
+            )
+        return shape[0], self.coefficients.channels, *self.window.output_size(*shape[2:])
 
 
-class _AtPoints(LoopedConvolution):
-    """The loop of `winograd`."""
-
-    def __init__(
-        self, entries: Entries, bias: Floats, where: Places, choice: Choice, limits: tuple[float, float]
-    ) -> None:
-        super().__init__(entries, bias, where, choice, limits)
-        across = -(-where.target.width // winograd.TILE)
-        rows = max(1, choice.width // across)
-        self._tiles = -(-rows * across // 16) * 16
-        read, made = where.source, where.target
-        self._head = (
-            rows, self._tiles, choice.parts, *self.plan.arrays, self.bias,
-            *winograd.borders(self._tiles, across), made.images, made.height, made.width,
-        )  # fmt: skip
-        self._from = read.distances()
-        self._to = (made.first, made.stride, made.reach)
-
-    def scratch_shape(self) -> tuple[int, int]:
-        return numba.config.NUMBA_NUM_THREADS, winograd.memory(len(self.plan.arrays[0]), self._tiles)
-
-    def __call__(self, source: Floats, target: Floats, scratch: Floats, residual: Floats | None = None) -> None:
-        added = self._added(residual)
-        winograd.winograd(*self._head, source, *self._from, *added, *self.limits, target, *self._to, scratch)
+def can_run_sparse(module: nn.Module) -> bool:
+    """Whether a module is an ordinary 2D convolution whose coefficients the loops have room for."""
+    if not isinstance(module, nn.Conv2d) or any(
+        getattr(type(module), name) is not getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")
+    ):
+        return False
+    if module._forward_hooks or not all(isinstance(h, BasePruningMethod) for h in module._forward_pre_hooks.values()):
+        return False
+    spans = [(size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True)]
+    same_on_both_sides = not isinstance(module.padding, str) or not any(span % 2 for span in spans)
+    fits = math.prod(module.kernel_size) <= 256 and max(module.in_channels, module.out_channels) < 1 << 16
+    return module.padding_mode == "zeros" and module.weight.dtype == torch.float32 and same_on_both_sides and fits

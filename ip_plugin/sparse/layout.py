@@ -1,7 +1,7 @@
-"""How activations lie in memory while a sparse network runs: channel-major, with zeros between rows and images.
+"""Memory layout of activations inside a sparse network: channel-major, with zeros between rows and images.
 
-Pixel ``(y, x)`` of image `i` of channel `c` is at ``first + c * stride + (i * rows + y) * pitch + x``. The gaps hold
-zeros, so that a shifted read needs no test for the border; a gap serves the end of a row and the beginning of the next.
+Pixel ``(y, x)`` of image `i` in channel `c` is at ``first + c * stride + (i * rows + y) * pitch + x``. The gaps hold
+zeros, so a shifted read needs no bounds check; one gap serves the end of a row and the beginning of the next.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-#: Widest tile: what is read and written beyond the last image at most.
+#: Pixels of the widest tile: loops read and write at most so far beyond the last image.
 WIDEST = 128
 _CACHE_LINE = 16
-#: Distances of channels, in cache lines modulo 64, that spread a column of channels over the sets of a cache.
+#: Channel strides, in cache lines modulo 64, that spread one pixel's channels over the sets of a cache.
 _SPREAD = (9, 11, 13, 21, 27, 35, 37, 43, 45, 51, 53)
 
 
 def aligned(size: int) -> Floats:
-    """So many zeros, from the beginning of a cache line on."""
+    """Zeros that begin at a cache line."""
     raw = np.zeros(size + _CACHE_LINE, np.float32)
     shift = -(raw.ctypes.data // 4) % _CACHE_LINE
     return raw[shift : shift + size]
 
 
 class Layout(NamedTuple):
-    """Of the activations of one layer.
+    """Where the pixels of one layer's activations lie.
 
     Attributes:
-        images, height, width: what is stored.
-        rows: distance of two images, in rows; at least `height`.
-        pitch: distance of two rows, in pixels; at least `width`.
+        images, height, width: shape of what is stored.
+        rows: distance between images, in rows; at least `height`.
+        pitch: distance between rows, in pixels; at least `width`.
         reach: how far before the first pixel, and after the last one, zeros may be read.
     """
 
@@ -50,17 +50,17 @@ class Layout(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """From the first pixel to the end of the last row, gaps included."""
+        """Pixels from the first one to the end of the last row, gaps included."""
         return ((self.images - 1) * self.rows + self.height - 1) * self.pitch + self.width
 
     @property
     def first(self) -> int:
-        """Where the first pixel of the first channel is."""
+        """Position of the first pixel of the first channel."""
         return -(-self.reach // _CACHE_LINE) * _CACHE_LINE
 
     @property
     def stride(self) -> int:
-        """Distance of two channels."""
+        """Distance between channels."""
         lines = -(-(self.first + self.pixels + self.reach + WIDEST) // _CACHE_LINE)
         while lines % 64 not in _SPREAD:
             lines += 1
@@ -68,30 +68,30 @@ class Layout(NamedTuple):
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  # layouts are values, and few
     def distances(self) -> tuple[int, int, int, int]:
-        """Where the first pixel is, and how far channels, images and rows lie apart."""
+        """Position of the first pixel, and the distances between channels, images and rows."""
         return self.first, self.stride, self.rows * self.pitch, self.pitch
 
     def size(self, channels: int) -> int:
-        """How many numbers a buffer for so many channels has."""
+        """Length of a buffer for so many channels."""
         return channels * self.stride + self.reach + WIDEST
 
     def empty(self, channels: int) -> Floats:
         """A buffer of zeros for so many channels."""
         return aligned(self.size(channels))
 
-    def around(self, tiles: int) -> tuple[int, int]:
-        """How many zeros must be before the first pixel and behind the tiles, which have so many; in cache lines."""
-        lines = -(-max(0, self.pixels + self.reach - tiles) // _CACHE_LINE)
+    def zeros_around(self, covered: int) -> tuple[int, int]:
+        """How many zeros are needed before the first pixel, and after those that tiles cover; whole cache lines."""
+        lines = -(-max(0, self.pixels + self.reach - covered) // _CACHE_LINE)
         return self.first, lines * _CACHE_LINE
 
-    def view(self, buffer: Floats, channels: int, begin: int = 0) -> Tensor:
+    def view(self, buffer: Floats, channels: int) -> Tensor:
         """The images of a buffer, ``(images, channels, height, width)``, without a copy."""
         strides = (self.rows * self.pitch, self.stride, self.pitch, 1)
         shape = (self.images, channels, self.height, self.width)
-        return torch.from_numpy(buffer).as_strided(shape, strides, self.first + begin)
+        return torch.from_numpy(buffer).as_strided(shape, strides, self.first)
 
-    def stored(self) -> npt.NDArray[np.uint8]:
-        """Bits, lowest first: which pixels are of an image; as many as there can be in whole tiles."""
+    def inside(self) -> npt.NDArray[np.uint8]:
+        """One bit for each pixel of whole tiles, lowest first: whether it belongs to an image, not to a gap."""
         count = -(-self.pixels // WIDEST) * WIDEST
         place = np.arange(count)
         inside = (place % self.pitch < self.width) & (place // self.pitch % self.rows < self.height)

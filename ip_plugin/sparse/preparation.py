@@ -1,18 +1,20 @@
-"""`prepare`: a sparse network of a model."""
+"""`prepare`: make a sparse network of a model."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..core.convert import bake
-from ..errors import InvalidResponsesError, SparseFallbackWarning
+from ..errors import ArgumentError, SparseFallbackWarning
 from ..utils.example_input import run
-from .autotune import Chooser
-from .graph import UntraceableError, takes, trace
+from .autotune import Autotuner, Chooser, by_rule
+from .convolution import Convolution, can_run_sparse
+from .graph import UntraceableError, trace
 from .network import SparseNetwork, check_input
 
 
@@ -23,27 +25,27 @@ def prepare(
     deterministic: bool = False,
     response_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A network for inference on a CPU that computes what the model does, by non-zeros where that is faster.
+    """Make a network for inference on a CPU that computes the same outputs, skipping zeros where that is faster.
 
-    2D convolutions are run sparse, in either space, with what follows them (BatchNorm, addition of a residual, ReLU) in
-    the same pass, and what is between them stays in one layout of memory; each is timed dense and in several sparse
-    ways. 3x3 convolutions of which much is left may be run dense by Winograd's minimal filtering (Lavin and Gray 2016,
-    arXiv 1509.09308), where a value that is not finite spoils its tile of 4x4 pixels. Everything else is left to torch.
-    A model whose forward `torch.fx` cannot follow is run layer by layer, with a warning.
+    2D convolutions run sparse, in either space, fused with what follows them (BatchNorm, addition of a residual, ReLU);
+    activations between them stay in one memory layout. Autotuning times each layer dense and in several sparse ways.
+    3x3 convolutions that are still too dense for the sparse kernels may run dense by Winograd's minimal filtering
+    (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or infinity spreads over its tile of 4x4 pixels. Everything
+    else is left to torch. A model whose forward `torch.fx` cannot trace is run layer by layer, with a warning.
 
     Args:
         model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.
-        example_input: what it is run on, a tensor or a tuple of arguments. Other shapes are prepared for as they come.
-        deterministic: choose by a rule instead of by timing: slower, but equal to the bit in every process.
+        example_input: a tensor, or a tuple of arguments. Other shapes are prepared for when they first occur.
+        deterministic: choose by a rule instead of by timing: slower, but outputs are bit-equal in every process.
         response_dtype: dtype in which basis-filter responses are stored while a layer runs: float32, or bfloat16, which
-            halves their cache footprint; they are rounded to 8 bits then, sums and all else are of float32.
+            halves their cache footprint and rounds them to 8 bits; sums and everything else stay float32.
 
     Returns:
         A module that takes what the model takes, without gradients.
 
     Raises:
-        ExampleInputError: the model does not run on it.
-        InvalidResponsesError: `response_dtype` is another type.
+        BatchError: the model does not run on the example input.
+        ArgumentError: `response_dtype` is another type.
         SparseExecutionError: model or input are not float32 on the CPU.
 
     >>> import torch
@@ -56,14 +58,20 @@ def prepare(
     True
     """
     if response_dtype not in (torch.float32, torch.bfloat16):
-        raise InvalidResponsesError(f"response_dtype={response_dtype}")
+        raise ArgumentError(
+            "`response_dtype` must be torch.float32 or torch.bfloat16.",
+            f"response_dtype={response_dtype}",
+            "leave it out for results that are exact to float32",
+        )
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for each in (*inputs, *(each for each in model.parameters() if each.is_floating_point())):
-        check_input(each.detach() if isinstance(each, nn.Parameter) else each)
+    for value in (*inputs, *(parameter.detach() for parameter in model.parameters() if parameter.is_floating_point())):
+        check_input(value)
     run(model, inputs)
-    choose = Chooser(by_rule=deterministic, narrow=response_dtype == torch.bfloat16)
+    choose: Chooser = Autotuner(response_dtype)
+    if deterministic:
+        choose = partial(by_rule, response_dtype=response_dtype)
     try:
-        network = trace(model, inputs)
+        traced = trace(model, inputs)
     except UntraceableError as error:
         warnings.warn(
             "The network is run sparse layer by layer, which is slower: torch.fx cannot trace its forward. "
@@ -72,37 +80,36 @@ def prepare(
             stacklevel=2,
         )
         return _layer_by_layer(model, inputs, choose)
-    prepared = SparseNetwork(network, choose).eval()
+    prepared = SparseNetwork(traced, choose).eval()
     prepared(*inputs)
     return prepared
 
 
 def _layer_by_layer(model: nn.Module, inputs: tuple[Tensor, ...], choose: Chooser) -> nn.Module:
-    """Each convolution that is called with one argument is a sparse network of its own."""
+    """Make each convolution that is only called with one positional argument a sparse network of its own."""
     plain = copy.deepcopy(model).eval().requires_grad_(False)
-    names = {name: module for name, module in plain.named_modules(remove_duplicate=False) if takes(module)}
-    seen: dict[nn.Module, Tensor] = {}
-    others: set[nn.Module] = set()
+    names = {name: module for name, module in plain.named_modules(remove_duplicate=False) if can_run_sparse(module)}
+    read: dict[nn.Module, Tensor | None] = {}
 
-    def look(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        if named:
-            others.add(module)
-        else:
-            seen[module] = arguments[0]
+    def record(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        read[module] = None if named or read.get(module, module) is None else arguments[0]
 
-    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in set(names.values())]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in set(names.values())]
     run(plain, inputs)
     for hook in hooks:
         hook.remove()
-    made: dict[nn.Module, SparseNetwork] = {}
-    for module in seen.keys() - others:
-        network = trace(nn.Sequential(module), (seen[module],))
-        for each in network.convolutions.values():
-            each.name = ""  # it is all that there is
-        made[module] = SparseNetwork(network, choose).eval()
-        made[module](seen[module])
+    sparse: dict[nn.Module, SparseNetwork] = {}
+    for module, images in read.items():
+        if images is None:
+            continue
+        traced = trace(nn.Sequential(module), (images,))
+        for layer in traced.modules():
+            if isinstance(layer, Convolution):
+                layer.name = ""  # the network is the layer
+        sparse[module] = SparseNetwork(traced, choose).eval()
+        sparse[module](images)
     bake(plain)
     for name, module in names.items():
-        if module in made:
-            plain.set_submodule(name, made[module])
+        if module in sparse:
+            plain.set_submodule(name, sparse[module])
     return plain

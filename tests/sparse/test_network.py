@@ -21,10 +21,13 @@ pytest.importorskip("numba")
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace
-from ip_plugin.errors import BatchError, InvalidResponsesError, SparseExecutionError, SparseFallbackWarning
+from ip_plugin.errors import ArgumentError, InterspaceError, SparseExecutionError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
-from ip_plugin.sparse.images import pack
+from ip_plugin.sparse.autotune import Autotuner, by_rule
+from ip_plugin.sparse.graph import trace
+from ip_plugin.sparse.lowering import lower
+from ip_plugin.sparse.steps import Pack
 
 SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 
@@ -44,7 +47,7 @@ def pruned(model: nn.Module, space: str, sparsity: float = 0.9) -> nn.Module:
 
 @torch.no_grad()
 def agrees(network: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
-    expected = model(*(each.clone() for each in inputs))
+    expected = model(*(value.clone() for value in inputs))
     difference = (network(*inputs) - expected).abs().max() / expected.abs().max()
     assert float(difference) < 1e-4
 
@@ -97,7 +100,7 @@ def test_values_that_are_used_more_than_once(space: str, deterministic: bool) ->
 
 
 class Pools(nn.Module):
-    """Max poolings of results of either sign, of what is odd in size, and one that is left to torch."""
+    """Max poolings of values of either sign and of odd sizes, and one that is left to torch."""
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
@@ -129,7 +132,7 @@ def test_max_poolings(last: nn.Module, space: str) -> None:
 
 
 def first_of_four() -> nn.Conv2d:
-    """A convolution that is run sparse, by any rule, and sees one channel."""
+    """A convolution that runs sparse and reads one channel of four."""
     convolution = nn.Conv2d(4, 1, 1)
     with torch.no_grad():
         convolution.weight[0, 1:] = 0
@@ -149,7 +152,7 @@ def test_nan_goes_through_a_max_pooling_as_it_does_in_torch() -> None:
 
 
 class Averages(nn.Module):
-    """Averages of all pixels, as a module and as a function, of what is used afterwards, too."""
+    """Averages of all pixels, by a module and by a function; their inputs are used again afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +175,7 @@ def test_averages_of_all_pixels(size: tuple[int, int], space: str) -> None:
         agrees(network, model, torch.randn(3, 3, *size))
 
 
-def test_an_average_of_what_was_packed_long_before() -> None:
+def test_an_average_of_a_value_that_was_packed_long_before() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -240,7 +243,7 @@ def test_shapes_that_change_in_place_are_not_followed(method: str) -> None:
 
 
 class ReadTwice(nn.Module):
-    """What two convolutions read, with or without a change between them; through modules that change nothing."""
+    """A value that two convolutions read, with or without a change between them, through modules that do nothing."""
 
     def __init__(self, changes: bool) -> None:
         super().__init__()
@@ -255,14 +258,19 @@ class ReadTwice(nn.Module):
         return self.c(self.drop(first)) + self.b(self.drop(x))
 
 
+def packed(model: nn.Module, images: Tensor) -> int:
+    """How many values are packed for convolutions."""
+    steps = lower(trace(model, (images,)), (images,), by_rule).steps
+    return sum(isinstance(step, Pack) for step in steps)
+
+
 @SPACES
 @pytest.mark.parametrize("changes", [False, True])
-def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, space: str) -> None:
+def test_a_value_that_is_read_twice_is_packed_once_unless_it_changes(changes: bool, space: str) -> None:
     model, images = pruned(ReadTwice(changes), space, 0.7), torch.randn(1, 4, 8, 8)
     network = prepare(model, images, deterministic=True)
     agrees(network, model, images)
-    steps = network._program((images,)).steps
-    assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == (2 if changes else 1)
+    assert packed(model, images) == (2 if changes else 1)
 
 
 @SPACES
@@ -279,7 +287,7 @@ def test_what_is_read_twice_is_packed_once_unless_it_changes(changes: bool, spac
         ({"padding": 1, "out_channels": 9000}, 12, "dense"),  # large filters
     ],
 )
-def test_what_is_left_too_dense_runs_by_winograd_where_that_can_be(
+def test_layers_that_are_still_too_dense_run_by_winograd_where_possible(
     arguments: dict[str, Any], size: int, how: str, space: str
 ) -> None:
     convolution = nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, **arguments})
@@ -293,25 +301,22 @@ def test_what_is_left_too_dense_runs_by_winograd_where_that_can_be(
 @pytest.mark.parametrize(
     ("sparsity", "fastest"), [(0.7, "winograd"), (0.7, "fused"), (0.7, "dense"), (0.95, "winograd")]
 )
-def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str) -> None:
     timed = []
 
-    def took(run: Any, elsewhere: Tensor) -> float:
-        if getattr(run, "func", None) is pack:
-            return 0.0
-        timed.append(run.func.choice.order if hasattr(run, "func") else "dense")
-        return 1.0 if timed[-1] == fastest else 3.0 if timed[-1] == "dense" else 2.0
+    def took(run: Any) -> float:
+        timed.append(run.func.__name__ if hasattr(run, "func") else "dense")
+        return {"pack": 0.0, "dense": 3.0, fastest: 1.0}.get(timed[-1], 2.0)
 
-    monkeypatch.setattr("ip_plugin.sparse.autotune._time", took)
     model = pruned(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), space, sparsity)
     images = torch.randn(2, 8, 12, 12)
-    network = prepare(model, images)
+    network = SparseNetwork(trace(model, (images,)), Autotuner(timer=took))
     agrees(network, model, images)
-    (found,) = (run.how for run in network.runs(images))
-    if sparsity > 0.9:  # too little is left
-        assert "winograd" not in timed and found in ("direct", "fused")
+    (how,) = (run.how for run in network.runs(images))
+    if sparsity > 0.9:  # too few non-zeros for it
+        assert "winograd" not in timed and how in ("direct", "fused")
     else:
-        assert found == fastest and {"winograd", "fused", "dense"} <= set(timed)
+        assert how == fastest and {"winograd", "fused", "dense", "pack"} <= set(timed)
 
 
 class Strided(nn.Module):
@@ -345,15 +350,14 @@ class Strided(nn.Module):
         ((1, 2, 0), (3, 2, 1), (9, 8), False, 2),  # reads phases that are not there
     ],
 )
-def test_phases_are_dealt_out_once_for_all_that_read_them(
+def test_an_input_is_split_into_phases_once_for_all_that_read_them(
     first: tuple[int, int, int], other: tuple[int, int, int], size: tuple[int, int], changes: bool, packs: int,
     space: str,
 ) -> None:  # fmt: skip
     model, images = pruned(Strided(first, other, changes), space, 0.7), torch.randn(2, 4, *size)
     network = prepare(model, images, deterministic=True)
     agrees(network, model, images)
-    steps = network._program((images,)).steps
-    assert [step.packs[0] for step in steps if hasattr(step, "packs")].count(True) == packs
+    assert packed(model, images) == packs
 
 
 class Views(nn.Module):
@@ -451,12 +455,12 @@ def test_calls_from_many_threads_at_once() -> None:
     images = [torch.randn(1 + number % 2, 3, 8, 8) for number in range(40)]
     network = prepare(model, images[0])
     with ThreadPoolExecutor(5) as pool:
-        found = list(pool.map(network, images))
-    for each, made in zip(images, found, strict=True):
-        torch.testing.assert_close(made, model(each).detach(), rtol=1e-4, atol=1e-5)
+        outputs = list(pool.map(network, images))
+    for batch, output in zip(images, outputs, strict=True):
+        torch.testing.assert_close(output, model(batch).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_by_rule_two_networks_agree_in_every_bit() -> None:
+def test_two_deterministic_networks_are_bit_equal() -> None:
     model = pruned(Block(), "interspace", 0.7)
     images = torch.randn(2, 3, 8, 8)
     one, two = (prepare(model, images, deterministic=True) for _ in range(2))
@@ -474,7 +478,7 @@ class Undecided(nn.Module):
 
 
 @SPACES
-def test_what_cannot_be_traced_is_run_layer_by_layer(space: str) -> None:
+def test_models_that_cannot_be_traced_run_layer_by_layer(space: str) -> None:
     model = pruned(Undecided(), space)
     images = torch.randn(1, 3, 8, 8)
     with pytest.warns(SparseFallbackWarning, match="control flow"):
@@ -483,21 +487,21 @@ def test_what_cannot_be_traced_is_run_layer_by_layer(space: str) -> None:
     agrees(network, model, images)
 
 
-def test_what_cannot_be_run_is_refused() -> None:
+def test_models_and_inputs_that_cannot_be_run_are_refused() -> None:
     model, images = pruned(Block(), "spatial"), torch.randn(1, 3, 8, 8)
     with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
         prepare(model, images.double())
     with pytest.raises(SparseExecutionError, match=r"torch.float64 on cpu"):
         prepare(copy.deepcopy(model).double(), images)
-    with pytest.raises(BatchError):
+    with pytest.raises(InterspaceError, match="The model must run on `example_input`"):
         prepare(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(SparseExecutionError, match="list"):
         prepare(model, images)([1.0])
-    with pytest.raises(InvalidResponsesError, match="float16"):
+    with pytest.raises(ArgumentError, match="float16"):
         prepare(model, images, response_dtype=torch.float16)
 
 
-def test_narrow_responses_are_rounded_and_nothing_else() -> None:
+def test_bfloat16_responses_are_rounded_and_nothing_else() -> None:
     model, images = pruned(Block(), "interspace", 0.85), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(images)
@@ -513,7 +517,7 @@ def test_narrow_responses_are_rounded_and_nothing_else() -> None:
 
 
 class InPlace(nn.Module):
-    """Values that are changed in place between a convolution and what would be drawn into it."""
+    """Values that are changed in place between a convolution and what would be fused with it."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -544,7 +548,7 @@ class InPlace(nn.Module):
 
 @SPACES
 @pytest.mark.parametrize("which", ["source", "module", "addend", "other", "method"])
-def test_what_changes_in_place_is_not_moved(which: str, space: str) -> None:
+def test_values_that_change_in_place_are_not_moved(which: str, space: str) -> None:
     model, images = pruned(InPlace(which), space, 0.5), torch.randn(1, 3, 8, 8)
     agrees(prepare(model, images, deterministic=True), model, images)
 
@@ -606,14 +610,14 @@ def test_layer_by_layer_a_convolution_may_be_called_in_any_way() -> None:
     agrees(network, model, images)
 
 
-def test_what_plans_have_no_room_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_that_loops_have_no_room_for_are_left_to_torch() -> None:
     model = pruned(nn.Sequential(nn.Conv2d(1, 2, 17, padding=8), nn.Conv2d(2, 2, 3)), "spatial")
     images = torch.randn(1, 1, 20, 20)
     network = prepare(model, images, deterministic=True)
     assert [run.layer for run in network.runs(images)] == ["1"]
     agrees(network, model, images)
-    monkeypatch.setattr("ip_plugin.sparse.lowering._FARTHEST", 100)
-    assert [run.how for run in prepare(model, images, deterministic=True).runs(images)] == ["dense"]
+    steps = lower(trace(model, (images,)), (images,), by_rule, max_offset=100).steps
+    assert [step.layer.run.how for step in steps if step.layer] == ["dense"]
 
 
 def test_preparing_leaves_the_random_state() -> None:
@@ -627,14 +631,16 @@ def test_torch_keeps_its_number_of_threads_and_ways_are_timed_with_it() -> None:
     script = """
 import numba, torch
 from torch import nn
-from ip_plugin.sparse import prepare, preparation
+from ip_plugin.sparse import SparseNetwork
+from ip_plugin.sparse.autotune import Autotuner
+from ip_plugin.sparse.graph import trace
 torch.set_num_threads(1)
-class Chooser(preparation.Chooser):
+class Printing(Autotuner):
     def __call__(self, *rest):
         print(numba.get_num_threads(), torch.get_num_threads())
         return super().__call__(*rest)
-preparation.Chooser = Chooser
-prepare(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.randn(1, 4, 8, 8))
+images = torch.randn(1, 4, 8, 8)
+SparseNetwork(trace(nn.Sequential(nn.Conv2d(4, 4, 3)), (images,)), Printing())(images)
 print(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
 """
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}

@@ -1,4 +1,4 @@
-"""`ip_plugin.report` of what `prepare` has made: what is left, as of the model, and how each layer is run."""
+"""`ip_plugin.report` of sparse networks: the figures of the model, and how each layer is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X = torch.randn(2, 3, 12, 12)
 
 
 def network() -> nn.Module:
-    """Convolutions that are taken, one that is not for its padding, one of another dimension, and a linear layer."""
+    """Convolutions that can run sparse, one whose padding cannot, one of another dimension, and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, groups=2),
@@ -39,58 +39,58 @@ def pruned(model: nn.Module, space: str, sparsity: float = 0.85) -> nn.Module:
 
 
 def shared(row: Row) -> dict[str, object]:
-    """What a sparse network has as the model has it."""
+    """The columns that are equal for a sparse network and its model."""
     others = ("bytes_sparse", "runs")
     return {name: value for name, value in asdict(row).items() if name not in others}
 
 
 @SPACES
 @pytest.mark.parametrize("images", [X, X[:1, :, :, :10]])
-def test_what_is_not_taken_is_said_to_run_dense(space: str, images: Tensor) -> None:
+def test_layers_that_do_not_run_sparse_are_reported_as_dense(space: str, images: Tensor) -> None:
     model = pruned(nn.Sequential(*network()[:-2]), space)
     made = prepare(model, X, deterministic=True)
-    expected, found = report(model, images), report(made, images)
+    expected, actual = report(model, images), report(made, images)
     grouped = "direct" if space == "spatial" else "fused"
-    assert [(row.layer, row.runs) for row in found.rows] == [
+    assert [(row.layer, row.runs) for row in actual.rows] == [
         ("0", "fused"), ("3", "dense"), ("4", "fused"), ("5", grouped), ("7", "dense"),
     ]  # fmt: skip
-    taken = [0, 2, 3]
-    assert [shared(found.rows[n]) for n in taken] == [shared(expected.rows[n]) for n in taken]
-    assert [row.macs_dense for row in found.rows] == [row.macs_dense for row in expected.rows]
+    sparse = [0, 2, 3]
+    assert [shared(actual.rows[n]) for n in sparse] == [shared(expected.rows[n]) for n in sparse]
+    assert [row.macs_dense for row in actual.rows] == [row.macs_dense for row in expected.rows]
     by_name = {run.layer: run.bytes for run in made.runs(images)}
-    assert [found.rows[n].bytes_sparse for n in taken] == [by_name[found.rows[n].layer] for n in taken]
-    assert [found.rows[n].bytes_sparse for n in (1, 4)] == [4 * 576, 4 * 48]
+    assert [actual.rows[n].bytes_sparse for n in sparse] == [by_name[actual.rows[n].layer] for n in sparse]
+    assert [actual.rows[n].bytes_sparse for n in (1, 4)] == [4 * 576, 4 * 48]
 
 
 @SPACES
-def test_of_a_network_that_is_taken_whole_it_is_the_report_of_the_model(space: str) -> None:
+def test_the_report_of_a_network_that_runs_sparse_as_a_whole_is_that_of_the_model(space: str) -> None:
     convolutions = (nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False))
     model = pruned(nn.Sequential(*convolutions), space)
     made = prepare(model, X, deterministic=True)
-    expected, found = report(model, X), report(made, X)
-    for one, other in zip((*expected.rows, expected.prunable), (*found.rows, found.prunable), strict=True):
+    expected, actual = report(model, X), report(made, X)
+    for one, other in zip((*expected.rows, expected.prunable), (*actual.rows, actual.prunable), strict=True):
         assert shared(one) == shared(other)
-    assert found.everything.parameters == expected.everything.parameters
-    assert found.everything.nonzeros == expected.everything.nonzeros
+    assert actual.everything.parameters == expected.everything.parameters
+    assert actual.everything.nonzeros == expected.everything.nonzeros
     without = report(made)
-    assert [row.runs for row in without.rows] == [row.runs for row in found.rows]
-    assert without.prunable.macs_dense is None and without.prunable.nonzeros == found.prunable.nonzeros
+    assert [row.runs for row in without.rows] == [row.runs for row in actual.rows]
+    assert without.prunable.macs_dense is None and without.prunable.nonzeros == actual.prunable.nonzeros
 
 
 def test_text_csv_and_json_say_how_layers_run() -> None:
     made = prepare(pruned(network(), "interspace"), X[:, :, :, :12], deterministic=True)
-    found = report(made, X)
-    header, *lines = (line for line in str(found).splitlines() if "│" in line or "┃" in line)
+    actual = report(made, X)
+    header, *lines = (line for line in str(actual).splitlines() if "│" in line or "┃" in line)
     assert "runs" in header and "as run" in header and "compact file" not in header
     assert [line.split("│")[3].strip() for line in lines][:6] == ["fused", "dense", "fused", "fused", "dense", "dense"]
-    assert [row["runs"] for row in csv.DictReader(io.StringIO(found.to_csv()))][:2] == ["fused", "dense"]
-    assert [row["runs"] for row in json.loads(json.dumps(found.to_dict()))["layers"]][:2] == ["fused", "dense"]
+    assert [row["runs"] for row in csv.DictReader(io.StringIO(actual.to_csv()))][:2] == ["fused", "dense"]
+    assert [row["runs"] for row in json.loads(json.dumps(actual.to_dict()))["layers"]][:2] == ["fused", "dense"]
     plain = report(network(), X)
     assert all(row.runs is None for row in plain.rows) and "in a compact file" in str(plain)
 
 
 class Twice(nn.Module):
-    """A layer that is used twice, once in a way that is not taken."""
+    """A layer that is used three times, once in a way that cannot run sparse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ class Twice(nn.Module):
 @SPACES
 def test_a_layer_that_is_used_more_than_once_is_one_row(space: str) -> None:
     model = pruned(Twice(), space)
-    expected, found = report(model, X), report(prepare(model, X, deterministic=True), X)
-    assert {row.layer: row.runs for row in found.rows} == {"early": "fused", "late": "fused, dense"}
+    expected, actual = report(model, X), report(prepare(model, X, deterministic=True), X)
+    assert {row.layer: row.runs for row in actual.rows} == {"early": "fused", "late": "fused, dense"}
     rows = {row.layer: row for row in expected.rows}
-    for row in found.rows:
+    for row in actual.rows:
         assert (row.parameters, row.nonzeros, row.macs_dense) == (
             rows[row.layer].parameters, rows[row.layer].nonzeros, rows[row.layer].macs_dense,
         )  # fmt: skip
-    assert found.prunable.parameters == 27 * 8 + 576
+    assert actual.prunable.parameters == 27 * 8 + 576
 
 
 class Undecided(nn.Module):
@@ -126,22 +126,26 @@ class Undecided(nn.Module):
 
 
 @SPACES
-def test_what_is_run_layer_by_layer_keeps_its_names(space: str) -> None:
+def test_networks_that_run_layer_by_layer_keep_the_names_of_layers(space: str) -> None:
     model = pruned(Undecided(), space)
     with pytest.warns(SparseFallbackWarning):
         made = prepare(model, X, deterministic=True)
-    found = report(made, X)
-    assert [(row.layer, row.runs) for row in found.rows] == [("a", "fused"), ("inner.0", "fused"), ("inner.1", "dense")]
-    assert [row.macs_dense for row in found.rows] == [row.macs_dense for row in report(model, X).rows]
+    actual = report(made, X)
+    assert [(row.layer, row.runs) for row in actual.rows] == [
+        ("a", "fused"),
+        ("inner.0", "fused"),
+        ("inner.1", "dense"),
+    ]
+    assert [row.macs_dense for row in actual.rows] == [row.macs_dense for row in report(model, X).rows]
 
 
 def test_a_sparse_network_inside_of_another_model() -> None:
     made = prepare(pruned(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2)), "interspace"), X, deterministic=True)
     assert isinstance(made, SparseNetwork)
     whole = nn.Sequential(made, nn.Conv1d(8, 2, 5, bias=False))
-    found = report(whole, X)
-    assert [(row.layer, row.space, row.runs) for row in found.rows] == [
+    actual = report(whole, X)
+    assert [(row.layer, row.space, row.runs) for row in actual.rows] == [
         ("0.0", "interspace", "fused"), ("1", "spatial", "dense"),
     ]  # fmt: skip
-    assert found.prunable.macs_dense == 2 * 100 * 216 + 2 * 96 * 80
-    assert found.everything.parameters == 216 + 80 + 81
+    assert actual.prunable.macs_dense == 2 * 100 * 216 + 2 * 96 * 80
+    assert actual.everything.parameters == 216 + 80 + 81

@@ -1,1 +1,1 @@
-"""Loops that numba compiles: sparse convolutions and pooling by non-zeros, Winograd's filtering, vector operations."""
+"""Loops that numba compiles: sparse convolutions, pooling, Winograd's minimal filtering, vector operations."""

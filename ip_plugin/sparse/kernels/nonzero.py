@@ -1,11 +1,11 @@
-"""The compiled loops: a sparse convolution over flat rows of pixels.
+"""Compiled loops for the channel-major layout: packing, pooling, averages, and sparse convolutions.
 
-All arrays are flat. Activations are channel-major (`layout`): a tile is so many neighbouring pixels of one channel, and
-a tap of a kernel is an offset. `X` and `Y` are read and written beyond the images' ends by less than a tile; what was
-read there is never stored.
+All arrays are flat. A tile is a number of neighbouring pixels of one channel, and a tap of a kernel is an offset
+(`layout`). Inputs `X` are read, and outputs `Y` written, beyond the end of the images by less than a tile; what is read
+there is never stored.
 
-Every work item is a tile of pixels and a part of the output channels; items are dealt out to threads in fixed order,
-and each item adds in fixed order, so results do not depend on the number of threads.
+A work item of a convolution is a tile of pixels and a part of the output channels. Each item adds in a fixed order, so
+results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ import numpy as np
 from .jit import helper, inline, parallel, serial
 from .vectors import (
     add,
-    at_least,
-    at_most,
     broadcast,
+    clamp_max,
+    clamp_min,
     evens,
     fma,
-    get,
     keep,
-    larger,
     leading,
     load,
+    load_responses,
+    maximum,
     multiply,
-    put,
     store,
+    store_responses,
 )
 
-#: 32 lanes: what one pixel's nine taps are held in while basis filters are applied to them.
+#: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
 _HALF = (0, 0)
-#: 16 lanes: what is copied at a time.
+#: 16 lanes, for copies.
 _ROW = (0,)
 
 
 @inline
 def _zero(count, Y, y):
-    """Whole vectors of zeros."""
+    """Store zeros, in whole vectors."""
     for k in range(0, count, 16):
         store(Y, y + k, broadcast(_ROW, np.float32(0)))
 
 
 @inline
 def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind):
-    """Add the residual, clamp, zero the gaps, store; zeros before the first tile and behind the last one."""
+    """Add the residual, clamp, zero the gaps and store; with zeros before the first tile and after the last one."""
     pixel = tile * 16 * len(lanes)
     if ldr > 0:
         values = add(values, load(lanes, R, r0 + channel * ldr + pixel))
-    values = at_most(at_least(values, broadcast(lanes, low)), broadcast(lanes, high))
+    values = clamp_max(clamp_min(values, broadcast(lanes, low)), broadcast(lanes, high))
     store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
     if tile == 0:
         _zero(before, Y, y0 + channel * ldy - before)
@@ -60,7 +60,7 @@ def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y,
 
 @helper
 def _copy_row(count, X, x, step, Y, y):
-    """Every `step`-th number, then zeros up to whole vectors."""
+    """Copy every `step`-th number, and fill up the last vector with zeros."""
     for k in range(0, count, 16):
         at = x + k * step
         if step == 1 and at + 16 <= len(X):
@@ -73,30 +73,30 @@ def _copy_row(count, X, x, step, Y, y):
 
 
 @parallel
-def deal(images, channels, parts, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
-    """Deal images out by every n-th row and column; zeros around them.
+def pack(images, channels, phases, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
+    """Copy images, split into phases of every n-th row and column, with zeros around them.
 
     Args:
         images, channels: how many.
-        parts: of each phase: first row and column of the input, row and column where they go, how many of both.
-        X, of_image, of_channel, of_row, of_column: input, and the distances of what it has.
-        down, right: which rows and columns belong to a phase.
-        Y, y0, ldy, ldi, pitch: output, its first pixel, distances of channels, images and rows.
+        phases: of each: first row and column of the input, row and column where they go, numbers of rows and columns.
+        X, of_image, of_channel, of_row, of_column: input, and its strides.
+        down, right: distance of the rows, and of the columns, of one phase.
+        Y, y0, ldy, ldi, pitch: output, its first pixel, and the distances between channels, images and rows.
     """
     for channel in numba.prange(channels):
-        for part in range(len(parts)):
-            row, column, at_row, at_column, rows, columns = parts[part]
-            begin = (channel * len(parts) + part) * ldy
+        for phase in range(len(phases)):
+            row, column, at_row, at_column, rows, columns = phases[phase]
+            begin = (channel * len(phases) + phase) * ldy
             _zero(ldy, Y, begin)
             for image in range(images):
                 x = image * of_image + channel * of_channel + row * of_row + column * of_column
                 y = begin + y0 + image * ldi + at_row * pitch + at_column
-                for r in range(rows):  # in this order: the zeros behind a row may lie in the next one
+                for r in range(rows):  # in this order: zeros after a row may lie in the next one
                     _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
 
 
 @parallel
-def largest(
+def max_pool(
     images, channels, height, width, kernel, stride, padding, dilation, X, x0, ldx, ldi, pitch,
     out_height, out_width, Y, y0, ldy, ldo, out_pitch, scratch
 ):  # fmt: skip
@@ -105,48 +105,48 @@ def largest(
     Args:
         images, channels, height, width: of the input.
         kernel, stride, padding, dilation: as torch names them; two numbers each, rows first.
-        X, x0, ldx, ldi, pitch: input, its first pixel, distances of channels, images and rows.
+        X, x0, ldx, ldi, pitch: input, its first pixel, and the distances between channels, images and rows.
         out_height, out_width: of the output.
         Y, y0, ldy, ldo, out_pitch: output, likewise.
-        scratch: for each thread two rows: one of the input with its padding, one of what is found in it.
+        scratch: two rows for each thread: maxima over the rows of a window, with padding, and then over its columns.
     """
     for channel in numba.prange(channels):
         lowest = np.float32(-np.inf)
         span = (out_width - 1) * stride[1] + 1
         line = scratch[2 * numba.get_thread_id()]
-        wide = scratch[2 * numba.get_thread_id() + 1]
+        maxima = scratch[2 * numba.get_thread_id() + 1]
         for x in range(0, len(line) - 15, 16):
             store(line, x, broadcast(_ROW, lowest))
         _zero(ldy, Y, channel * ldy)
         for image in range(images):
             for y in range(out_height):
                 for x in range(0, width, 16):
-                    found = broadcast(_ROW, lowest)
+                    most = broadcast(_ROW, lowest)
                     for k in range(kernel[0]):
                         row = y * stride[0] - padding[0] + k * dilation[0]
                         if 0 <= row < height:
                             at = x0 + channel * ldx + image * ldi + row * pitch + x
-                            found = larger(found, load(_ROW, X, at))
-                    store(line, padding[1] + x, found)
+                            most = maximum(most, load(_ROW, X, at))
+                    store(line, padding[1] + x, most)
                 for x in range(padding[1] + width, len(line) - 15, 16):
                     store(line, x, broadcast(_ROW, lowest))
                 for x in range(0, span, 16):
-                    found = load(_ROW, line, x)
+                    most = load(_ROW, line, x)
                     for k in range(1, kernel[1]):
-                        found = larger(found, load(_ROW, line, x + k * dilation[1]))
-                    store(wide, x, found)
+                        most = maximum(most, load(_ROW, line, x + k * dilation[1]))
+                    store(maxima, x, most)
                 at = y0 + channel * ldy + image * ldo + y * out_pitch
-                _copy_row(out_width, wide, 0, stride[1], Y, at)
+                _copy_row(out_width, maxima, 0, stride[1], Y, at)
 
 
 @serial
 def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
-    """Averages of all pixels.
+    """The average of all pixels of each channel.
 
     Args:
         images, channels: how many.
-        length, count: how far the pixels of an image lie apart, gaps, which are zero, included; how many they are.
-        X, x0, ldx, ldi: input, its first pixel, distances of channels and images.
+        length, count: numbers from the first to the last pixel of an image, gaps included, which are zero; its pixels.
+        X, x0, ldx, ldi: input, its first pixel, and the distances between channels and images.
         Y: output, ``(images, channels)``, flat.
     """
     lanes = np.empty(16, np.float32)
@@ -165,21 +165,21 @@ def direct(
     lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, low, high,
     Y, y0, ldy, before, behind
 ):  # fmt: skip
-    """Rows of (offset, value): every non-zero reads its shifted input.
+    """A convolution by rows of (offset, value): every non-zero reads its shifted input.
 
     Args:
         lanes: width of a tile.
-        tiles: how many.
+        tiles: number of tiles.
         parts, begin: part `p` has the rows ``begin[p]`` to ``begin[p + 1]``.
-        row_begin, channels: row `r` has the entries ``row_begin[r]`` to ``row_begin[r + 1]``, and makes one channel.
+        row_begin, channels: row `r` has the entries ``row_begin[r]`` to ``row_begin[r + 1]``, and makes this channel.
         offsets, values: of entries.
         bias: of channels.
-        bits: which pixels are stored; the rest becomes zero.
-        X, x0: input, and where its first pixel is.
-        R, r0, ldr: residual, its first pixel and the distance of channels, which is 0 where there is none.
+        bits: which pixels are stored; the others become zero.
+        X, x0: input, and its first pixel.
+        R, r0, ldr: residual, its first pixel and the distance between its channels, which is 0 if there is none.
         low, high: what results are clamped to.
-        Y, y0, ldy: output.
-        before, behind: how many zeros each channel of it needs around its tiles, in whole vectors of 16.
+        Y, y0, ldy: output, its first pixel and the distance between its channels.
+        before, behind: zeros that each channel needs before its tiles, and after them, in whole vectors of 16.
     """
     for item in numba.prange(tiles * parts):
         width = 16 * len(lanes)
@@ -195,9 +195,9 @@ def direct(
 
 
 @helper
-def _respond_9(width, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
-    """Responses of nine taps: the taps stay in registers."""
-    size = width >> len(narrow)
+def _respond_9(width, bfloat16, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses to basis filters with nine taps, which stay in registers."""
+    size = width >> len(bfloat16)
     o0, o1, o2, o3, o4, o5, o6, o7, o8 = (
         offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], offsets[5], offsets[6], offsets[7], offsets[8],
     )  # fmt: skip
@@ -229,14 +229,14 @@ def _respond_9(width, narrow, G, first, last, source, used, offsets, X, pixel, b
                 p = fma(broadcast(_HALF, G[g + 6]), v6, p)
                 q = fma(broadcast(_HALF, G[g + 7]), v7, q)
                 p = fma(broadcast(_HALF, G[g + 8]), v8, p)
-                put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), add(p, q))
+                store_responses(bfloat16, buffer, b0 + (n - first) * size + (part >> len(bfloat16)), add(p, q))
         j = end
 
 
 @helper
-def _respond(width, narrow, G, first, last, source, used, offsets, X, pixel, buffer, b0):
-    """Responses of any number of taps."""
-    size = width >> len(narrow)
+def _respond(width, bfloat16, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses to basis filters with any number of taps."""
+    size = width >> len(bfloat16)
     taps = len(offsets)
     for n in range(first, last):
         g = np.intp(used[n]) * taps
@@ -245,38 +245,39 @@ def _respond(width, narrow, G, first, last, source, used, offsets, X, pixel, buf
             total = multiply(broadcast(_HALF, G[g]), load(_HALF, X, z + offsets[0]))
             for tap in range(1, taps):
                 total = fma(broadcast(_HALF, G[g + tap]), load(_HALF, X, z + offsets[tap]), total)
-            put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), total)
+            store_responses(bfloat16, buffer, b0 + (n - first) * size + (part >> len(bfloat16)), total)
 
 
 @helper
-def _unfold(width, narrow, first, last, source, used, offsets, X, pixel, buffer, b0):
-    """Shifted copies: the responses of a standard basis."""
-    size = width >> len(narrow)
+def _unfold(width, bfloat16, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses to the standard basis: shifted copies."""
+    size = width >> len(bfloat16)
     for n in range(first, last):
         for part in range(0, width, 32):
             values = load(_HALF, X, pixel + source[n] + offsets[used[n]] + part)
-            put(narrow, buffer, b0 + (n - first) * size + (part >> len(narrow)), values)
+            store_responses(bfloat16, buffer, b0 + (n - first) * size + (part >> len(bfloat16)), values)
 
 
 @parallel
 def fused(
-    lanes, tiles, parts, narrow, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin, channels,
-    counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind, scratch, responses
+    lanes, tiles, parts, responses, bfloat16, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin,
+    channels, counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind, scratch
 ):  # fmt: skip
-    """Responses of a chunk of input channels to the basis first, then rows of (response, value).
+    """A convolution by chunks of input channels: responses to basis filters, then rows of (response, value).
 
     Args:
         lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind: as in `direct`.
-        narrow: how responses are kept: an empty tuple for float32, one number for bfloat16.
-        chunks: how many; part `p` has its chunks at ``p * chunks``.
-        respond_begin: chunk `c` of a part makes the responses ``respond_begin[c]`` to ``respond_begin[c + 1]``.
-        source, used: of responses: offset of the input channel, and which filter of the basis.
+        responses: of a chunk, at most.
+        bfloat16: dtype of responses: a tuple of one number for bfloat16, an empty one for float32.
+        chunks: of each part; those of part `p` begin at ``p * chunks``.
+        respond_begin: chunk `c` makes the responses ``respond_begin[c]`` to ``respond_begin[c + 1]``.
+        source, used: of responses: offset of the input channel, and basis filter.
         offsets: of taps.
-        G: the basis, row by row; empty for the standard one.
-        row_begin, entry_begin: where the rows, and the entries, of a chunk begin.
-        channels, counts: of rows: the output channel, and how many entries.
-        index, values: of entries: which response of the chunk.
-        scratch, responses: a row for each thread: sums of output channels after the first `response_dtype` tiles.
+        G: the basis, row by row; empty for the standard basis.
+        row_begin, entry_begin: where the rows, and the entries, of each chunk begin.
+        channels, counts: of rows: output channel, and number of entries.
+        index, values: of entries: response of the chunk, and coefficient.
+        scratch: a row for each thread: tiles of the responses, then sums of the output channels.
     """
     for item in numba.prange(tiles * parts):
         width = 16 * len(lanes)
@@ -284,17 +285,17 @@ def fused(
         part = item - tile * parts
         pixel = tile * width
         buffer = scratch[numba.get_thread_id()]
-        size = width >> len(narrow)
+        size = width >> len(bfloat16)
         sums = responses * size
         for chunk in range(part * chunks, (part + 1) * chunks):
             first = np.intp(respond_begin[chunk])
             last = np.intp(respond_begin[chunk + 1])
             if len(G) == 0:
-                _unfold(width, narrow, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _unfold(width, bfloat16, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             elif len(offsets) == 9:
-                _respond_9(width, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond_9(width, bfloat16, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             else:
-                _respond(width, narrow, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond(width, bfloat16, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
             j = np.uintp(entry_begin[chunk])
@@ -306,7 +307,7 @@ def fused(
                     total = load(lanes, buffer, sums + channel * width)
                 end = j + np.uintp(counts[row])
                 while j < end:
-                    response = get(lanes, narrow, buffer, np.intp(index[j]) * size)
+                    response = load_responses(lanes, bfloat16, buffer, np.intp(index[j]) * size)
                     total = fma(broadcast(lanes, values[j]), response, total)
                     j += np.uintp(1)
                 if ends:

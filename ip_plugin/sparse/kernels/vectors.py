@@ -1,13 +1,13 @@
 """Vectors of many float32 lanes inside numba, as values of LLVM's vector types.
 
-LLVM splits them into the registers that the machine has. How many lanes there are is part of the type of the argument
-`lanes`: a tuple of `n` integers stands for ``16 n`` lanes; so a kernel at module level, which numba can cache, serves
-every width. Powers of two only: others are many times slower.
+LLVM splits them into the registers that the machine has. The number of lanes is part of the type of the argument
+`lanes`: a tuple of `n` integers stands for ``16 n`` lanes, so that a kernel at module level, which numba can cache,
+serves every width. Only powers of two are fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -18,7 +18,7 @@ _FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
 
 
 class Vector(types.Type):
-    """Of `width` float32 lanes."""
+    """The numba type of a vector of `width` float32 lanes."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -32,7 +32,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no
 
 
 def lanes(width: int) -> tuple[int, ...]:
-    """What stands for a width, a multiple of 16."""
+    """The tuple that stands for a width, a multiple of 16."""
     return (0,) * (width // 16)
 
 
@@ -58,7 +58,7 @@ def _splat(builder: Any, value: Any, vector: Vector) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load(typing: Any, lanes: Any, array: Any, offset: Any) -> Any:
-    """Lanes from a flat float32 array, at an offset of any alignment."""
+    """Load a vector from a flat float32 array, at an offset of any alignment."""
     vector = _vector(lanes)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -72,7 +72,7 @@ def load(typing: Any, lanes: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
-    """Lanes into a flat float32 array, at an offset of any alignment."""
+    """Store a vector in a flat float32 array, at an offset of any alignment."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(values))
@@ -84,7 +84,7 @@ def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store_leading(typing: Any, count: Any, array: Any, offset: Any, values: Any) -> Any:
-    """The first so many lanes into a flat float32 array; what is behind them is not written."""
+    """Store the first `count` lanes in a flat float32 array; nothing is written after them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         register, mask = _register(values), ir.VectorType(ir.IntType(1), values.width)
@@ -100,7 +100,7 @@ def store_leading(typing: Any, count: Any, array: Any, offset: Any, values: Any)
 
 
 def _below(builder: Any, count: Any, width: int) -> Any:
-    """For each lane, whether its number is below a count."""
+    """A mask of the first `count` lanes."""
     integers = ir.VectorType(_INT32, width)
     limit = builder.insert_element(
         ir.Constant(integers, ir.Undefined), builder.trunc(count, _INT32), ir.Constant(_INT32, 0)
@@ -111,14 +111,14 @@ def _below(builder: Any, count: Any, width: int) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load_phases(typing: Any, array: Any, offset: Any) -> Any:
-    """Of 64 neighbouring numbers four vectors: every fourth one, from each of the first four on."""
+    """Load 64 neighbouring numbers as four vectors: every fourth one, from the first, second, third and fourth on."""
     vector = Vector(16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(Vector(64)))
         loaded = builder.load(address)
         loaded.align = 4
-        phases = [builder.shuffle_vector(loaded, loaded, _places([list(range(first, 64, 4))])) for first in range(4)]
+        phases = [builder.shuffle_vector(loaded, loaded, _indices(range(first, 64, 4))) for first in range(4)]
         return context.make_tuple(builder, signature.return_type, phases)
 
     return types.containers.UniTuple(vector, 4)(array, types.intp), generate
@@ -126,12 +126,12 @@ def load_phases(typing: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The reverse of `load_phases`: lanes of four vectors in turn."""
+    """Store four vectors as 64 neighbouring numbers: the inverse of `load_phases`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pairs = [builder.shuffle_vector(*arguments[at : at + 2], _places([list(range(32))])) for at in (2, 4)]
+        pairs = [builder.shuffle_vector(*arguments[at : at + 2], _indices(range(32))) for at in (2, 4)]
         turns = [phase * 16 + lane for lane in range(16) for phase in range(4)]
-        mixed = builder.shuffle_vector(*pairs, _places([turns]))
+        mixed = builder.shuffle_vector(*pairs, _indices(turns))
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1], mixed.type)
         builder.store(mixed, address).align = 4
         return context.get_dummy_value()
@@ -139,21 +139,15 @@ def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
     return types.void(array, types.intp, a, b, c, d), generate
 
 
-def _blocks(width: int, begin: int) -> list[list[int]]:
-    """Numbers of lanes in blocks of 16, every second block."""
-    return [list(range(at, at + 16)) for at in range(begin, width, 32)]
-
-
-def _places(blocks: list[list[int]]) -> ir.Constant:
-    flat = [place for block in blocks for place in block]
-    return ir.Constant(ir.VectorType(_INT32, len(flat)), flat)
+def _indices(lanes: Sequence[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def put(typing: Any, narrow: Any, array: Any, offset: Any, values: Any) -> Any:
-    """Store lanes as float32, or, if `narrow` is a tuple of one number, as bfloat16: two lanes in the place of one.
+def store_responses(typing: Any, bfloat16: Any, array: Any, offset: Any, values: Any) -> Any:
+    """Store a vector as float32, or, if `bfloat16` is a tuple of one number, rounded to it: two lanes in one number.
 
-    Of 32 lanes the first 16 are the low halves of 16 numbers, the others the high ones, each rounded to nearest.
+    Of each 32 lanes the first 16 are the low halves of 16 numbers, the others the high halves.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -162,7 +156,8 @@ def put(typing: Any, narrow: Any, array: Any, offset: Any, values: Any) -> Any:
             whole = ir.VectorType(_INT32, values.width)
             half = ir.VectorType(_INT32, values.width // 2)
             bits = builder.add(builder.bitcast(made, whole), ir.Constant(whole, [0x8000] * values.width))
-            low, high = (builder.shuffle_vector(bits, bits, _places(_blocks(values.width, at))) for at in (0, 16))
+            halves = ([lane for lane in range(values.width) if lane // 16 % 2 == half] for half in (0, 1))
+            low, high = (builder.shuffle_vector(bits, bits, _indices(lanes)) for lanes in halves)
             low = builder.lshr(low, ir.Constant(half, [16] * half.count))
             high = builder.and_(high, ir.Constant(half, [0xFFFF0000] * half.count))
             made = builder.or_(low, high)
@@ -170,12 +165,12 @@ def put(typing: Any, narrow: Any, array: Any, offset: Any, values: Any) -> Any:
         builder.store(made, address).align = 4
         return context.get_dummy_value()
 
-    return types.void(narrow, array, types.intp, values), generate
+    return types.void(bfloat16, array, types.intp, values), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def get(typing: Any, lanes: Any, narrow: Any, array: Any, offset: Any) -> Any:
-    """Load what `put` has stored."""
+def load_responses(typing: Any, lanes: Any, bfloat16: Any, array: Any, offset: Any) -> Any:
+    """Load a vector that `store_responses` has stored."""
     vector = _vector(lanes)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -186,12 +181,11 @@ def get(typing: Any, lanes: Any, narrow: Any, array: Any, offset: Any) -> Any:
         if signature.args[1].count:
             low = builder.shl(loaded, ir.Constant(kind, [16] * count))
             high = builder.and_(loaded, ir.Constant(kind, [0xFFFF0000] * count))
-            blocks = [list(range(at, at + 16)) for at in range(0, count, 16)]
-            mixed = [place for block in blocks for place in (block, [count + lane for lane in block])]
-            loaded = builder.shuffle_vector(low, high, _places(mixed))
+            mixed = [lane + half for at in range(0, count, 16) for half in (0, count) for lane in range(at, at + 16)]
+            loaded = builder.shuffle_vector(low, high, _indices(mixed))
         return builder.bitcast(loaded, _register(vector))
 
-    return vector(lanes, narrow, array, types.intp), generate
+    return vector(lanes, bfloat16, array, types.intp), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -229,25 +223,25 @@ def _binary(generate: Callable[[Any, Any, Any], Any], summary: str) -> Any:
 multiply = _binary(lambda builder, left, right: builder.fmul(left, right), "``left * right``")
 subtract = _binary(lambda builder, left, right: builder.fsub(left, right), "``left - right``")
 add = _binary(lambda builder, left, right: builder.fadd(left, right), "``left + right``")
-at_least = _binary(
+clamp_min = _binary(
     lambda builder, left, right: builder.select(builder.fcmp_ordered("<", left, right), right, left),
-    "The larger of the two in each lane; NaN on the left stays.",
+    "The larger of two values in each lane; NaN if the left one is.",
 )
-at_most = _binary(
+clamp_max = _binary(
     lambda builder, left, right: builder.select(builder.fcmp_ordered(">", left, right), right, left),
-    "The smaller of the two in each lane; NaN on the left stays.",
+    "The smaller of two values in each lane; NaN if the left one is.",
 )
-larger = _binary(
+maximum = _binary(
     lambda builder, left, right: builder.select(
         builder.or_(builder.fcmp_ordered(">", right, left), builder.fcmp_unordered("uno", right, right)), right, left
     ),
-    "The larger of the two in each lane; NaN on either side stays.",
+    "The larger of two values in each lane; NaN if either is.",
 )
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def keep(typing: Any, bits: Any, offset: Any, values: Any) -> Any:
-    """Lanes whose bit is set, the others zero; the bits begin at a byte of a uint8 array, lowest bit first."""
+    """The lanes whose bit is set, and zeros; the bits begin at a byte of a uint8 array, lowest bit first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole = ir.IntType(values.width)
@@ -261,7 +255,7 @@ def keep(typing: Any, bits: Any, offset: Any, values: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def leading(typing: Any, count: Any, values: Any) -> Any:
-    """The first so many lanes, the others zero."""
+    """The first `count` lanes, and zeros."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         inside = _below(builder, arguments[0], values.width)
@@ -272,7 +266,7 @@ def leading(typing: Any, count: Any, values: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def evens(typing: Any, low: Any, high: Any) -> Any:
-    """Every second lane of the one, then of the other, the first one included."""
+    """The first, third, and so on, lane of one vector, then those of another."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         places = ir.Constant(ir.VectorType(_INT32, low.width), list(range(0, 2 * low.width, 2)))

@@ -1,15 +1,15 @@
 """A dense 3x3 convolution with a quarter of the multiplications.
 
 Winograd's minimal filtering F(4x4, 3x3) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
-CVPR 2016, arXiv 1509.09308): a patch of 6x6 pixels is taken to 36 points, multiplied there with the filters, summed
-over the input channels, and taken back to a tile of 4x4 pixels. It pays where too much is left of a layer for reading
-its non-zeros one by one. Stride 1, padding 1, no groups; buffers as in `kernels`.
+CVPR 2016, arXiv 1509.09308): a patch of 6x6 pixels is transformed to 36 points, multiplied there with the transformed
+filters, summed over the input channels, and transformed back to a tile of 4x4 pixels. It is for layers that are still
+too dense for loops over non-zeros. Stride 1, padding 1, no groups; buffers as in `nonzero`.
 
-The points are the pairs of 0, A, -A, B, -B and infinity. A value that is not finite may make all pixels of a tile NaN
-whose patch it is in.
+The points are the pairs of 0, A, -A, B, -B and infinity. A NaN or infinity may make all pixels of the tiles NaN whose
+patches it is in.
 
-Every work item is some rows of tiles and a part of the output channels. In its memory are ``patches[point, channel,
-tile]``, then ``products[channel, point, tile]`` of a block of output channels, then what single channels need.
+A work item is some rows of tiles and a part of the output channels. Its scratch memory holds ``patches[point, channel,
+tile]``, then ``products[channel, point, tile]`` of a block of output channels, then lines of single channels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..layout import Floats
 from .jit import helper, inline, parallel
 from .vectors import (
     add,
-    at_least,
-    at_most,
     broadcast,
+    clamp_max,
+    clamp_min,
     fma,
     keep,
     leading,
@@ -39,10 +39,10 @@ from .vectors import (
 
 Bits = npt.NDArray[np.uint8]
 
-#: Pixels of a tile, in a row and in a column; points of a patch; output channels that are summed at a time.
+#: Rows and columns of a tile; points of a patch; output channels of a block.
 TILE, POINTS, BLOCK = 4, 36, 8
 
-#: With 1 and 2, as in the paper, rounding errors are two to three times as large.
+#: 1 and 2, as in the paper, have rounding errors that are two to three times as large.
 _A, _B = 0.5**0.5, 2.0**0.5
 _A1, _A2, _A3 = (np.float32(_A**power) for power in (1, 2, 3))
 _B1, _B2, _B3 = (np.float32(_B**power) for power in (1, 2, 3))
@@ -51,7 +51,7 @@ _ROW = (0,)
 
 
 def filters(kernels: Floats) -> Floats:
-    """Kernels ``(outputs, inputs, 9)`` at the points: ``(blocks of outputs, points, inputs, outputs of a block)``."""
+    """Transform kernels ``(outputs, inputs, 9)``: ``(blocks of outputs, points, inputs, outputs of a block)``."""
     rows = []
     points = (0.0, _A, -_A, _B, -_B)
     for point in points:
@@ -59,27 +59,27 @@ def filters(kernels: Floats) -> Floats:
         rows.append([1 / scale, point / scale, point**2 / scale])
     matrix = np.array([*rows, [0, 0, 1]])
     outputs, inputs, _ = kernels.shape
-    made = matrix @ kernels.reshape(outputs, inputs, 3, 3).astype(np.float64) @ matrix.T
+    transformed = matrix @ kernels.reshape(outputs, inputs, 3, 3).astype(np.float64) @ matrix.T
     blocks = -(-outputs // BLOCK)
     whole = np.zeros((blocks * BLOCK, inputs, POINTS), np.float32)
-    whole[:outputs] = made.reshape(outputs, inputs, POINTS)
+    whole[:outputs] = transformed.reshape(outputs, inputs, POINTS)
     return np.ascontiguousarray(whole.reshape(blocks, BLOCK, inputs, POINTS).transpose(0, 3, 2, 1))
 
 
 def borders(tiles: int, across: int) -> tuple[Bits, Bits]:
-    """Bits of tiles, lowest first, so many in a row: which have a neighbour on the left, and on the right."""
+    """One bit for each tile, lowest first: which have a neighbour on the left, and which on the right."""
     place = np.arange(tiles) % across
     return np.packbits(place > 0, bitorder="little"), np.packbits(place < across - 1, bitorder="little")
 
 
 def memory(inputs: int, tiles: int) -> int:
-    """How many numbers a work item needs: patches, products, and lines of pixels and tiles of single channels."""
+    """Length of the scratch memory of a work item: patches, products, and lines of single channels."""
     return POINTS * (inputs * tiles + 16 + BLOCK * tiles) + 48 * tiles + 1024
 
 
 @helper
 def _to_points(d0, d1, d2, d3, d4, d5):
-    """Six neighbours of the input at six points."""
+    """Transform six neighbouring pixels of the input to six points."""
     even_a = fma(broadcast(_ROW, -_B2), d2, d4)
     odd_a = multiply(broadcast(_ROW, _A1), fma(broadcast(_ROW, -_B2), d1, d3))
     even_b = fma(broadcast(_ROW, -_A2), d2, d4)
@@ -91,7 +91,7 @@ def _to_points(d0, d1, d2, d3, d4, d5):
 
 @helper
 def _from_points(m0, m1, m2, m3, m4, m5):
-    """Four neighbours of the output."""
+    """Transform six points back to four neighbouring pixels of the output."""
     even_a, odd_a, even_b, odd_b = add(m1, m2), subtract(m1, m2), add(m3, m4), subtract(m3, m4)
     return (
         add(m0, add(even_a, even_b)),
@@ -129,13 +129,13 @@ def _store_4(W, at, step, values):
 
 @inline
 def _pixels(X, at, row, height, rest):
-    """Sixteen pixels of a row; zeros below the image and right of it."""
+    """Load sixteen pixels of a row; zeros below the image and to the right of it."""
     return leading(rest, load(_ROW, X, at)) if row <= height else broadcast(_ROW, np.float32(0))
 
 
 @helper
 def _patches(channel, spread, tiles, first, rows, left, right, X, x, ldi, pitch, height, width, W, work):
-    """Of one channel: the rows of every patch first, then its columns, for which lines are dealt out to the tiles."""
+    """Transform the patches of one channel: first the columns of all patches, then their rows, split into phases."""
     across, down = (width + 3) // 4, (height + 3) // 4
     line, phase = 4 * tiles + 16, tiles + 32
     for row in range(rows):
@@ -150,13 +150,13 @@ def _patches(channel, spread, tiles, first, rows, left, right, X, x, ldi, pitch,
             d4 = _pixels(X, at + 4 * pitch, top + 4, height, rest)
             d5 = _pixels(X, at + 5 * pitch, top + 5, height, rest)
             _store_6(W, work + 4 * across * row + column, line, _to_points(d0, d1, d2, d3, d4, d5))
-    dealt = work + 6 * line + 16
-    for point in range(6):  # all of them first: what was just stored is not read across two stores
+    phases = work + 6 * line + 16
+    for point in range(6):  # all of them first, since a load that spans two recent stores is slow
         for tile in range(0, tiles, 16):
-            _store_4(W, dealt + point * 4 * phase + tile, phase, load_phases(W, work + point * line + 4 * tile))
+            _store_4(W, phases + point * 4 * phase + tile, phase, load_phases(W, work + point * line + 4 * tile))
     for point in range(6):
         for tile in range(0, tiles, 16):
-            at = dealt + point * 4 * phase + tile
+            at = phases + point * 4 * phase + tile
             d0 = keep(left, tile // 8, load(_ROW, W, at + 3 * phase - 1))
             d1 = load(_ROW, W, at)
             d2 = load(_ROW, W, at + phase)
@@ -169,7 +169,7 @@ def _patches(channel, spread, tiles, first, rows, left, right, X, x, ldi, pitch,
 
 @helper
 def _products(inputs, spread, tiles, U, u, W, made):
-    """Sums over the input channels, of a block of output channels."""
+    """Sum products over the input channels, for a block of output channels."""
     zero = broadcast(_ROW, np.float32(0))
     for point in range(POINTS):
         for tile in range(0, tiles, 16):
@@ -195,7 +195,7 @@ def _products(inputs, spread, tiles, U, u, W, made):
 
 @helper
 def _lines(tiles, made, W, work):
-    """Of one channel: its products taken to lines of pixels, four for a row of tiles."""
+    """Transform the products of one channel back to lines of pixels, four for each row of tiles."""
     lines = work + 384
     for tile in range(0, tiles, 16):
         for point in range(6):
@@ -219,7 +219,7 @@ def _clear(Y, begin, end):
 def _finish(
     bias, first, rows, every, tiles, W, lines, height, width, ldi, pitch, R, r, adds, low, high, Y, y, reach
 ):  # fmt: skip
-    """Lines of one channel: add bias and residual, clamp, store; zeros between rows, between images and around them."""
+    """Add bias and residual to the lines of one channel, clamp and store; with zeros in the gaps and around images."""
     across, down = (width + 3) // 4, (height + 3) // 4
     for row in range(rows):
         image = (first + row) // down
@@ -230,7 +230,7 @@ def _finish(
                 values = add(load(_ROW, W, lines + 4 * (k * tiles + row * across) + column), broadcast(_ROW, bias))
                 if adds:
                     values = add(values, load(_ROW, R, r + pixel + column))
-                values = at_most(at_least(values, broadcast(_ROW, low)), broadcast(_ROW, high))
+                values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
                 store_leading(width - column, Y, y + pixel + column, values)
             _clear(Y, y + pixel + width, y + pixel + pitch)
         if top + 4 >= height:
@@ -249,20 +249,21 @@ def winograd(
 
     Args:
         rows, tiles: of a work item: rows of tiles at most, and tiles, in whole vectors.
-        parts: into how many parts the output channels are divided.
-        source: which input channels the filters are for.
+        parts: number of parts that the output channels are divided into.
+        source: input channels of the filters.
         U: `filters`, flat.
         bias: of output channels.
         left, right: `borders`.
-        images, height, width: what there is.
-        X, x0, ldx, ldi, pitch: input, its first pixel, distances of channels, images and rows, which are the output's.
-        R, r0, ldr, low, high, Y, y0, ldy: as in `kernels.direct`.
-        reach: how many zeros are needed before the first image and behind the last one.
-        scratch: a row for each thread.
+        images, height, width: of input and output.
+        X, x0, ldx, ldi, pitch: input, its first pixel, and the distances between channels, images and rows; images and
+            rows of the output have the same distances.
+        R, r0, ldr, low, high, Y, y0, ldy: as in `nonzero.direct`.
+        reach: zeros that are needed before the first image and after the last one.
+        scratch: a row for each thread, of the length `memory`.
     """
     inputs, outputs = len(source), len(bias)
     blocks = (outputs + BLOCK - 1) // BLOCK
-    spread = inputs * tiles + 16  # a cache line more: points of a patch would fall into one set of the cache
+    spread = inputs * tiles + 16  # a cache line more, or all points of a patch would be in one set of the cache
     made = POINTS * spread
     work = made + POINTS * BLOCK * tiles
     every = images * ((height + 3) // 4)

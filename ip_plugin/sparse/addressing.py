@@ -1,0 +1,119 @@
+"""How a convolution addresses its input and output: their layouts, and where the taps of its kernel are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .layout import Ints, Layout
+
+
+class Window(NamedTuple):
+    """Arguments of a convolution or pooling, as torch names them; two numbers each, rows first."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        rows, columns = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip((height, width), *self, strict=True)
+        )
+        return rows, columns
+
+    def taps(self) -> Ints:
+        """Row and column of each tap, relative to the first one."""
+        taps: Ints = np.argwhere(np.ones(self.kernel)) * np.array(self.dilation)
+        return taps
+
+    @property
+    def strided(self) -> bool:
+        """Whether the stride is not 1, so that the input is split into phases: every n-th row and column."""
+        return self.stride != (1, 1)
+
+
+class Addressing(NamedTuple):
+    """How a convolution addresses its input and output; a pixel of either is at the same offset.
+
+    Attributes:
+        window: of the convolution.
+        size: height and width of the input.
+        source: layout of the input; of one phase, where the convolution is strided.
+        target: layout of the output.
+        offsets: of taps, relative to the pixel of the output.
+        phases: those that are read, as remainders of rows and columns of the padded input; each channel stores its
+            phases one after the other, each like a channel of its own.
+    """
+
+    window: Window
+    size: tuple[int, int]
+    source: Layout
+    target: Layout
+    offsets: Ints
+    phases: tuple[tuple[int, int], ...]
+
+    @property
+    def channel_stride(self) -> int:
+        """Distance between channels of the input, all phases of a channel included."""
+        return len(self.phases) * self.source.stride
+
+    @classmethod
+    def new(
+        cls, window: Window, images: int, height: int, width: int, gap: tuple[int, int] = (0, 0), rows: int = 0,
+        pitch: int = 0,
+    ) -> Addressing:  # fmt: skip
+        """For an input that is packed for this convolution.
+
+        Args:
+            window: of the convolution.
+            images, height, width: of the input.
+            gap: rows and columns of zeros that the readers of the output need.
+            rows, pitch: distances between images and rows, at least.
+        """
+        size, (out_height, out_width) = (height, width), window.output_size(height, width)
+        if window.strided:
+            shifts, remainders = window.taps() // window.stride, window.taps() % window.stride
+            height, width = out_height + int(shifts[:, 0].max()), out_width + int(shifts[:, 1].max())
+            padding = (0, 0)  # part of the phases
+        else:
+            shifts, remainders = window.taps() - window.padding, np.zeros_like(window.taps())
+            padding = max(window.padding[0], gap[0]), max(window.padding[1], gap[1])
+        phases, phase = np.unique(remainders, axis=0, return_inverse=True)
+        rows = max(rows, height + padding[0], out_height + gap[0])
+        pitch = max(pitch, width + padding[1], out_width + gap[1])
+        offsets = shifts @ (pitch, 1)
+        reach = int(max(np.abs(offsets).max(), gap[0] * pitch + gap[1]))
+        source = Layout(images, height, width, rows, pitch, reach)
+        target = Layout(images, out_height, out_width, rows, pitch, reach)
+        offsets += phase.reshape(-1) * source.stride
+        return cls(window, size, source, target, offsets, tuple((y, x) for y, x in phases.tolist()))
+
+    @classmethod
+    def existing(cls, window: Window, source: Layout, gap: tuple[int, int] = (0, 0)) -> Addressing | None:
+        """For an input that lies in a buffer already; None if it has too few zeros, or must be split into phases."""
+        if window.strided:
+            return None
+        needed = cls.new(window, *source[:3], gap, source.rows, source.pitch)
+        if needed.source[:5] != source[:5] or needed.source.reach > source.reach:
+            return None
+        return needed._replace(source=source, target=needed.target._replace(reach=source.reach))
+
+    def shared_with(self, window: Window) -> Addressing | None:
+        """For another convolution of the same input that reads its phases; None if it does not find all it needs."""
+        out = window.output_size(*self.size)
+        moved = window.taps() + self.window.padding - window.padding
+        shifts, remainders = moved // self.window.stride, [(y, x) for y, x in (moved % self.window.stride).tolist()]
+        if (
+            window.stride != self.window.stride
+            or out != (self.target.height, self.target.width)
+            or not set(remainders) <= set(self.phases)
+            or shifts.min() < 0
+            or (shifts.max(0) + out > (self.source.height, self.source.width)).any()
+        ):
+            return None
+        phase = np.array([self.phases.index(remainder) for remainder in remainders])
+        return self._replace(window=window, offsets=shifts @ (self.source.pitch, 1) + phase * self.source.stride)

@@ -1,0 +1,64 @@
+"""The memory that the steps of a sparse network read and write."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from .layout import Floats, Layout, aligned
+
+
+@dataclass(eq=False)
+class Region:
+    """Where a value lies: at the beginning of a buffer, which values that are not alive together share.
+
+    Attributes:
+        layout, channels: of the value.
+        buffer: number of the buffer; one of its own at first.
+    """
+
+    layout: Layout
+    channels: int
+    buffer: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def size(self) -> int:
+        """Length that its buffer needs at least."""
+        return self.layout.size(self.channels)
+
+
+class Workspace:
+    """The memory of one call at a time.
+
+    Args:
+        module: a traced network.
+        regions: of all steps.
+        scratch: length of the working memory of a step at most.
+
+    Attributes:
+        interpreter: runs nodes by torch.
+    """
+
+    def __init__(self, module: fx.GraphModule, regions: Iterable[Region], scratch: int) -> None:
+        self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
+        sizes: dict[int, int] = {}
+        for region in regions:
+            sizes[region.buffer] = max(sizes.get(region.buffer, 0), region.size)
+        self._buffers = {number: aligned(size) for number, size in sizes.items()}
+        self._scratch = aligned(scratch)
+
+    def buffer(self, region: Region) -> Floats:
+        """The buffer that a region lies in."""
+        return self._buffers[region.buffer]
+
+    def view(self, region: Region) -> Tensor:
+        """The images of a region, without a copy."""
+        return region.layout.view(self.buffer(region), region.channels)
+
+    def scratch(self, shape: tuple[int, int]) -> Floats:
+        """Working memory of a step."""
+        return self._scratch[: math.prod(shape)].reshape(shape)

@@ -19,7 +19,7 @@ WORKERS = ("spatial", "interspace", "host")
 
 
 def small() -> nn.Sequential:
-    """A network with everything that has state, the same at every call."""
+    """A network with all kinds of state, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return nn.Sequential(
@@ -38,7 +38,7 @@ def pruned(space: str) -> nn.Sequential:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Momentum and weight decay move what is behind masks, too."""
+    """SGD; momentum and weight decay change pruned values, too."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(6, 3, 9, 9, generator=generator)
@@ -48,7 +48,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Of every tensor of the model and the optimizer; names are the host's or ours, values the same."""
+    """Digests of all tensors of the model and the optimizer, whatever their names."""
     tensors = [t for n, t in model.state_dict().items() if not n.endswith(("mask", "_extra_state"))]
     for state in optimizer.state_dict()["state"].values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -56,7 +56,7 @@ def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def run_part(space: str, part: str, folder: Path) -> None:
-    """Eight steps at once (whole), the first four, or the other four with a model from the file."""
+    """All eight steps ("whole"), the first four, or the last four with a model from the file."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = small() if part == "second" else pruned(space)

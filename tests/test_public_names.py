@@ -11,7 +11,7 @@ from ip_plugin import errors
 
 NAMES = {
     "ip_plugin": """Report adopt_masks bake errors interspace join_optimizer load masks normalize param_groups prunable
-        report save set_masks""",
+        report save set_masks switch_off switch_on switched_on""",
     "ip_plugin.methods": """SET Batches Gradual Loss LotteryTicket Masks Movement NofM RigL Scope Score Scores
         apply_masks erk grasp lamp magnitude movement prune prune_fitted random ranks reconstruct reestimate_batch_norm
         refine select snip synflow""",

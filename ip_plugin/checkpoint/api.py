@@ -174,7 +174,7 @@ def load(model: Model, path: FilePath) -> Model:
     Raises:
         CheckpointError: the file is corrupt, inconsistent, or no compact file; or the model has other tensors, smaller
             ones, or some that cannot be saved.
-        ConversionError: someone else's parametrization sits on top of ours. In all cases the model is as it was.
+        ConversionError: someone else's parametrization sits on top of ours. In all cases the model is unchanged.
 
     >>> import tempfile
     >>> from ip_plugin import interspace, masks, set_masks

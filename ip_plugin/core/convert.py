@@ -81,7 +81,7 @@ def interspace(
         SelectionError: `layers` matches nothing, or names a layer that cannot be converted.
         ConversionError: a layer is converted, parametrized, pruned, tied, wrapped, not initialised or not finite.
         BasisError: a basis that cannot represent every kernel, or layers that cannot share one.
-        ArgumentError, AmountError, OptimizerError: another argument is invalid. In all cases the model is as it was.
+        ArgumentError, AmountError, OptimizerError: another argument is invalid. In all cases the model is unchanged.
 
     Warns:
         UserWarning: later, once, if an optimizer steps coefficients whose trainable bases are in no optimizer.
@@ -347,7 +347,7 @@ def bake(model: Model) -> Model:
         The model.
 
     Raises:
-        ConversionError: someone else's parametrization sits on top of ours; the model is as it was.
+        ConversionError: someone else's parametrization sits on top of ours; the model is unchanged.
 
     >>> conv = nn.Conv2d(3, 16, 3)
     >>> weight = conv.weight

@@ -77,7 +77,7 @@ def normalize(model: Model, optimizer: Optimizer | None = None) -> Model:
         The model.
 
     Raises:
-        BasisError: the norm of a filter is zero or NaN; the model is as it was.
+        BasisError: the norm of a filter is zero or NaN; the model is unchanged.
 
     >>> from ip_plugin import interspace
     >>> model = interspace(nn.Conv2d(3, 16, 3), basis=2 * torch.eye(9), constraint="none")

@@ -51,7 +51,7 @@ def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     Raises:
         SelectionError: a name that is not a prunable layer of the model.
         MaskError: a mask of the wrong shape or with other values.
-        ConversionError: the weight is parametrized by someone else. In all cases the model is as it was.
+        ConversionError: the weight is parametrized by someone else. In all cases the model is unchanged.
 
     >>> import torch
     >>> model = set_masks(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})

@@ -1,4 +1,4 @@
-"""Bases that need not be orthonormal: errors fall, and a basis that is known is found."""
+"""Dictionary learning: errors fall, and known bases are recovered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [(3,), (1, 3), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
 
 
 def kernels(shape: tuple[int, ...], count: int = 200, seed: int = 0) -> Kernels:
-    """Smooth kernels and noise, as trained ones are."""
+    """Smooth kernels with noise, similar to trained ones."""
     generator = torch.Generator().manual_seed(seed)
     n = math.prod(shape)
     mixing = torch.randn(n, n, generator=generator) * torch.linspace(2, 0.1, n)[:, None]
@@ -27,13 +27,13 @@ def kernels(shape: tuple[int, ...], count: int = 200, seed: int = 0) -> Kernels:
 
 
 def error(parts: Sequence[Kernels], counts: Sequence[int], basis: Tensor) -> float:
-    """Of the codes that are found in a basis."""
+    """The squared error of the codes in a basis."""
     codes = [code(part.rows, basis, count) for part, count in zip(parts, counts, strict=True)]
     return written_error(parts, Dictionary(basis, codes, 0))
 
 
 def written_error(parts: Sequence[Kernels], found: Dictionary) -> float:
-    """The slow way: compose, subtract."""
+    """The squared error by composing and subtracting."""
     return sum(
         float((part.rows - each.coefficients @ found.basis.to(part.rows)).square().sum())
         for part, each in zip(parts, found.codes, strict=True)
@@ -60,7 +60,7 @@ def test_never_worse_than_the_start_and_mostly_better(shape: tuple[int, ...], de
 
 
 def test_a_basis_that_kernels_were_made_of_is_found() -> None:
-    """No orthonormal basis needs so few coefficients. One filter is taken for another here, which hardly matters."""
+    """No orthonormal basis needs so few coefficients. A few codes use a wrong filter, which hardly matters."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.linalg.qr(torch.randn(9, 9, generator=generator, dtype=torch.float64)).Q
     hidden = hidden + 0.3 * torch.randn(9, 9, generator=generator, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_a_basis_that_kernels_were_made_of_is_found() -> None:
 
 
 def test_layers_keep_their_counts() -> None:
-    """One layer may keep everything: what the basis is then does not matter to it, and the other decides."""
+    """If one layer keeps everything, its error is zero in any basis, so the other layer determines the basis."""
     parts = [kernels((3, 3), seed=0), kernels((3, 3), seed=1)]
     counts = [parts[0].rows.numel(), 200]
     start = make("dct", (3, 3))
@@ -138,7 +138,7 @@ def test_a_start_that_is_ill_conditioned_is_replaced(shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("shape", [(3, 3), (5, 5)])
 def test_codes_are_as_exact_as_the_condition_allows(shape: tuple[int, ...]) -> None:
-    """Two filters at an angle that gives the largest condition number that is allowed."""
+    """Two filters at the angle that gives the largest condition number allowed."""
     part, basis = kernels(shape), make("dct", shape)
     basis[1] = basis[0] + 2e-3 * basis[1]
     basis = basis / basis.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Fitted bases: the error falls, and is never above that of magnitude pruning; a best basis that is known is found."""
+"""Fitted bases: errors fall, never exceed those of magnitude pruning, and known bases are recovered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = [(3,), (1, 3), (2, 2), (3, 3), (5, 5), (7, 7), (3, 2, 2)]
 
 
 def kernels(shape: tuple[int, ...], count: int = 200, seed: int = 0, group: int | None = 0) -> Kernels:
-    """Smooth kernels and noise, as trained ones are."""
+    """Smooth kernels with noise, similar to trained ones."""
     generator = torch.Generator().manual_seed(seed)
     n = math.prod(shape)
     mixing = torch.randn(n, n, generator=generator) * torch.linspace(2, 0.1, n)[:, None]
@@ -29,7 +29,7 @@ def kernels(shape: tuple[int, ...], count: int = 200, seed: int = 0, group: int 
 
 
 def error_of(parts: Sequence[Kernels], found: Fit, density: float) -> float:
-    """The slow way: keep the largest coefficients of all, compose, subtract."""
+    """The squared error by keeping the largest coefficients, composing and subtracting."""
     coefficients = [p.rows.double() if p.group is None else p.rows.double() @ found.bases[p.group].mT for p in parts]
     everything = torch.cat([c.abs().flatten() for c in coefficients])
     count = round(density * len(everything))
@@ -88,7 +88,7 @@ def test_a_basis_that_kernels_were_made_of_is_found() -> None:
 
 
 def test_two_kernels_by_hand() -> None:
-    # Rows (1, 1) and (1, -1) need two numbers each as they are, one each in the Hadamard basis.
+    # Rows (1, 1) and (1, -1) need two coefficients each in the standard basis, one each in the Hadamard basis.
     rows = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     found = fit([Kernels(rows, 0, (2,))], largest(0.5))
     assert found.error == pytest.approx(0, abs=1e-12)
@@ -101,7 +101,7 @@ def test_groups_and_layers_without_a_basis_share_one_budget() -> None:
     found = fit(parts, largest(0.2))
     assert found.bases.keys() == {0, 1} and found.bases[1].shape == (4, 4)
     assert found.error == pytest.approx(error_of(parts, found, 0.2), rel=1e-4)
-    # Nothing is left for the weak layer, whose basis does not matter then.
+    # The weak layer keeps nothing, so its basis does not matter.
     assert found.error > float(parts[1].rows.square().sum()) * 0.99
 
 
@@ -126,7 +126,7 @@ def test_many_kernels_are_begun_on_a_sample_and_end_on_all() -> None:
 
 
 def test_a_sample_that_misleads_does_no_harm() -> None:
-    """All rows but one are one-hot, so that the standard basis is the best; the sample is that one row."""
+    """All rows but one are one-hot, so the standard basis is the best; the sample is the other row."""
     rows = torch.cat([torch.ones(1, 9), torch.eye(9).repeat(10, 1)])
     part = Kernels(rows, 0, (3, 3))
     seed = next(seed for seed in range(1000) if bool((sampled([part], seed, 1)[0].rows == 1).all()))
@@ -162,7 +162,7 @@ def test_a_model_in_fitted_bases_computes_the_same_and_has_fewer_large_coefficie
 
 
 def smallest(values: Tensor) -> float:
-    """What pruning 80 % would drop."""
+    """The squared norm of the smallest 80 %."""
     ranked = values.detach().flatten().square().sort().values
     return float(ranked[: round(0.8 * len(ranked))].sum())
 

@@ -1,4 +1,4 @@
-"""Sparse codes: exact counts; the best subsets, seen by trying all of them the slow way."""
+"""Sparse codes: exact counts, and the best subsets, against exhaustive search."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ip_plugin.utils.topk import keep_largest
 
 
 def regular(n: int, generator: torch.Generator) -> Tensor:
-    """A basis of unit filters that is not orthogonal."""
+    """A basis of unit-norm filters that are not orthogonal."""
     found = torch.randn(n, n, generator=generator, dtype=torch.float64) + 2 * torch.eye(n)
     return found / found.norm(dim=1, keepdim=True)
 
 
 def explained(row: Tensor, filters: Tensor) -> float:
-    """How much of a kernel's energy least squares with some filters explain."""
+    """The energy of a kernel that some filters explain, by least squares."""
     if len(filters) == 0:
         return 0.0
     rest = row - torch.linalg.lstsq(filters.mT, row[:, None]).solution[:, 0] @ filters
@@ -29,7 +29,7 @@ def explained(row: Tensor, filters: Tensor) -> float:
 
 
 def best_error(rows: Tensor, basis: Tensor, count: int) -> float:
-    """Of all codes with so many coefficients, by trying every division among kernels and every subset."""
+    """The smallest error of all codes with `count` coefficients, by exhaustive search."""
     n = len(basis)
     subsets = [list(itertools.combinations(range(n), size)) for size in range(n + 1)]
     best = [[max(explained(row, basis[list(some)]) for some in alike) for alike in subsets] for row in rows]
@@ -50,7 +50,7 @@ def error(rows: Tensor, basis: Tensor, count: int) -> float:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
 def test_no_other_choice_is_better(seed: int, n: int, kernels: int) -> None:
-    """A price for all kernels finds the best where the least error, by count, is convex; near it in between."""
+    """The code is optimal for counts at which the convex hull of the smallest errors touches, close elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     basis, rows = regular(n, generator), torch.randn(kernels, n, generator=generator, dtype=torch.float64)
     errors = [error(rows, basis, count) for count in range(n * kernels + 1)]
@@ -63,7 +63,7 @@ def test_no_other_choice_is_better(seed: int, n: int, kernels: int) -> None:
 
 
 def is_corner(errors: list[float], place: int) -> bool:
-    """Whether the convex minorant of a sequence turns at a place."""
+    """Whether the convex minorant of a sequence has a vertex at an index."""
     before = [(errors[place] - errors[other]) / (place - other) for other in range(place)]
     behind = [(errors[other] - errors[place]) / (other - place) for other in range(place + 1, len(errors))]
     return not before or not behind or max(before) < min(behind) - 1e-9
@@ -82,7 +82,7 @@ def test_in_an_orthonormal_basis_the_largest_are_the_best(n: int, dtype: torch.d
 
 
 def test_two_filters_that_only_help_together() -> None:
-    # (0, 1) is 10 times the difference of two nearly equal filters; neither says much of it by itself.
+    # (0, 1) is 10 times the difference of two nearly equal filters; neither of them alone explains much of it.
     basis = torch.tensor([[1.0, 0.0, 0.0], [0.995, 0.0998749, 0.0], [0.0, 0.0, 1.0]])
     rows = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]])
     assert code(rows, basis, 2).mask.tolist() == [[True, True, False], [False, False, False]]
@@ -91,7 +91,7 @@ def test_two_filters_that_only_help_together() -> None:
 
 @pytest.mark.parametrize("n", [16, 25])
 def test_filters_one_after_the_other(n: int) -> None:
-    """Against the slow way for one kernel: least squares with each further filter."""
+    """Against a slow greedy search for one kernel: least squares with each further filter."""
     generator = torch.Generator().manual_seed(n)
     basis, row = regular(n, generator), torch.randn(n, generator=generator, dtype=torch.float64)
     chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""What `save` wrote, `load` gives back: every bit that counts, in a freshly built model."""
+"""`load` restores what `save` wrote, bit for bit, in a freshly built model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Prune = Callable[[nn.Module], None]
 
 
 def bits(tensor: Tensor) -> list[int]:
-    """Every bit of a tensor, whatever it holds."""
+    """Every bit of a tensor."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
     return list(values.view(torch.uint8).tolist()) if values.numel() else []
 
@@ -73,7 +73,7 @@ PRUNERS: dict[str, Prune] = {
 
 
 def expect_equal(loaded: nn.Module, saved: nn.Module, x: Tensor) -> None:
-    """Equal in what they compute, their masks, and what they consist of."""
+    """Equal outputs, masks and tensors."""
     assert torch.equal(loaded(x), saved(x))
     first, second = masks(loaded), masks(saved)
     assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
@@ -97,7 +97,7 @@ def test_every_layer_kind_basis_and_sharing_comes_back(case: Case, tmp_path: Pat
         assert name == other
         kept = masks(model).get(name.removesuffix(".parametrizations.weight.original")) if "original" in name else None
         assert same_bits(one, two if kept is None else two.detach().where(kept, torch.zeros(())))
-    assert all(any(p is q for q in fresh.parameters()) for p in parameters)  # the same objects, and bases besides
+    assert all(any(p is q for q in fresh.parameters()) for p in parameters)  # the same objects, and bases
     first, second = fresh[0].parametrizations.weight[0].basis, fresh[2].parametrizations.weight[0].basis
     assert (first is second) == (case.sharing != "layer")
 
@@ -123,7 +123,7 @@ def test_every_way_to_prune_comes_back_and_the_report_says_the_size(
     fresh = case.plain()[0].eval()
     load(fresh, path)
     assert torch.equal(fresh(x), model(x))
-    # Masks of ours also where they were the host's.
+    # Masks of the host become masks of ours.
     assert not any(name.endswith("_orig") for name, _ in fresh.named_parameters())
     assert {n: m.tolist() for n, m in masks(fresh).items()} == {n: m.tolist() for n, m in masks(model).items()}
     assert (report(fresh).prunable, report(fresh).everything) == (report(model).prunable, report(model).everything)
@@ -138,7 +138,7 @@ def copy_of_plain(case: Case) -> nn.Module:
 
 
 def test_numbers_that_are_rare_come_back_bit_for_bit(tmp_path: Path) -> None:
-    """NaN with a payload, infinities, the least denormal number; -0.0 where a mask keeps it or nothing is left out."""
+    """NaN with a payload, infinities, a denormal number; -0.0 if a mask keeps it or all values are stored."""
     patterns = [0x7FC00001, 0x7F800123, 0xFFC00000, 0x7F800000, 0xFF800000, 0x00000001, 0x80000001, 0x80000000, 0]
     values = torch.tensor([p - 2**32 if p >= 2**31 else p for p in patterns], dtype=torch.int32).view(torch.float32)
     kept = nn.Linear(9, 2, bias=False)
@@ -148,7 +148,7 @@ def test_numbers_that_are_rare_come_back_bit_for_bit(tmp_path: Path) -> None:
     loaded = load(nn.Linear(9, 2, bias=False), tmp_path / "masked")
     assert same_bits(loaded.parametrizations.weight.original, torch.stack([values, torch.zeros(9)]))
 
-    sparse = nn.Linear(90, 9, bias=True)  # zeros may be left out, and their signs with them
+    sparse = nn.Linear(90, 9, bias=True)  # zeros, and so their signs, may be left out
     nn.init.zeros_(sparse.weight)
     sparse.weight.data[:, 7] = values
     sparse.bias.data.copy_(values)
@@ -189,7 +189,7 @@ class Holder(nn.Module):
         self.register_buffer("passing", torch.full((3,), float(fill)), persistent=False)
         big = torch.randn(3, 4, 5)
         self.register_buffer("transposed", big.transpose(0, 2))
-        self.first, self.second = nn.Parameter(big[0, 0]), nn.Parameter(big[0, 0, 1:])  # they share memory
+        self.first, self.second = nn.Parameter(big[0, 0]), nn.Parameter(big[0, 0, 1:])  # views of one storage
 
 
 def test_every_dtype_and_layout_comes_back(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_bases_stay_the_objects_that_an_optimizer_has(tmp_path: Path) -> None:
     save(interspace(small(), sharing="model", train_basis=False), tmp_path / "frozen")
     load(model, tmp_path / "frozen")
     assert model[2].parametrizations.weight[0].basis is basis and not basis.requires_grad
-    # Two bases where there was one: neither layer may keep it, or both would train it.
+    # Two bases in place of a shared one: neither layer may keep it.
     save(interspace(small()), tmp_path / "apart")
     load(model, tmp_path / "apart")
     found = [model[i].parametrizations.weight[0].basis for i in (0, 2)]
@@ -423,13 +423,13 @@ def test_values_that_half_does_not_hold_are_refused(tmp_path: Path) -> None:
             save(model, tmp_path / "model", **options)
     save(model, tmp_path / "model2", dtype=torch.bfloat16)
     assert (tmp_path / "model").read_bytes() == b"old"
-    model[6].weight.data[0, 0] = math.inf  # is one in float16, too
+    model[6].weight.data[0, 0] = math.inf  # also infinite in float16
     save(model, tmp_path / "model", dtype=torch.float16)
     assert load(small(), tmp_path / "model")[6].weight[0, 0] == math.inf
 
 
 class Net(nn.Module):
-    """Everything that Torch-Pruning cuts: plain, grouped and depthwise convolutions, norms, a linear layer."""
+    """All kinds of layers that Torch-Pruning prunes: plain, grouped and depthwise convolutions, norms, linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -554,7 +554,7 @@ def test_another_model_is_refused_and_stays_as_it_was(name: str, tmp_path: Path)
 
 
 def snapshot(model: nn.Module) -> Any:
-    """What a failed call could have changed."""
+    """Everything that a failed call could have changed."""
     tensors = [*model.parameters(), *model.buffers()]
     return (
         repr(model),
@@ -642,7 +642,7 @@ def test_other_peoples_parametrizations_come_back(tmp_path: Path) -> None:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_network_comes_back(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any mixture of layers, spaces, sharings, masks and dtypes."""
+    """Random mixtures of layers, spaces, sharings, masks and dtypes."""
     path = tmp_path_factory.mktemp("any") / "model"
     kinds: list[Callable[[], nn.Module]] = [
         lambda: nn.Conv2d(4, 4, 3), lambda: nn.Conv2d(4, 4, 1), lambda: nn.Conv2d(4, 4, (2, 1), groups=2, bias=False),
@@ -677,7 +677,7 @@ def test_any_network_comes_back(data: st.DataObject, tmp_path_factory: pytest.Te
 
 
 def test_training_goes_on_bit_for_bit_in_another_process(tmp_path: Path) -> None:
-    """Stopped and resumed, or not: the same bits in the end, values behind masks included."""
+    """A resumed training ends with the same bits as an uninterrupted one, pruned values included."""
     script = Path(__file__).parents[1] / "checkpoint_workers.py"
     for space in WORKERS:
         run_part(space, "first", tmp_path)

@@ -55,7 +55,7 @@ def state(model: nn.Module) -> Any:
 
 
 def refused(path: Path, model: nn.Module | None = None) -> str:
-    """Both readers refuse a file; the model stays as it was."""
+    """The error of a file that both readers reject; the model does not change."""
     model = network() if model is None else model
     before = state(model)
     with pytest.raises(CheckpointError) as caught:
@@ -112,13 +112,13 @@ def test_other_files_are_named_as_such(tmp_path: Path) -> None:
         load(network(), tmp_path / "nothing")
 
 
-# Lies: files whose checksum is right, and whose content is not.
+# Inconsistent files with a valid checksum.
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
 
-def lie(good: bytes, path: Path, change: Change, sign: bool = True) -> None:
-    """Write a file again with other content."""
+def rewritten(good: bytes, path: Path, change: Change, sign: bool = True) -> None:
+    """Rewrite a file with changed content and a valid checksum."""
     path.write_bytes(good)
     tensors = load_file(path)
     with safe_open(path, "pt") as content:
@@ -168,7 +168,7 @@ def twice(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def longer(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Shape and values of a layer that do not go together with its positions."""
+    """Shape and values of a layer that do not fit its positions."""
     description["tensors"]["0.weight"]["shape"] = [4, 1, 3, 3]
 
 
@@ -182,7 +182,7 @@ def doubled(values: Tensor) -> Tensor:
 
 
 ZEROS = torch.zeros(0, dtype=torch.uint8)
-LIES: dict[str, tuple[Change, str]] = {
+INCONSISTENT: dict[str, tuple[Change, str]] = {
     "no JSON": (lambda d, t: '{"crc32":"00000000"', "a description that is no JSON"),
     "deep JSON": (deep, "a description that is no JSON"),
     "a list": (lambda d, t: '[{"crc32":"00000000"}]', "without a format version"),
@@ -259,23 +259,23 @@ LIES: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_lie_is_refused_with_its_name(name: str, good: bytes, tmp_path: Path) -> None:
-    change, text = LIES[name]
-    lie(good, tmp_path / "model", change)
+@pytest.mark.parametrize("name", INCONSISTENT)
+def test_an_inconsistent_file_is_refused_with_the_name_of_the_tensor(name: str, good: bytes, tmp_path: Path) -> None:
+    change, text = INCONSISTENT[name]
+    rewritten(good, tmp_path / "model", change)
     message = refused(tmp_path / "model")
     assert re.search(text, message), message
 
 
 def test_the_truth_told_again_is_accepted(good: bytes, tmp_path: Path) -> None:
-    lie(good, tmp_path / "model", lambda d, t: None)
+    rewritten(good, tmp_path / "model", lambda d, t: None)
     assert load(network(), tmp_path / "model")[0].parametrizations.weight[0].mask.sum() == 6
 
 
 def test_a_file_is_not_believed_what_it_would_take_memory_for(good: bytes, tmp_path: Path) -> None:
-    """A terabyte of zeros, for the model and without one."""
+    """A file that claims a terabyte of zeros, with and without a model."""
     path = tmp_path / "model"
-    lie(good, path, record("0.weight", shape=[2**19, 2**19, 3, 3], positions="gaps8"))
+    rewritten(good, path, record("0.weight", shape=[2**19, 2**19, 3, 3], positions="gaps8"))
     limit = resource.getrlimit(resource.RLIMIT_AS)
     here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (here + 2**30, limit[1]))
@@ -299,9 +299,9 @@ JSON = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_lie_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Anything in the place of anything: an error of ours, or a model that still has the sizes that it had."""
-    folder = tmp_path_factory.mktemp("lies")
+def test_random_changes_are_refused_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Random values for random fields: a CheckpointError, or a model with its original sizes."""
+    folder = tmp_path_factory.mktemp("changed")
     save(pruned(), folder / "good")
 
     def change(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -340,7 +340,7 @@ def test_any_lie_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: p
                     dtype = data.draw(st.sampled_from([torch.uint8, torch.float32, torch.int64]))
                     tensors[name] = torch.zeros(length, dtype=dtype)
 
-    lie((folder / "good").read_bytes(), folder / "model", change)
+    rewritten((folder / "good").read_bytes(), folder / "model", change)
     model = network()
     before = state(model)
     try:
@@ -355,7 +355,7 @@ def test_any_lie_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: p
         pass
 
 
-# Writing: the old file or the new one.
+# Atomic writes.
 
 
 def test_equal_models_make_equal_files(good: bytes, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
 
 
 def test_the_file_and_its_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Synced before it is renamed, and the folder after."""
+    """The file is synced before it is renamed, the folder afterwards."""
     seen: list[str] = []
     sync, replace = os.fsync, os.replace
 
@@ -407,7 +407,7 @@ def test_the_file_and_its_folder_reach_the_disk(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """Writes fail in the middle, in a process that may write only so much."""
+    """Writes fail in the middle, in a process with a limited file size."""
     save(pruned(), tmp_path / "model")
     before = (tmp_path / "model").read_bytes()
     code = f"""
@@ -426,7 +426,7 @@ except Exception as error:
 
 
 def test_killed_at_any_moment_a_whole_file_is_there(tmp_path: Path) -> None:
-    """A process saves two models in turn for ever, and is killed; again and again, by forking one that has started."""
+    """A forked process saves two models in turn until it is killed, many times."""
     path = tmp_path / "model"
     models = [nn.Linear(300, 100), nn.Linear(300, 100)]
     models[1].weight.data.zero_()

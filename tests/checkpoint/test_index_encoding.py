@@ -1,4 +1,4 @@
-"""Positions in few bytes: by hand, against a slow coder, and never trusted."""
+"""Encoded positions: by hand, against a slow encoder, and from untrusted input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_by_hand(name: str) -> None:
 
 
 def gap_codes(kept: list[bool], largest: int) -> list[int]:
-    """One entry after the other."""
+    """A slow encoder, one entry after the other."""
     codes, zeros = [], 0
     for bit in kept:
         if not bit:
@@ -110,7 +110,7 @@ def test_any_bytes_are_positions_or_refused(coding: str, data: bytes, total: int
     except CheckpointError:
         return
     assert len(index) == 0 or (index[0] >= 0 and index[-1] < total and bool((index.diff() > 0).all()))
-    # One way to write it only: the coding is canonical.
+    # The coding is canonical.
     kept = torch.zeros(total, dtype=torch.bool).index_fill_(0, index, True).tolist()
     if coding == "bits":
         packed = [sum(bit << i for i, bit in enumerate(kept[j : j + 8])) for j in range(0, total, 8)]

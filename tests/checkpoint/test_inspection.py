@@ -1,4 +1,4 @@
-"""`ip-plugin inspect` and `ip-plugin bake`: what is in a compact file, without the model, and as an ordinary one."""
+"""`ip-plugin inspect` and `ip-plugin bake` read a compact file without the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ip_plugin.checkpoint.inspection import inspect
 def file(tmp_path: Path) -> Path:
     model = interspace(small(), basis="orthonormal", sharing="model")
     torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=0.8)
-    model[0].parametrizations.weight.original.data[0, 0] = 0  # kept or not, it is not counted
+    model[0].parametrizations.weight.original.data[0, 0] = 0  # a kept zero is not counted
     save(model, tmp_path / "model")
     save(model, tmp_path / "resumable", resumable=True)
     return tmp_path / "model"

@@ -1,4 +1,4 @@
-"""What must always hold, over every layer kind, basis and sharing."""
+"""Invariants, for every layer kind, basis and sharing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ip_plugin.adapters import torch_prune
 
 pytestmark = pytest.mark.contract
 
-#: Of those kinds whose kernels are composed by the same operations, one.
+#: One kind for each way to compose kernels.
 KINDS_COMPILED = ("conv1d", "conv2d", "conv3d", "transposed2d_grouped", "depthwise", "1x3", "circular", "subclass")
 
 
@@ -39,7 +39,7 @@ def bases(model: nn.Module) -> list[Tensor]:
 
 
 def oracle(coefficients: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Kernels by the definition, one filter after the other."""
+    """Kernels by definition, one filter after the other."""
     if mask is not None:
         coefficients = torch.where(mask, coefficients, 0)
     flat = coefficients.flatten(2)
@@ -53,23 +53,23 @@ def oracle(coefficients: Tensor, basis: Tensor, mask: Tensor | None = None) -> T
 def test_interspace_keeps_outputs_and_gradients(case: Case) -> None:
     dtype = torch.float32 if case.basis == "standard" else torch.float64
     plain, x = case.plain(dtype)
-    twin = case.convert(copy.deepcopy(plain))
+    converted = case.convert(copy.deepcopy(plain))
     x.requires_grad_()
     expected, expected_x = backward(plain, x), x.grad
     x.grad = None
-    found, found_x = backward(twin, x), x.grad
+    found, found_x = backward(converted, x), x.grad
     assert expected_x is not None and found_x is not None
     if case.basis == "standard":
         assert torch.equal(found, expected) and torch.equal(found_x, expected_x)
-        for a, b in zip(coefficients(plain), coefficients(twin), strict=True):
+        for a, b in zip(coefficients(plain), coefficients(converted), strict=True):
             assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
     else:
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(found_x, expected_x)
         for index in (0, 2):
-            basis = twin[index].parametrizations.weight[0].basis.detach()
+            basis = converted[index].parametrizations.weight[0].basis.detach()
             by_weight = plain[index].weight.grad.flatten(2)
-            torch.testing.assert_close(coefficients(twin)[index // 2].grad.flatten(2), by_weight @ basis.mT)
+            torch.testing.assert_close(coefficients(converted)[index // 2].grad.flatten(2), by_weight @ basis.mT)
 
 
 @every_case
@@ -103,7 +103,7 @@ def test_interspace_then_bake_gives_back_the_model(case: Case) -> None:
             torch.testing.assert_close(parameter, values[name])
     torch.testing.assert_close(model(x), expected)
     assert set(model.state_dict()) == set(values)
-    # An ordinary model pickles, and is read where this package is not installed.
+    # An ordinary model pickles, and loads where this package is not installed.
     file = io.BytesIO()
     torch.save(model, file)
     assert b"ip_plugin" not in file.getvalue()
@@ -153,7 +153,7 @@ def test_copying_pruning_and_baking_one_copy_leaves_the_other(case: Case) -> Non
     torch.testing.assert_close(baked(x), expected)
     assert torch.equal(model(x), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    model.load_state_dict(bake(copy.deepcopy(model)).state_dict(), strict=True)  # its hooks are there still
+    model.load_state_dict(bake(copy.deepcopy(model)).state_dict(), strict=True)  # its load hooks still work
     bake(model)
     pruned(x), converted(x)
     torch.testing.assert_close(model(x), expected)
@@ -164,7 +164,7 @@ def test_a_pruned_coefficient_contributes_nothing(case: Case) -> None:
     model, x = case.interspace()
     chosen = random_masks(model)
     set_masks(model, chosen)
-    train(model, x)  # momentum and weight decay move what they can
+    train(model, x)  # with momentum and weight decay
     expected = backward(model, x)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     for parameter, mask in zip(coefficients(model), chosen.values(), strict=True):
@@ -173,7 +173,7 @@ def test_a_pruned_coefficient_contributes_nothing(case: Case) -> None:
     assert torch.equal(backward(model, x), expected)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
-    # Not after a second pruning either, however large the value is that the mask hides.
+    # Not after a second pruning either, however large the pruned value is.
     torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=10)
     again = masks(model)
     assert all(not (again[name] & ~mask).any() for name, mask in chosen.items())
@@ -199,7 +199,7 @@ def test_a_mask_of_ones_is_the_identity(case: Case) -> None:
 def test_the_count_of_zeros_is_the_count_asked_for(case: Case, prune: object) -> None:
     model, _ = case.interspace()
     total = report(model).prunable.parameters
-    for zeros in (17, 40):  # the second time on top of the first
+    for zeros in (17, 40):  # the second pruning adds to the first
         before = total - report(model).prunable.nonzeros
         prune.global_unstructured(prunable(model), prune.L1Unstructured, amount=zeros)
         assert report(model).prunable.nonzeros == total - before - zeros
@@ -281,7 +281,7 @@ def test_channels_last_is_kept_and_changes_nothing(basis: Any, kind: str) -> Non
     set_masks(model, random_masks(model, density=2.0))
     expected, found = plain[:3](x), model[:3](x)
     assert model[0].parametrizations.weight[0].mask.stride() == model[0].parametrizations.weight.original.stride()
-    if kind != "depthwise":  # one input channel: its stride means nothing
+    if kind != "depthwise":  # the stride of a single input channel is arbitrary
         assert model[0].weight.stride() == plain[0].weight.stride()
     assert found.stride() == expected.stride()
     if basis == "standard":

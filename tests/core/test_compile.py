@@ -1,4 +1,4 @@
-"""torch.compile with its own code generator, and that a change of masks needs no new graph."""
+"""torch.compile with inductor; a change of masks needs no new graph."""
 
 from __future__ import annotations
 

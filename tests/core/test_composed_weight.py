@@ -1,4 +1,4 @@
-"""Writes into a weight that is computed: they do what they would do to the weight of the plain layer."""
+"""Writes into a composed weight have the same effect as on the weight of a plain layer."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_what_is_computed_copied_or_saved_is_an_ordinary_tensor() -> None:
 
 
 def test_a_forward_pass_computes_with_ordinary_tensors() -> None:
-    """The class costs time and would be seen by compilers, so that only code outside of a forward pass gets it."""
+    """The class costs time and is visible to compilers, so a forward pass reads ordinary tensors."""
     seen: list[type] = []
 
     class Standardised(nn.Conv2d):

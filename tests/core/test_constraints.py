@@ -1,4 +1,4 @@
-"""What a constraint promises of the filters that kernels are composed of, however a basis is trained."""
+"""Constraints hold for the effective filters, however a basis is trained."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def net() -> tuple[nn.Sequential, Tensor]:
 
 
 def moved(constraint: Constraint, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Tensor]:
-    """A network whose bases are no longer what they were."""
+    """A network with trained bases."""
     model, x = net()
     interspace(model, basis="dct", sharing="model", constraint=constraint).to(dtype)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_basis_that_cannot_be_orthonormal_and_an_unknown_constraint_are_refuse
 
 
 def slow(basis: Tensor, constraint: Constraint) -> Tensor:
-    """Filter by filter; Gram and Schmidt."""
+    """One filter after the other, by Gram-Schmidt."""
     filters: list[Tensor] = []
     for row in basis:
         if constraint == "orthonormal":
@@ -148,7 +148,7 @@ def test_a_filter_of_zeros_gives_no_nan() -> None:
 
 
 def test_a_filter_whose_coefficients_are_all_pruned_decays_without_harm() -> None:
-    """It gets no gradient, so that weight decay alone acts on it, for as long as the training lasts."""
+    """A filter without a gradient is changed by weight decay alone, during the whole training."""
     model, x = moved("unit")
     kept = (torch.arange(9) != 4).reshape(3, 3)
     set_masks(model, {name: kept.expand(model[int(name)].weight.shape) for name in "02"})
@@ -185,7 +185,7 @@ def test_filters_keep_their_norm_in_training(constraint: Constraint, optimizer: 
 
 @every_constraint
 def test_momentum_joins_in_the_filters_that_are_used(constraint: Constraint) -> None:
-    """A basis of twice the standard one: its filters are the standard ones, unless it is without a constraint."""
+    """Twice the standard basis: under a constraint its filters are the standard ones."""
     plain, x = net()
     model = copy.deepcopy(plain)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (plain, model)]

@@ -145,11 +145,11 @@ def test_weights_can_be_assigned() -> None:
 def test_a_parametrization_of_someone_else_on_another_tensor_stays() -> None:
     conv = nn.Conv2d(3, 4, 3)
     nn.utils.parametrize.register_parametrization(conv, "bias", nn.Tanh())
-    twin = copy.deepcopy(conv)
+    copied = copy.deepcopy(conv)
     interspace(conv)
     assert bake(conv).bias.abs().max() < 1 and nn.utils.parametrize.is_parametrized(conv, "bias")
     assert "weight" in dict(conv.named_parameters())
-    assert twin.bias.shape == (4,) and twin.weight.shape == (4, 3, 3, 3)
+    assert copied.bias.shape == (4,) and copied.weight.shape == (4, 3, 3, 3)
 
 
 def test_parameters_that_a_subclass_adds_keep_their_place() -> None:
@@ -252,7 +252,7 @@ def test_networks_of_torchvision_go_there_and_back(name: str) -> None:
 
 @pytest.mark.parametrize("basis", ["standard", "dct"])
 def test_hooks_of_parameters_stay(basis: str) -> None:
-    """DistributedDataParallel hangs on them."""
+    """DistributedDataParallel relies on these hooks."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
     called: list[int] = []
     for index, parameter in enumerate(model.parameters()):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.contract
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes has found, see `workers`."""
+    """The results of two processes, see `workers`."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

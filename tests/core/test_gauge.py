@@ -1,4 +1,4 @@
-"""The gauge: read without a change, or fixed for good."""
+"""The filter scale: `unit_gauge` reads without a change, `normalize` rescales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.contract
 
 
 def stretched(case: Case) -> tuple[nn.Sequential, torch.Tensor]:
-    """A model whose filters have norms other than one."""
+    """A model with filter norms other than one."""
     model, x = case.interspace(torch.float64, constraint="none")
     for name, parameter in model.named_parameters():
         if name.endswith("basis"):
@@ -37,7 +37,7 @@ def test_normalize_changes_the_gauge_and_nothing_else(case: Case) -> None:
         if layer.interspace is not None:
             norms = layer.interspace.basis.norm(dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms))
-    # The gradients that were there are those of the scaled parameters.
+    # The present gradients are those of the scaled parameters.
     before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     backward(model, x)
     for name, parameter in model.named_parameters():
@@ -85,7 +85,10 @@ def test_optimizer_state_is_that_of_gradients_in_the_new_gauge(name: str) -> Non
         found.append([optimizer.state[parameter] for parameter in model.parameters()])
     for expected, state, parameter in zip(*found, model.parameters(), strict=True):
         assert set(state) == set(expected)
-        if parameter.shape == (9, 9):  # in the new gauge gradients of a basis have no part along its filters
+        if parameter.shape == (
+            9,
+            9,
+        ):  # under the new constraint, gradients of a basis have no component along its filters
             continue
         for key, value in state.items():
             torch.testing.assert_close(value, expected[key])

@@ -1,4 +1,4 @@
-"""Masks: set, read, taken over from the host."""
+"""Masks: set, read, adopted from `torch.nn.utils.prune`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_set_is_what_is_read(model: nn.Sequential) -> None:
     found = masks(model)
     assert list(found) == ["0", "1"] and all(mask.dtype == torch.bool for mask in found.values())
     assert all(torch.equal(found[name], mask.bool()) for name, mask in chosen.items())
-    # Setting replaces; it does not add to what was there.
+    # `set_masks` replaces earlier masks.
     set_masks(model, {"0": ~KEEP.view(2, 1, 1, 3)})
     assert torch.equal(masks(model)["0"], ~KEEP.view(2, 1, 1, 3)) and torch.equal(masks(model)["1"], found["1"])
 
@@ -82,7 +82,7 @@ def test_masks_move_copy_and_save_with_the_model(model: nn.Sequential) -> None:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    # A model that has parametrizations makes room for masks that it does not have yet.
+    # A parametrized model allocates masks that it does not have yet.
     fresh = set_masks(copy.deepcopy(model), {"0": torch.ones(2, 1, 1, 3), "3": torch.ones(3, 6)})
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert all(torch.equal(mask, masks(fresh)[name]) for name, mask in masks(model).items())

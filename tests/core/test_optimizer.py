@@ -41,7 +41,7 @@ def test_an_optimizer_built_before_trains_everything_after_joining(case: Case) -
 
 @pytest.mark.parametrize("basis", ["standard", "orthonormal", "dct", 2 * torch.eye(9) + 0.1])
 def test_momentum_goes_on_exactly_as_that_of_gradients_by_coefficients(basis: object) -> None:
-    """Momentum of weights, converted, is the momentum that coefficients would have gathered."""
+    """Transformed momentum of weights equals momentum gathered for coefficients."""
     found = []
     for convert_first in (True, False):
         model, x = Case("conv2d", "standard", "layer").plain(torch.float64)
@@ -232,10 +232,10 @@ def test_bases_that_are_trained_or_held_on_purpose_are_not_warned_of(how: str) -
 
 def test_converting_with_the_optimizer_is_joining_at_once() -> None:
     model, _ = Case("conv2d", "standard", "layer").plain()
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, weight_decay=0.1) for each in (model, twin)]
+    converted = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, weight_decay=0.1) for each in (model, converted)]
     interspace(model, basis="dct", optimizer=optimizers[0])
-    join_optimizer(interspace(twin, basis="dct"), optimizers[1])
+    join_optimizer(interspace(converted, basis="dct"), optimizers[1])
     shapes = [[p.shape for group in each.param_groups for p in group["params"]] for each in optimizers]
     assert shapes[0] == shapes[1]
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizers[0].param_groups[0]["params"]}

@@ -1,4 +1,4 @@
-"""The report: right for a model in either space, with our masks, the host's masks, and baked."""
+"""The report: in either space, with masks of ours or of `torch.nn.utils.prune`, and baked."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_shared_basis_is_counted_at_its_first_layer() -> None:
     assert [(row.basis, row.basis_parameters) for row in rows] == [("0", 81), ("0", 0), ("", 0), ("", 0)]
     rows = report(interspace(network()), X).rows
     assert [(row.basis, row.basis_parameters) for row in rows] == [("0", 81), ("2", 81), ("", 0), ("", 0)]
-    # N * N for each position and each input channel (one, then 16).
+    # N * N for each position and input channel (one, then 16).
     assert [row.macs_basis for row in rows] == [2 * 36 * 81 * 1, 2 * 16 * 81 * 16, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Atomic file replacement."""
 
 from __future__ import annotations
 

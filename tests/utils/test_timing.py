@@ -1,4 +1,4 @@
-"""Calls that take turns."""
+"""Functions are timed in turn."""
 
 from __future__ import annotations
 

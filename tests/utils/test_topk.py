@@ -1,4 +1,4 @@
-"""The k-th largest, against sorting."""
+"""Top-k selection, against sorting."""
 
 from __future__ import annotations
 

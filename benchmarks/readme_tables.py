@@ -18,7 +18,7 @@ import pandas as pd
 from ip_plugin.compare import criteria
 from ip_plugin.compare.analysis import Analysis, mean, std
 from ip_plugin.compare.config import Study
-from ip_plugin.compare.report import SHORT, plus_minus, probability, signed
+from ip_plugin.compare.report import SHORT, plus_minus, probability
 from ip_plugin.compare.store import read
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def fitted_table(folder: Path) -> str:
 
 def difference(row: Mapping[str, float]) -> str:
     """A difference; bold if it is a loss."""
-    text = signed(row)
+    text = plus_minus(row, "+.1f")
     return f"**{text}**" if round(row["mean"], 1) < 0 else text.replace("−0.0", "+0.0", 1)
 
 

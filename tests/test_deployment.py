@@ -1,4 +1,4 @@
-"""The hosts' own ways of storing and shipping work on what is pruned: state dicts, pickles, torch.export, ONNX."""
+"""Pruned models are stored and exported by torch's own means: state dicts, pickles, torch.export, ONNX."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def x() -> Tensor:
 
 
 def baked(space: str, tmp_path: Path) -> tuple[nn.Module, nn.Module]:
-    """A pruned model, and one that was loaded from its compact file and baked."""
+    """A pruned model, and one that was loaded from its compressed checkpoint and baked."""
     model = pruned(space).eval()
     save(model, tmp_path / "model")
     return model, bake(load(small().eval(), tmp_path / "model"))
@@ -65,5 +65,5 @@ def test_onnx(space: str, tmp_path: Path, x: Tensor) -> None:
         # The newer exporter of torch 2.5 does not go with today's onnxscript.
         torch.onnx.export(plain, (x,), str(tmp_path / "model.onnx"), dynamo=torch.__version__ >= "2.6")
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert (torch.from_numpy(found) - model(x)).abs().max() <= 1e-5
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert (torch.from_numpy(outputs) - model(x)).abs().max() <= 1e-5

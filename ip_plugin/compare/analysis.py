@@ -15,7 +15,7 @@ from .cell import Result
 from .config import Cell, Study
 from .store import COLUMNS, to_row
 
-_NETWORK = ["criterion", "sparsity", "space"]
+_KEYS = ["criterion", "sparsity", "space"]
 
 
 class Analysis:
@@ -54,24 +54,24 @@ class Analysis:
         measured = dict.fromkeys(("accuracy", "accuracy_before_pruning", *COLUMNS[-5:]), float)
         self.results = runs = pd.DataFrame(rows, columns=COLUMNS).astype(measured | {"spatial_layers": str})
 
-        networks = pd.MultiIndex.from_product([study.criteria, study.sparsities, study.spaces], names=_NETWORK)
-        self.accuracy = _over_seeds(runs.set_index(_NETWORK)["accuracy"], _NETWORK).reindex(networks)
+        grid = pd.MultiIndex.from_product([study.criteria, study.sparsities, study.spaces], names=_KEYS)
+        self.accuracy = _over_seeds(runs.set_index(_KEYS)["accuracy"], _KEYS).reindex(grid)
 
         spatial, inter = (runs[runs["space"] == space] for space in ("spatial", "interspace"))
-        self.space_pairs = _paired({"spatial": spatial, "interspace": inter}, ["criterion", "sparsity"])
-        lines = pd.MultiIndex.from_product([study.criteria, study.sparsities], names=_NETWORK[:2])
-        self.space_difference = _over_seeds(self.space_pairs["difference"], _NETWORK[:2]).reindex(lines)
+        self.space_pairs = _paired({"spatial": spatial, "interspace": inter}, _KEYS[:2])
+        grid = pd.MultiIndex.from_product([study.criteria, study.sparsities], names=_KEYS[:2])
+        self.space_difference = _over_seeds(self.space_pairs["difference"], _KEYS[:2]).reindex(grid)
 
         has_variety = runs["criterion"].str.endswith(VARIED)
         varied = runs[has_variety].assign(criterion=runs["criterion"].str.removesuffix(VARIED))
-        self.variety_pairs = _paired({"without": runs[~has_variety], "varied": varied}, _NETWORK)
-        self.variety = self.variety_pairs.groupby(level=_NETWORK, sort=False).agg(
+        self.variety_pairs = _paired({"without": runs[~has_variety], "varied": varied}, _KEYS)
+        self.variety = self.variety_pairs.groupby(level=_KEYS, sort=False).agg(
             {"without": [mean, std], "varied": [mean, std], "difference": [mean, std, p_value]}
         )
 
-        costs = runs.dropna(subset="file_bytes").set_index(_NETWORK)[list(COLUMNS[-3:])]
+        costs = runs.dropna(subset="file_bytes").set_index(_KEYS)[list(COLUMNS[-3:])]
         costs["speedup"] = costs["dense_latency_ms"] / costs["latency_ms"]
-        self.deployment = costs.groupby(level=_NETWORK, sort=False).agg([mean, std])
+        self.deployment = costs.groupby(level=_KEYS, sort=False).agg([mean, std])
 
     def variety_by_seed(self) -> pd.Series:
         """The difference that variety makes, averaged over all rows of `variety`, for each seed that has them all."""

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from .config import Cell, Settings
 from .deployment import Deployment, measure
 from .tasks import TASKS, Split
 from .training import Training, TrainingCache, accuracy
+
+EpochDone: TypeAlias = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,7 @@ class Result:
 
 
 def execute(
-    cell: Cell,
-    settings: Settings,
-    epoch_done: Callable[[], None] = lambda: None,
-    cache: TrainingCache | None = None,
+    cell: Cell, settings: Settings, epoch_done: EpochDone = lambda: None, cache: TrainingCache | None = None
 ) -> Result:
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 

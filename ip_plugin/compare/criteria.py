@@ -30,10 +30,11 @@ def load(name: str) -> Criterion:
     host, _, criterion = name.partition(":")
     rule = "A criterion must be named adapter:criterion."
     try:
-        if host in hosts() and criterion in _offered(host):
-            return _offered(host)[criterion]
+        offered = _offered(host) if host in hosts() else {}
     except ImportError as error:
         raise StudyError(rule, f"{name!r}: {error}", f"install the pruning library of the adapter {host!r}") from error
+    if criterion in offered:
+        return offered[criterion]
     raise StudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")
 
 

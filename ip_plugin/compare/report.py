@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
@@ -28,31 +27,17 @@ if TYPE_CHECKING:
 SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A table as text.
-
-    Attributes:
-        title, headers, rows: what it shows.
-        caption: stands below it on the console.
-        by_criterion: whether the console separates criteria by space.
-    """
+class TextTable(NamedTuple):
+    """A table as text; the console shows the caption below it."""
 
     title: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str | None = None
-    by_criterion: bool = False
 
 
 def write(analysis: Analysis, folder: Path, command: str = "") -> None:
-    """Write ``accuracy.png``, ``accuracy.svg`` and ``report.html``; equal results give equal files.
-
-    Args:
-        analysis: what is shown.
-        folder: where the files go.
-        command: how the study was started, for the page.
-    """
+    """Write ``accuracy.png``, ``accuracy.svg`` and ``report.html``, which names the command that started the study."""
     figure = plot(analysis)
     svg = image(figure, "svg")
     write_whole(folder / "accuracy.png", image(figure, "png"))
@@ -65,16 +50,15 @@ def show(analysis: Analysis, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    for table in tables(analysis):
-        shown = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=table.title, caption=table.caption
-        )
-        shown.add_column(table.headers[0], overflow="fold", min_width=len(table.headers[0]))
-        for header in table.headers[1:]:
-            shown.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
-        for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
-            shown.add_row(*row, end_section=table.by_criterion and following is not None and following[0] != row[0])
-        console.print(shown)
+    sparsities = len(analysis.study.sparsities)
+    for number, (title, headers, rows, caption) in enumerate(tables(analysis)):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, caption=caption)
+        table.add_column(headers[0], overflow="fold", min_width=len(headers[0]))
+        for header in headers[1:]:
+            table.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
+        for index, row in enumerate(rows, start=1):
+            table.add_row(*row, end_section=number == 0 and index % sparsities == 0 and index < len(rows))
+        console.print(table)
     for remark in remarks(analysis):
         console.print(f"- {remark}")
 
@@ -95,7 +79,7 @@ def accuracy_table(analysis: Analysis) -> TextTable:
         row = [criterion, f"{sparsity:.4g}"]
         row += [plus_minus(analysis.accuracy.loc[criterion, sparsity, space]) for space in study.spaces]
         if compares:
-            row.append(signed(analysis.space_difference.loc[criterion, sparsity]))
+            row.append(plus_minus(analysis.space_difference.loc[criterion, sparsity], "+.1f"))
         runs = analysis.results[analysis.results["criterion"].eq(criterion) & analysis.results["sparsity"].eq(sparsity)]
         row.append(_alternatives(runs["parameters_left"], ","))
         if removes:
@@ -109,7 +93,6 @@ def accuracy_table(analysis: Analysis) -> TextTable:
         ],
         rows,
         "parameters left: trained bases included, equally many in both spaces",
-        by_criterion=True,
     )  # fmt: skip
 
 
@@ -119,7 +102,7 @@ def variety_table(analysis: Analysis) -> TextTable:
         "With filter variety and without: accuracy, pairs of equal seed, a paired t-test",
         ("criterion", "sparsity", "space", "without %", "with variety %", "difference", "p"),
         [
-            [*_names(key), plus_minus(row["without"]), plus_minus(row["varied"]), signed(row["difference"]),
+            [*_names(key), plus_minus(row["without"]), plus_minus(row["varied"]), plus_minus(row["difference"], "+.1f"),
              probability(row["difference"]["p_value"])]
             for key, row in analysis.variety.iterrows()
         ],
@@ -153,19 +136,12 @@ def _alternatives(values: pd.Series, spec: str) -> str:
 def plus_minus(row: Mapping[str, float], spec: str = ".1f") -> str:
     """Mean and standard deviation, both in one format.
 
-    >>> plus_minus(pd.Series({"mean": 1.0, "std": 0.25}), ".2f")
-    '1.00 ± 0.25'
+    >>> plus_minus({"mean": -1.5, "std": 0.25}, "+.2f")
+    '−1.50 ± 0.25'
     """
-    return "–" if pd.isna(row["mean"]) else f"{row['mean']:{spec}} ± {row['std']:{spec}}"
-
-
-def signed(row: Mapping[str, float]) -> str:
-    """Mean and standard deviation of a difference.
-
-    >>> signed(pd.Series({"mean": -1.5, "std": 0.7}))
-    '−1.5 ± 0.7'
-    """
-    return "–" if pd.isna(row["mean"]) else f"{row['mean']:+.1f} ± {row['std']:.1f}".replace("-", "−")
+    if pd.isna(row["mean"]):
+        return "–"
+    return f"{row['mean']:{spec}} ± {row['std']:{spec.lstrip('+')}}".replace("-", "−")
 
 
 def probability(p: float) -> str:
@@ -232,8 +208,8 @@ def _variety_remarks(analysis: Analysis) -> Iterable[str]:
     )
     by_seed = analysis.variety_by_seed()
     if len(by_seed) > 1:
-        overall = pd.Series({"mean": mean(by_seed), "std": std(by_seed)})
-        text += f" Mean over all lines, by seed: {signed(overall)} (p = {probability(p_value(by_seed))})."
+        overall = plus_minus({"mean": mean(by_seed), "std": std(by_seed)}, "+.1f")
+        text += f" Mean over all lines, by seed: {overall} (p = {probability(p_value(by_seed))})."
     yield text
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, TypeAlias
 
-from ..cell import Result
+from ..cell import EpochDone, Result
 from ..config import Cell, Settings
 
+Began: TypeAlias = Callable[[Cell], None]
 #: Each cell with its result, or with the error with which it failed, as they finish.
 Outcomes: TypeAlias = Generator[tuple[Cell, Result | Exception], None, None]
 
@@ -19,9 +20,7 @@ class EngineError(RuntimeError):
 class Engine(Protocol):
     """Runs cells."""
 
-    def __call__(
-        self, cells: Sequence[Cell], settings: Settings, began: Callable[[Cell], None], epoch_done: Callable[[], None]
-    ) -> Outcomes:
+    def __call__(self, cells: Sequence[Cell], settings: Settings, began: Began, epoch_done: EpochDone) -> Outcomes:
         """Run cells.
 
         Args:

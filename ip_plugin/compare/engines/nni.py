@@ -20,11 +20,11 @@ import torch
 
 from ip_plugin.errors import StudyError
 
-from ..cell import Result
+from ..cell import EpochDone, Result
 from ..config import Cell, Settings
 from ..deployment import check_alone
 from ..store import from_row, versions
-from . import EngineError, Outcomes, nni_trial
+from . import Began, EngineError, Outcomes, nni_trial
 from .nni_experiment import portal, request, running
 
 _ENDED = ("SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED")
@@ -66,9 +66,7 @@ class NniEngine:
             ) from error
         self._configured(["?"], Path.cwd())
 
-    def __call__(
-        self, cells: Sequence[Cell], settings: Settings, began: Callable[[Cell], None], epoch_done: Callable[[], None]
-    ) -> Outcomes:
+    def __call__(self, cells: Sequence[Cell], settings: Settings, began: Began, epoch_done: EpochDone) -> Outcomes:
         """Run cells, see `ip_plugin.compare.engines.Engine`."""
         check_alone(settings.deploy_threads, "the engine nni, whose trials may run together")
         if not cells:
@@ -81,9 +79,8 @@ class NniEngine:
                 "threads": torch.get_num_threads(),
             }
             Path(code, nni_trial.SETTINGS).write_text(json.dumps(given), encoding="utf-8")
-            with running(
-                self._configured([cell._asdict() for cell in cells], Path(code)), port=self.port
-            ) as experiment:
+            config = self._configured([cell._asdict() for cell in cells], Path(code))
+            with running(config, port=self.port) as experiment:
                 self.announce(portal(experiment))
                 yield from follow(experiment, cells, began, epoch_done)
 
@@ -106,9 +103,8 @@ class NniEngine:
         try:
             config.validate()
         except Exception as error:
-            raise _refused(
-                str(error) or f"{type(error).__name__}, {config.trial_concurrency} trials at once"
-            ) from error
+            found = str(error) or f"{type(error).__name__}, {config.trial_concurrency} trials at once"
+            raise _refused(found) from error
         return config
 
 
@@ -146,23 +142,14 @@ def _refused(found: str) -> StudyError:
 
 @dataclass
 class _Trial:
-    """What is known of a trial.
-
-    Attributes:
-        cell: which cell it runs, once it has said so.
-        reports: how many of its reports have been read.
-        error: the error that it has reported.
-        ended: when it was first seen to have ended.
-    """
+    """What is known of a trial, from its reports."""
 
     cell: Cell | None = None
-    reports: int = 0
+    reports: int = 0  # how many have been read
     error: str | None = None
-    ended: float | None = None
+    ended: float | None = None  # when it was first seen to have ended
 
-    def read(
-        self, reports: Sequence[dict[str, Any]], began: Callable[[Cell], None], epoch_done: Callable[[], None]
-    ) -> Result | None:
+    def read(self, reports: Sequence[dict[str, Any]], began: Began, epoch_done: EpochDone) -> Result | None:
         """Read the reports that are new; returns the result, if it is among them."""
         for report in reports[self.reports :]:
             self.reports += 1
@@ -188,8 +175,8 @@ class _Trial:
 def follow(
     experiment: Any,
     cells: Sequence[Cell],
-    began: Callable[[Cell], None],
-    epoch_done: Callable[[], None],
+    began: Began,
+    epoch_done: EpochDone,
     poll_seconds: float = 0.5,
     grace_seconds: float = 10.0,
 ) -> Outcomes:
@@ -199,10 +186,7 @@ def follow(
         experiment: a running `nni.experiment.Experiment`, whose trials run the cells.
         cells, began, epoch_done: see `ip_plugin.compare.engines.Engine`.
         poll_seconds: time between two looks at the experiment.
-        grace_seconds: time that a trial which has succeeded has for its result to arrive.
-
-    Raises:
-        EngineError: the experiment broke off.
+        grace_seconds: time for the result of a trial that has succeeded to arrive.
     """
     waiting = dict.fromkeys(cells)
     trials: dict[str, _Trial] = {}

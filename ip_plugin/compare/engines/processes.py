@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -13,11 +13,11 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from ..cell import Result, execute
+from ..cell import EpochDone, Result, execute
 from ..config import Cell, Settings
 from ..deployment import check_alone
 from ..training import TrainingCache
-from . import EngineError, Outcomes
+from . import Began, EngineError, Outcomes
 
 _CONTEXT = get_context("spawn")
 
@@ -31,9 +31,7 @@ class Processes:
 
     jobs: int
 
-    def __call__(
-        self, cells: Sequence[Cell], settings: Settings, began: Callable[[Cell], None], epoch_done: Callable[[], None]
-    ) -> Outcomes:
+    def __call__(self, cells: Sequence[Cell], settings: Settings, began: Began, epoch_done: EpochDone) -> Outcomes:
         """Run cells, see `ip_plugin.compare.engines.Engine`."""
         if self.jobs > 1:
             check_alone(settings.deploy_threads, f"{self.jobs} jobs at once")
@@ -77,7 +75,7 @@ class _Worker:
         theirs.close()
         return cls(process, ours)
 
-    def begin(self, cell: Cell, began: Callable[[Cell], None]) -> None:
+    def begin(self, cell: Cell, began: Began) -> None:
         self.cell = cell
         began(cell)
         with suppress(BrokenPipeError):  # the process is dead; `receive` will tell

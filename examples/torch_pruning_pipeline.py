@@ -1,4 +1,4 @@
-"""Train, cut channels and fine-tune a small network with Torch-Pruning, in either space.
+"""Train, remove channels and fine-tune a small network with Torch-Pruning, in either space.
 
 An ordinary pipeline on scikit-learn's digits. What makes it interspace pruning is the flag::
 
@@ -67,7 +67,7 @@ def accuracy(model, images, labels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interspace", action="store_true", help="act on coefficients of filters instead of weights")
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of the channels to cut")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of the channels to remove")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--finetune-epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

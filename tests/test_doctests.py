@@ -14,11 +14,10 @@ import ip_plugin.adapters
 
 
 def modules() -> list[str]:
-    found = [f"ip_plugin.{info.name}" for info in pkgutil.iter_modules(ip_plugin.__path__) if info.name != "adapters"]
-    for package in ("adapters", "compare", "methods"):
-        path = importlib.import_module(f"ip_plugin.{package}").__path__
-        found += [f"ip_plugin.{package}.{info.name}" for info in pkgutil.iter_modules(path)]
-    return ["ip_plugin", "ip_plugin.adapters", *sorted(set(found))]
+    names = ["ip_plugin", "ip_plugin.adapters"]
+    for package in (ip_plugin, ip_plugin.adapters):
+        names += [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return sorted({name for name in names if not name.endswith("__main__")})
 
 
 @pytest.mark.parametrize("name", modules())

@@ -254,7 +254,7 @@ def plot(analysis: Analysis) -> Figure:
                 )  # fmt: skip
         panel.set_title(criterion.title, fontsize="medium")
         panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
-        panel.set_xlabel("share of channels cut" if criterion.removes_channels else "sparsity")
+        panel.set_xlabel("share of channels removed" if criterion.removes_channels else "sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in %")
     if panels[0].get_legend_handles_labels()[0]:

@@ -218,7 +218,7 @@ class Session:
             self.say(line)
 
     def finish(self) -> None:
-        """Print what is left of every model that is still there."""
+        """Print the sparsity and size of every model that still exists."""
         self.flush()
         if not self.models:
             self.say(

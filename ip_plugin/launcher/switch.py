@@ -91,6 +91,10 @@ def switch_off() -> None:
     """Undo what `switch_on` has changed in torch and the libraries; models that were converted stay so.
 
     Without a session it does nothing.
+
+    >>> import ip_plugin
+    >>> session = ip_plugin.switch_on(quiet=True)
+    >>> ip_plugin.switch_off()
     """
     global _active
     if _active is not None:
@@ -100,7 +104,7 @@ def switch_off() -> None:
 
 @contextmanager
 def switched_on(**options: Any) -> Iterator[Session]:
-    """`switch_on` while the block runs; takes its arguments, and prints what is left of the models in the end.
+    """`switch_on` while the block runs; takes its arguments, and prints the sparsity of the models in the end.
 
     >>> import torch
     >>> import ip_plugin
@@ -108,7 +112,7 @@ def switched_on(**options: Any) -> Iterator[Session]:
     ...     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3))
     ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> model[0].parametrizations.weight[0].filters.shape
-    torch.Size([4, 3, 3])
+    torch.Size([9, 3, 3])
     """
     session = switch_on(**options)
     try:

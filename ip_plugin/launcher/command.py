@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import InterspaceError
 from .script import run_script
-from .side_by_side import compare_script
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)  # starts sooner
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -55,6 +53,10 @@ def run(
     patterns = [pattern.strip() for pattern in layers.split(",") if pattern.strip()]
     own = list(arguments or ())
     if compare:
+        from rich.console import Console  # here, so that a script starts sooner
+
+        from .side_by_side import compare_script
+
         given = {**options, "from": convert_at, "layers": layers}
         command = [f"--{name}={value}" for name, value in given.items() if value]
         try:

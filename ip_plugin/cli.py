@@ -27,6 +27,7 @@ from .compare.engines.nni import NniEngine
 from .compare.engines.processes import Processes
 from .compare.tasks import TASKS
 from .errors import InterspaceError
+from .launcher.command import run as run_script
 from .utils.atomic import replacing
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ DEFAULT = Study()
 EXISTING_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("run", context_settings={"allow_interspersed_args": False})(run_script)
 
 
 def run() -> None:

@@ -171,7 +171,7 @@ def _kernel(layer: TensorRef) -> tuple[int, ...]:
 def _select(model: nn.Module, selection: Selection) -> list[TensorRef]:
     """The layers to convert, in model order."""
     modules = dict(model.named_modules())
-    candidates = [TensorRef(module, "weight", name) for name, module in modules.items() if _obstacle(module) is None]
+    candidates = [TensorRef(module, "weight", name) for name, module in modules.items() if obstacle(module) is None]
     if selection is None:
         chosen = candidates
     elif isinstance(selection, str) or not (callable(selection) or isinstance(selection, Iterable)):
@@ -187,11 +187,11 @@ def _select(model: nn.Module, selection: Selection) -> list[TensorRef]:
         for name in names:
             if not isinstance(name, str) or name not in modules:
                 raise unknown_layer(str(name), modules)
-            obstacle = _obstacle(modules[name])
-            if obstacle is not None:
+            reason = obstacle(modules[name])
+            if reason is not None:
                 raise SelectionError(
                     "Only convolutions whose kernel has more than one element have a filter basis.",
-                    f"layer {name!r}: {obstacle}",
+                    f"layer {name!r}: {reason}",
                     f"leave {name!r} out of `layers`; it stays spatial and can be pruned all the same",
                 )
         chosen = [layer for layer in candidates if layer.module_name in names]
@@ -205,7 +205,7 @@ def _select(model: nn.Module, selection: Selection) -> list[TensorRef]:
     return chosen
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def obstacle(module: nn.Module) -> str | None:
     """The reason why a module cannot be in the interspace; None if it can."""
     if not isinstance(module, _ConvNd):
         return f"a {type(module).__name__}, not a convolution"

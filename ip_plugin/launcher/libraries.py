@@ -51,10 +51,15 @@ class PruningHistory(host.PruningContainer):
 
     @classmethod
     def forget(cls, layer: nn.Module, name: str | None = None) -> None:
-        """Take the history of a tensor away, or of all."""
-        for key, hook in list(layer._forward_pre_hooks.items()):
-            if isinstance(hook, cls) and name in (None, hook._tensor_name):
+        """Remove the history of a tensor, or of all tensors of a layer."""
+        for key in cls.of(layer):
+            if name in (None, layer._forward_pre_hooks[key]._tensor_name):  # type: ignore[attr-defined]
                 del layer._forward_pre_hooks[key]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> list[int]:
+        """Keys of the histories among the hooks of a layer."""
+        return [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, cls)]
 
 
 def _torch_prune(session: Session, patches: Patches) -> None:
@@ -65,7 +70,7 @@ def _torch_prune(session: Session, patches: Patches) -> None:
     method = pruning.BasePruningMethod
     apply, prune_globally, take_off = vars(method)["apply"], pruning.global_unstructured, pruning.remove
 
-    def told(cls: Any, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    def apply_and_note(cls: Any, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         session.convert_modules([module])
         result = apply.__func__(cls, module, name, *args, **kwargs)
         PruningHistory.record(module, name, result)
@@ -88,7 +93,7 @@ def _torch_prune(session: Session, patches: Patches) -> None:
         PruningHistory.forget(module, name)
         return module
 
-    patches.set(method, "apply", classmethod(told))
+    patches.set(method, "apply", classmethod(apply_and_note))
     for owner in (pruning, adapter):
         patches.set(owner, "global_unstructured", global_unstructured)
         patches.set(owner, "remove", remove)
@@ -141,15 +146,12 @@ def _torch_pruning(session: Session, patches: Patches, library: ModuleType) -> N
         names = {"host_class": host_class, "step": step, "__module__": host_class.__module__}
         return Switching(host_class.__name__, (host_class,), {**names, "__doc__": host_class.__doc__})
 
-    classes = {each for each in _attributes(library.pruner) if isinstance(each, type) and issubclass(each, BasePruner)}
+    names: Any = vars(library.pruner).values()
+    classes = {value for value in names if isinstance(value, type) and issubclass(value, BasePruner)}
     patches.replace({each: switched(each) for each in classes})
     counted = wrapping.count_ops_and_params
     patches.replace({library.utils.count_ops_and_params: counted})
     patches.set(library.utils.op_counter, "count_ops_and_params", counted)
-
-
-def _attributes(module: ModuleType) -> list[Any]:
-    return list(vars(module).values())
 
 
 def _nni(session: Session, patches: Patches, library: ModuleType) -> None:

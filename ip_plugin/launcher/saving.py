@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis import bases
 from ..core.convert import bake
-from ..core.masking import set_masks
+from ..core.parametrization import Interspace, Mask
 from ..core.tensor_ref import TensorRef, parametrized_tensors
 from .libraries import PruningHistory
 from .session import Session
@@ -28,19 +27,20 @@ def ordinary(value: Any) -> Any:
     """What `torch.save` gets in place of a value: converted models baked, their state dicts with plain keys.
 
     A state dict keeps the exact tensors (coefficients, bases, masks) in its metadata, which plain modules do not look
-    at, and which `load` finds there. Other values come back as they are.
+    at, and which `loading` finds there. Other values come back as they are.
     """
     if isinstance(value, nn.Module):
-        return _baked_copy(value) if parametrized_tensors(value) else value
+        marked = parametrized_tensors(value) or any(map(PruningHistory.of, value.modules()))
+        return _baked_copy(value) if marked else value
     if isinstance(value, Mapping):
         if any(isinstance(key, str) and _PART.fullmatch(key) for key in value):
             return plain_state_dict(value)
         if type(value) in (dict, OrderedDict):
-            inner = {key: ordinary(each) for key, each in value.items()}
+            inner = {key: ordinary(item) for key, item in value.items()}
             changed = any(inner[key] is not value[key] for key in value)
             return (dict if type(value) is dict else OrderedDict)(inner) if changed else value
     if type(value) in (list, tuple):
-        items = [ordinary(each) for each in value]
+        items = [ordinary(item) for item in value]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return type(value)(items) if changed else value
     return value
@@ -60,39 +60,38 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     Args:
         state: of a model in which layers are converted or masked.
     """
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        match = _PART.fullmatch(key)
-        if match:
-            parts.setdefault((match["layer"], match["tensor"]), {})[match["part"]] = value
-    ours = {at: found for at, found in parts.items() if "0.basis" in found or "0.mask" in found}
+        if match := _PART.fullmatch(key):
+            tensors.setdefault(match["layer"] + match["tensor"], {})[match["part"]] = value
+    ours = {name: parts for name, parts in tensors.items() if "0.basis" in parts or "0.mask" in parts}
     plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         match = _PART.fullmatch(key)
-        layer = match["layer"] if match else key.rpartition(".")[0] + "." * ("." in key)
-        for at in [at for at in ours if at[0] == layer]:  # before its bias, as in the plain model
-            plain["".join(at)] = _composed(ours.pop(at))
-        if match is None or (match["layer"], match["tensor"]) not in parts or not _is_ours(parts, match):
+        layer = match["layer"] if match else key[: key.rfind(".") + 1]
+        for name, parts in ours.items():  # before the layer's bias, as in the plain model
+            if name not in plain and name.rpartition(".")[0] == layer.removesuffix("."):
+                plain[name] = _composed(parts)
+        if match is None or match["layer"] + match["tensor"] not in ours:
             plain[key] = value
     metadata = getattr(state, "_metadata", {})
-    kept = {name: each for name, each in metadata.items() if "parametrizations" not in name.split(".")}
+    kept = {name: version for name, version in metadata.items() if "parametrizations" not in name.split(".")}
     plain._metadata = {**kept, METADATA: {"state": dict(state), "metadata": dict(metadata)}}  # type: ignore[attr-defined]
     return plain
 
 
-def _is_ours(parts: Mapping[tuple[str, str], Mapping[str, Tensor]], match: re.Match[str]) -> bool:
-    found = parts[match["layer"], match["tensor"]]
-    return "0.basis" in found or "0.mask" in found
-
-
 def _composed(parts: Mapping[str, Tensor]) -> Tensor:
-    values = parts["original"]
-    if parts.get("0.mask") is not None:
-        values = values * parts["0.mask"]
-    if "0.basis" in parts:
-        constraint = bases.CONSTRAINTS[int(parts.get("0._extra_state", torch.tensor(bases.CONSTRAINTS.index("none"))))]
-        values = bases.compose(values, bases.constrained(parts["0.basis"], constraint))
-    return values.clone()
+    """The tensor that a layer with this state computes with."""
+    original = parts["original"]
+    if "0.basis" not in parts:
+        parametrization = Mask()
+    else:
+        parametrization = Interspace(nn.Parameter(parts["0.basis"], requires_grad=False), original.shape[2:])
+        if "0._extra_state" in parts:
+            parametrization.set_extra_state(parts["0._extra_state"])
+    parametrization.mask = parts.get("0.mask")
+    composed: Tensor = parametrization(original)
+    return composed
 
 
 def exact(state: Any) -> OrderedDict[str, Any] | None:
@@ -106,15 +105,21 @@ def exact(state: Any) -> OrderedDict[str, Any] | None:
 
 
 def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
-    """`nn.Module.load_state_dict` that finds the exact state of what a switched run has saved."""
+    """`nn.Module.load_state_dict` that takes the exact state of what a switched run has saved.
+
+    Masks that a model has and a state has not, because it was saved before they were pruned, stay.
+    """
 
     def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        found = exact(state_dict)
-        if found is not None and session.options.space == "interspace":
+        state = exact(state_dict)
+        if state is not None:
             session.convert(self)
-            _make_room(self, found)
-            if set(found) == set(self.state_dict()):
-                return load(self, found, *args, **kwargs)
+            state = _with_masks(self, state)
+            present = self.state_dict()
+            if all(key in present for key in state if _PART.fullmatch(key)):
+                return load(self, state, *args, **kwargs)
+        elif any(isinstance(key, str) and _PART.fullmatch(key) for key in state_dict):
+            state_dict = _with_masks(self, OrderedDict(state_dict))
         result = load(self, state_dict, *args, **kwargs)
         _warn_of_changed_kernels(self, state_dict)
         return result
@@ -122,16 +127,21 @@ def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
     return load_state_dict
 
 
-def _make_room(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give layers the masks that a state has and the model has not; loading fills them."""
+def _with_masks(model: nn.Module, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    """Make model and state have the same masks: the model gets those that it lacks, the state those that it lacks."""
     modules = dict(model.named_modules())
     for key, value in state.items():
         match = _PART.fullmatch(key)
-        name = match["layer"].removesuffix(".") if match else ""
-        if match and match["part"] == "0.mask" and match["tensor"] == "weight" and name in modules:
-            weight = modules[name].weight
-            if key not in model.state_dict() and isinstance(weight, Tensor) and weight.shape == value.shape:
-                set_masks(model, {name: torch.ones_like(weight, dtype=torch.bool)})
+        module = modules.get(match["layer"].removesuffix(".")) if match else None
+        if match and module is not None and match["part"] == "0.mask":
+            ref = TensorRef(module, match["tensor"])
+            if ref.mask is None and ref.parameter.shape == value.shape:
+                ref.set_mask(torch.ones_like(value))
+    for ref in parametrized_tensors(model):
+        prefix = f"{ref.module_name}.parametrizations.{ref.tensor_name}.".removeprefix(".")
+        if ref.mask is not None and f"{prefix}original" in state:
+            state.setdefault(f"{prefix}0.mask", ref.mask)
+    return state
 
 
 @torch.no_grad()
@@ -142,11 +152,10 @@ def _warn_of_changed_kernels(model: nn.Module, state: Mapping[str, Any]) -> None
     for key, value in state.items():
         name, _, tensor_name = key.rpartition(".")
         module = modules.get(name)
-        if tensor_name == "weight" and module is not None and TensorRef(module).chain is not None:
-            loaded = module.weight
-            if isinstance(loaded, Tensor) and loaded.shape == value.shape and not torch.allclose(
-                loaded.as_subclass(Tensor), value.to(loaded.device, loaded.dtype), rtol=1e-3, atol=1e-4
-            ):  # fmt: skip
+        if tensor_name == "weight" and module is not None and TensorRef(module).interspace is not None:
+            loaded = TensorRef(module).composed
+            given = value.to(loaded.device, loaded.dtype)
+            if loaded.shape == given.shape and not torch.allclose(loaded, given, rtol=1e-3, atol=1e-4):
                 changed.append(name)
     if changed:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -44,7 +45,10 @@ def run_script(
             "ip-plugin run [options] script.py [the script's own arguments], or -m package.module",
         )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError("--output must be a folder that can be made.", str(error), "choose another") from error
     sys.argv = [target, *arguments]
     sys.path[0] = os.getcwd() if is_module else str(Path(target).resolve().parent)
     session = switch_on(**options)
@@ -59,8 +63,7 @@ def run_script(
     except BaseException as error:
         _show(error)
         if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)  # so that a shell sees what Python itself would let it see
+            _end_by_interrupt()
         return 1
     finally:
         switch_off()
@@ -78,6 +81,15 @@ def _status(end: SystemExit) -> int:
     return 1
 
 
+def _end_by_interrupt() -> None:
+    """End as Python ends after Ctrl-C: exit handlers, streams, and then the signal, which the parent process sees."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def _show(error: BaseException) -> None:
     """Print the script's traceback without the frames of the launcher."""
     frame: TracebackType | None = error.__traceback__
@@ -88,7 +100,7 @@ def _show(error: BaseException) -> None:
 
 
 def _write(session: Session, output: Path) -> None:
-    """A compact checkpoint and a report of each model that is still there."""
+    """Write a compressed checkpoint and a report of each model that still exists."""
     for number, model in enumerate(session.models):
         suffix = f"-{number}" if number else ""
         try:

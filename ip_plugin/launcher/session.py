@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -13,12 +13,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ..basis.bases import BasisSpec, Constraint
-from ..core.convert import interspace
+from ..basis.bases import CONSTRAINTS, BasisSpec, Constraint, make
+from ..core.convert import interspace, obstacle
 from ..core.optimizer import join_optimizer
 from ..core.parametrization import order
 from ..core.tensor_ref import by_basis, own_tensors, prunable_tensors
@@ -42,6 +40,7 @@ class Options:
         known = {
             "space": ("interspace", "spatial"),
             "sharing": ("layer", "model"),
+            "constraint": CONSTRAINTS,
             "convert_at": ("start", "pruning"),
         }
         for name, values in known.items():
@@ -51,9 +50,8 @@ class Options:
                     repr(getattr(self, name)),
                     f"leave it out: {getattr(type(self), name)!r}",
                 )
-        interspace(nn.Conv2d(1, 1, 2), basis="standard", constraint=self.constraint)  # refuses an unknown constraint
         if isinstance(self.basis, str):
-            interspace(nn.Conv2d(1, 1, 2), basis=self.basis)
+            make(self.basis, (2, 2), torch.Generator())  # refuses a name that is not known
 
 
 class Session:
@@ -65,23 +63,18 @@ class Session:
             so that it can be reported when the script has ended.
     """
 
-    def __init__(self, options: Options, stream: Callable[[str], object] | None = None) -> None:
+    def __init__(self, options: Options) -> None:
         self.options = options
         self.models: WeakSet[nn.Module] = WeakSet()
         self.last: nn.Module | None = None
         self._refused: WeakSet[nn.Module] = WeakSet()
-        self._complete: WeakKeyDictionary[Optimizer, tuple[int, int, int]] = WeakKeyDictionary()
-        self._event: tuple[str, nn.Module] | None = None
-        self._said: dict[int, str] = {}
-        self._stream = stream
+        self._complete: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
+        self._pruned_by: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # and not printed yet
+        self._printed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def say(self, line: str) -> None:
         """Print a line to stderr; in a distributed run only the first process does."""
-        if self.options.quiet or os.environ.get("RANK", "0") != "0":
-            return
-        if self._stream is not None:
-            self._stream(line)
-        else:
+        if not self.options.quiet and os.environ.get("RANK", "0") == "0":
             print(f"[ip-plugin] {line}", file=sys.stderr, flush=True)
 
     # Conversion
@@ -92,7 +85,7 @@ class Session:
         if self.options.space == "spatial":
             self._remember(model)
             return
-        chosen = [name for name, module in model.named_modules() if self._is_to_convert(name, module)]
+        chosen = [name for name, module in model.named_modules() if _can_convert(module) and self._is_selected(name)]
         if not chosen:
             if model not in self.models and model not in self._refused:
                 self._refused.add(model)
@@ -115,16 +108,12 @@ class Session:
         """Convert the models that hold Parameters, if the weight of a layer that can be converted is among them."""
         ids = {id(parameter) for parameter in parameters}
         for model in _owners(ids):
-            if any(id(module._parameters.get("weight")) in ids for module in model.modules() if _is_large(module)):
+            if any(id(module._parameters.get("weight")) in ids for module in model.modules() if _can_convert(module)):
                 self.convert(model)
 
     def convert_modules(self, modules: Iterable[nn.Module]) -> None:
         """Convert the models that modules belong to; those of no model by themselves."""
-        waiting = [
-            module
-            for module in dict.fromkeys(modules)
-            if self._is_to_convert("", module, any_name=True) and module not in self._refused
-        ]
+        waiting = [module for module in dict.fromkeys(modules) if _can_convert(module) and module not in self._refused]
         if not waiting:
             return
         models = _owners({id(parameter) for module in waiting for parameter in module.parameters()})
@@ -141,13 +130,12 @@ class Session:
         for module in alone:
             self.convert(module)
 
-    def _is_to_convert(self, name: str, module: nn.Module, any_name: bool = False) -> bool:
+    def _is_selected(self, name: str) -> bool:
         patterns = self.options.layers
-        named = any_name or not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-        return named and _is_large(module) and not parametrize.is_parametrized(module, "weight")
+        return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def _why_none(self, model: nn.Module) -> str:
-        if self.options.layers and any(map(_is_large, model.modules())):
+        if self.options.layers and any(obstacle(module) is None for module in model.modules()):
             return f"; no convolution has a name like {', '.join(map(repr, self.options.layers))}"
         return "; only convolutions whose kernel has more than one element have a basis"
 
@@ -157,8 +145,6 @@ class Session:
 
     def join(self, optimizer: Optimizer) -> None:
         """Let the bases of all models join an optimizer that has their coefficients."""
-        if self.options.space == "spatial":
-            return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for model in list(self.models):
             groups = by_basis(ref for ref in prunable_tensors(model) if id(ref.parameter) in held)
@@ -181,12 +167,7 @@ class Session:
     def before_step(self, optimizer: Optimizer) -> None:
         """Before an optimizer steps: print what was pruned; an optimizer that has missed a basis gets it now."""
         self.flush()
-        known = (
-            len(optimizer.param_groups),
-            sum(len(group["params"]) for group in optimizer.param_groups),
-            len(self.models),
-        )
-        if self._complete.get(optimizer) == known:
+        if self._complete.get(optimizer) == self._size_of(optimizer):
             return
         before = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.join(optimizer)
@@ -194,38 +175,38 @@ class Session:
             for parameter in group["params"]:
                 if id(parameter) not in before:
                     parameter.grad = None  # it may not be unscaled or clipped like the others
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        self._complete[optimizer] = len(optimizer.param_groups), count, len(self.models)
+        self._complete[optimizer] = self._size_of(optimizer)
+
+    def _size_of(self, optimizer: Optimizer) -> tuple[int, int]:
+        return sum(len(group["params"]) for group in optimizer.param_groups), len(self.models)
 
     # Pruning
 
     def note_pruning(self, what: str, modules: Iterable[nn.Module]) -> None:
         """Remember that something was pruned; it is printed once, at the next step of an optimizer or at the end."""
-        for module in modules:
-            for model in self.models:
-                if any(module is each for each in model.modules()):
-                    self._event = (what, model)
-                    return
+        pruned = set(modules)
+        for model in self.models:
+            if not pruned.isdisjoint(model.modules()):
+                self._pruned_by[model] = what
 
     def flush(self) -> None:
         """Print what was pruned since the last time."""
-        if self._event is None:
-            return
-        (what, model), self._event = self._event, None
-        line = f"{_called(model)} pruned by {what}: {_left(model)}"
-        if self._said.get(id(model)) != line:
-            self._said[id(model)] = line
-            self.say(line)
+        for model, what in list(self._pruned_by.items()):
+            line = f"{_called(model)} pruned by {what}: {_totals(model)}"
+            if self._printed.get(model) != line:
+                self._printed[model] = line
+                self.say(line)
+        self._pruned_by.clear()
 
     def finish(self) -> None:
         """Print the sparsity and size of every model that still exists."""
         self.flush()
         if not self.models:
-            self.say(
-                "no model was converted: nothing in the script builds an optimizer for a convolution, or prunes one"
-            )
+            self.say("no model was converted: no optimizer was built for a convolution, and none was pruned")
+        elif not self._printed and self.options.space == "interspace":
+            self.say("nothing was pruned")
         for model in self.models:
-            self.say(f"{_called(model)} at the end: {_left(model)}")
+            self.say(f"{_called(model)} at the end: {_totals(model)}")
 
 
 def _called(model: nn.Module) -> str:
@@ -233,7 +214,7 @@ def _called(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _left(model: nn.Module) -> str:
+def _totals(model: nn.Module) -> str:
     totals = report(model)
     rows = totals.prunable
     return (
@@ -242,16 +223,11 @@ def _left(model: nn.Module) -> str:
     )
 
 
-def _is_large(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose kernel has more than one element, with a weight of its own or of ours."""
-    return (
-        isinstance(module, _ConvNd)
-        and any(size > 1 for size in module.kernel_size)
-        and (
-            parametrize.is_parametrized(module, "weight") or isinstance(module._parameters.get("weight"), nn.Parameter)
-        )
-        and not isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter)
-    )
+def _can_convert(module: nn.Module) -> bool:
+    """Whether a module is a convolution that can be converted, and is neither converted nor pruned yet."""
+    weight = module._parameters.get("weight")
+    initialised = isinstance(weight, nn.Parameter) and not isinstance(weight, nn.parameter.UninitializedParameter)
+    return initialised and obstacle(module) is None
 
 
 def _plain_order(model: nn.Module) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.table import Table
@@ -27,20 +28,24 @@ def read_metric(text: str, metric: str) -> float:
     >>> read_metric("epoch 1: accuracy 0.5\nepoch 2: accuracy 0.75", r"accuracy ([0-9.]+)")
     0.75
     """
-    path, _, key = metric.rpartition(":")
-    if path.endswith(".json"):
-        value = json.loads(Path(path).read_text())
-        for part in key.split("."):
-            value = value[part]
-        return float(value)
-    matches = re.findall(metric, text)
-    if not matches or not isinstance(matches[-1], str):
-        raise StudyError(
-            "The script must print its metric as the expression says, with one group around the number.",
-            f"{len(matches)} matches of {metric!r} in {len(text.splitlines())} lines of output",
-            r"pass for example --metric 'accuracy: ([0-9.]+)', or --metric results.json:accuracy",
-        )
-    return float(matches[-1])
+    try:
+        path, _, key = metric.rpartition(":")
+        if path.endswith(".json"):
+            value = json.loads(Path(path).read_text())
+            for part in key.split("."):
+                value = value[part]
+            return float(value)
+        matches = re.findall(metric, text)
+        found = f"{len(matches)} matches of {metric!r} in {len(text.splitlines())} lines of output"
+        if matches:
+            return float(matches[-1])
+    except (OSError, ValueError, LookupError, TypeError, re.error) as error:
+        found = f"{metric!r}: {type(error).__name__}: {error}"
+    raise StudyError(
+        "The script must give its metric: a number that an expression with one group finds, or that a JSON file has.",
+        found,
+        r"pass for example --metric 'accuracy: ([0-9.]+)', or --metric results.json:accuracy",
+    )
 
 
 def compare_script(
@@ -59,6 +64,12 @@ def compare_script(
         ArgumentError: several seeds, and no option that takes them.
         StudyError: a run failed, or did not give the metric.
     """
+    if len(seeds) > 1 and find_spec("scipy") is None:
+        raise ArgumentError(
+            "Several seeds need scipy, for the interval of their difference.",
+            "scipy is not installed",
+            "pip install 'ip-plugin[compare]', or compare with one seed",
+        )
     if len(seeds) > 1 and seed_option is None:
         raise ArgumentError(
             "Several seeds need an option of the script that takes them.",

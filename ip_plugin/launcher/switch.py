@@ -131,8 +131,9 @@ def _patch_torch(session: Session, patches: Patches) -> None:
         if start:
             session.convert_owners(parameters)
         built(self, params, *args, **kwargs)
-        session.join(self)
-        session.arrange(self)
+        if session.options.space == "interspace":
+            session.join(self)
+            session.arrange(self)
 
     patches.set(Optimizer, "__init__", build)
     if session.options.space == "spatial":
@@ -152,9 +153,8 @@ def _patch_torch(session: Session, patches: Patches) -> None:
             wrapping(wrapper)
 
     def before_step(optimizer: Optimizer, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        session.before_step(optimizer)
+        if not torch.compiler.is_compiling():
+            session.before_step(optimizer)
 
     patches.defer(register_optimizer_step_pre_hook(before_step).remove)
     save, load = torch.save, nn.Module.load_state_dict

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from ip_plugin import errors, load
 from ip_plugin.launcher.command import main
-from ip_plugin.launcher.side_by_side import read_metric
+from ip_plugin.launcher.side_by_side import compare_script, read_metric
 
 SCRIPT = """
 import argparse, sys, torch
@@ -82,7 +85,7 @@ def test_the_control_run_prints_what_the_script_prints_alone(folder: Path) -> No
 
 @pytest.mark.parametrize(
     ("end", "status", "stderr"),
-    [("text", 1, "so long"), ("error", 1, "RuntimeError: broken"), ("unpruned", 0, "0.00% of 468")],
+    [("text", 1, "so long"), ("error", 1, "RuntimeError: broken"), ("unpruned", 0, "nothing was pruned")],
 )
 def test_how_it_ends(folder: Path, end: str, status: int, stderr: str) -> None:
     done = run(folder, "script.py", "--end", end)
@@ -103,6 +106,7 @@ def test_how_it_ends(folder: Path, end: str, status: int, stderr: str) -> None:
         (("--from", "never", "script.py"), "'never'"),
         (("--compare", "--seeds", "0,1", "script.py"), "2 seeds"),
         (("--compare", "--seeds", "one", "script.py"), "'one'"),
+        (("--output", "script.py/out", "script.py"), "script.py/out"),
     ],
 )
 def test_bad_input_is_a_line_that_says_so(
@@ -133,24 +137,59 @@ def test_runs_that_cannot_work_say_so(folder: Path, arguments: tuple[str, ...], 
 
 
 def test_side_by_side(folder: Path) -> None:
-    done = run(
-        folder, "--compare", "--metric", "loss: ([0-9.]+)", "--seed-option=--seed", "--seeds", "0,1", "script.py"
-    )
+    done = run(folder, "--compare", "--metric", "loss: ([0-9.]+)", "--seed-option=--seed", "--seeds", "1", "script.py")
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("│")]
-    assert [row[1] for row in rows[:3]] == ["0", "1", "mean"]
-    for row in rows[:2]:
-        spatial, interspace, difference = (float(row[i]) for i in (3, 5, 7))
-        assert difference == pytest.approx(interspace - spatial, abs=1e-4)
-        assert difference != 0
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("│")]
+    spatial, interspace, difference = (float(row[i]) for i in (3, 5, 7))
+    assert row[1] == "1"
+    assert difference == pytest.approx(interspace - spatial, abs=1e-4)
+    assert difference != 0
+    assert "nothing can be said about chance" in done.stdout
+
+
+def test_the_interval_over_seeds(monkeypatch: Any) -> None:
+    def fake(call: list[str], **_: Any) -> Any:
+        seed, switched = int(call[-1]), "interspace" in call
+        return subprocess.CompletedProcess(call, 0, f"accuracy {0.5 + 0.01 * seed * switched}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    out = io.StringIO()
+    Console(file=out, width=150).print(compare_script([], ["s.py"], r"accuracy ([0-9.]+)", (1, 2, 3), "--seed"))
+    # Differences 0.01, 0.02, 0.03: mean 0.02, standard error 0.01 / sqrt(3), and t = 4.3027 for two degrees of freedom.
+    assert "+0.02, 95 % interval [-0.004841, +0.04484] over 3 seeds" in out.getvalue()
 
 
 def test_metrics(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"test": {"accuracy": 0.5}}))
     assert read_metric("", f"{path}:test.accuracy") == 0.5
-    with pytest.raises(errors.StudyError, match="0 matches"):
-        read_metric("accuracy: none", r"accuracy: ([0-9.]+)")
+
+
+@pytest.mark.parametrize(
+    ("metric", "match"),
+    [
+        (r"accuracy: ([0-9.]+)", "0 matches"),
+        ("accuracy: (", "missing \\)"),
+        ("(accuracy): (none)", "TypeError"),
+        ("accuracy: (none)", "ValueError"),
+        ("nothing.json:accuracy", "FileNotFoundError"),
+    ],
+)
+def test_a_metric_that_is_not_there(metric: str, match: str) -> None:
+    with pytest.raises(errors.StudyError, match=match):
+        read_metric("accuracy: none", metric)
+
+
+def test_an_interrupt_ends_it_as_it_ends_python(folder: Path) -> None:
+    (folder / "endless.py").write_text(
+        "import atexit, os, signal\natexit.register(print, 'goodbye')\nprint('hello')\n"
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    alone = subprocess.run([sys.executable, "endless.py"], cwd=folder, capture_output=True, text=True)
+    done = run(folder, "endless.py")
+    assert done.returncode == alone.returncode == -signal.SIGINT
+    assert done.stdout == alone.stdout == "hello\ngoodbye\n"
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
 
 
 def test_two_processes_of_torchrun(folder: Path) -> None:

@@ -57,10 +57,6 @@ def equal(switched: nn.Module, changed: nn.Module) -> bool:
     )
 
 
-class Own(tp.pruner.GroupNormPruner):  # type: ignore[misc]
-    """Of a user, defined before the switch."""
-
-
 @pytest.mark.parametrize("cls", ["GroupNormPruner", "MagnitudePruner", "BNScalePruner", "derived"])
 def test_torch_pruning(cls: str) -> None:
     def run(make: Callable[..., Any], model: nn.Module, count: Callable[..., Any]) -> Any:

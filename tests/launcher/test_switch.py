@@ -7,7 +7,9 @@ import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,11 +50,12 @@ def pairs(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(m, "weight") for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
-def script() -> nn.Module:
-    """Train, prune one by one and together, by a method of one's own, fine-tune; written for torch alone."""
-    from torch.nn.utils import prune
+def script(prune: Any = None, convert: Callable[[nn.Module], nn.Module] = lambda model: model) -> nn.Module:
+    """Train, prune one by one and together, by a method of one's own, fine-tune; as it is, written for torch alone."""
+    if prune is None:
+        from torch.nn.utils import prune
 
-    class EveryThird(prune.BasePruningMethod):
+    class EveryThird(prune.BasePruningMethod):  # type: ignore[name-defined,misc]
         PRUNING_TYPE = "unstructured"
 
         def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def script() -> nn.Module:
             mask.view(-1)[::3] = 0
             return mask
 
-    model = network()
+    model: Any = convert(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, 2)
     prune.global_unstructured(pairs(model), prune.L1Unstructured, amount=0.5)
@@ -73,35 +76,11 @@ def script() -> nn.Module:
     return model
 
 
-def by_hand(**options: Any) -> nn.Module:
-    """The same, changed by hand."""
-
-    class EveryThird(torch_prune.BasePruningMethod):
-        PRUNING_TYPE = "unstructured"
-
-        def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-            mask = default_mask.clone()
-            mask.view(-1)[::3] = 0
-            return mask
-
-    model = interspace(network(), **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step(model, optimizer, 2)
-    torch_prune.global_unstructured(pairs(model), torch_prune.L1Unstructured, amount=0.5)
-    step(model, optimizer, 2)
-    for module, name in pairs(model):
-        torch_prune.l1_unstructured(module, name, amount=0.2)
-    EveryThird.apply(model[3], "weight")
-    torch_prune.ln_structured(model[0], "weight", amount=1, n=2, dim=0)
-    step(model, optimizer, 2)
-    return model
-
-
 @pytest.mark.parametrize("options", [{}, {"basis": "dct", "sharing": "model"}], ids=["standard", "dct"])
 def test_a_script_for_torch_equals_the_one_changed_by_hand(options: dict[str, Any]) -> None:
     with ip_plugin.switched_on(quiet=True, **options):
         switched = script()
-    changed = by_hand(**options)
+    changed = script(torch_prune, partial(interspace, **options))
     torch.testing.assert_close(switched.eval()(X), changed.eval()(X), rtol=0, atol=0 if not options else 1e-5)
     for name, mask in masks(changed).items():
         assert torch.equal(mask, masks(switched)[name])
@@ -228,11 +207,102 @@ def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run() -
         torch.testing.assert_close(each.eval()(X), outputs)
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_state_from_before_the_pruning_rewinds_and_masks_stay(from_file: bool, tmp_path: Path) -> None:
+    with ip_plugin.switched_on(quiet=True, basis="dct"):
+        from torch.nn.utils import prune
+
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        early: Any = copy.deepcopy(model.state_dict())
+        if from_file:
+            torch.save(model.state_dict(), tmp_path / "early.pt")
+            early = torch.load(tmp_path / "early.pt")
+        start = copy.deepcopy(model)
+        step(model, optimizer, 3)
+        prune.global_unstructured(pairs(model), prune.L1Unstructured, amount=0.5)
+        prune.l1_unstructured(model[3], "bias", amount=2)
+        kept = masks(model)
+        if from_file:  # linear layers: a state dict in memory has the keys of the model that it is loaded into
+            model.load_state_dict(early)
+        else:
+            model.load_state_dict(early, strict=False)
+        for name, mask in masks(model).items():
+            assert torch.equal(mask, kept[name])
+        for index in (0, 3):
+            now, then = (m[index].parametrizations.weight for m in (model, start))
+            assert torch.equal(now.original, then.original)
+            assert torch.equal(now[0].basis, then[0].basis)
+        assert torch.equal(model[5].weight, start[5].weight * kept["5"])
+
+
+def test_masks_of_biases_are_restored() -> None:
+    with ip_plugin.switched_on(quiet=True):
+        from torch.nn.utils import prune
+
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step(model, optimizer)
+        prune.l1_unstructured(model[3], "bias", amount=2)
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        resumed = network()
+        resumed.load_state_dict(torch.load(file))
+        assert torch.equal(resumed[3].bias == 0, model[3].bias == 0)
+        assert torch.equal(resumed.eval()(X), model.eval()(X))
+    file.seek(0)
+    plain = network()
+    plain.load_state_dict(torch.load(file))
+    assert int((plain[3].bias == 0).sum()) == 2
+
+
+def test_a_model_that_the_script_bakes_is_saved_without_a_trace(tmp_path: Path) -> None:
+    with ip_plugin.switched_on(quiet=True):
+        torch.save(ip_plugin.bake(script()), tmp_path / "model.pt")
+    whole = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not any(module._forward_pre_hooks for module in whole.modules())
+
+
+def test_gradients_may_be_accumulated_and_scaled() -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(3):
+            for half in (slice(0, 4), slice(4, 8)):
+                scaler.scale(F.cross_entropy(model(X[half]), Y[half]) / 2).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return model.eval()
+
+    with ip_plugin.switched_on(quiet=True):
+        model = network()
+        switched = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    changed = interspace(network())
+    train(changed, torch.optim.SGD(changed.parameters(), lr=0.1, momentum=0.9))
+    torch.testing.assert_close(switched(X), changed(X))
+
+
+def test_it_draws_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    with ip_plugin.switched_on(quiet=True, basis="orthonormal"):
+        model = network()
+        after_building = torch.get_rng_state()
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        assert torch.equal(torch.get_rng_state(), after_building)
+    torch.set_rng_state(state)
+    ip_plugin.switch_on(quiet=True, basis="orthonormal")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_dense_dict_that_masks_do_not_allow_is_told() -> None:
     with ip_plugin.switched_on(quiet=True):
         model = script()
         dense = network().state_dict()
-        with pytest.warns(UserWarning, match=r"3 pruned layers \(the first is '0'\)"):
+        with pytest.warns(UserWarning, match=r"2 pruned layers \(the first is '0'\)"):
             model.load_state_dict(dict(dense))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

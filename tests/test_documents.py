@@ -217,7 +217,15 @@ def test_the_example_of_sparse_training_keeps_equally_many_numbers(
     assert re.fullmatch(rf"{method}: [\d.]+ %, 281[0-2] of 56224 numbers left\n", printed)
 
 
-def test_the_picture_of_the_readme_is_drawn(example: Example, tmp_path: Path) -> None:
+def few_digits() -> Callable[[], SimpleNamespace]:
+    """What loads a sixth of scikit-learn's digits."""
+    digits = sklearn.datasets.load_digits()
+    few = SimpleNamespace(images=digits.images[:300], target=digits.target[:300])
+    return lambda: few
+
+
+def test_the_picture_of_the_readme_is_drawn(example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sklearn.datasets, "load_digits", few_digits())
     example("draw_filter.py", "--output", str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -231,9 +239,7 @@ def test_the_example_of_deployment_measures_what_it_says(
     else:
         (tmp_path / "numba.py").write_text("raise ImportError('not installed')")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the fresh process
-    digits = sklearn.datasets.load_digits()
-    few = SimpleNamespace(images=digits.images[:300], target=digits.target[:300])
-    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
+    monkeypatch.setattr(sklearn.datasets, "load_digits", few_digits())
     printed = example("deploy.py", "--epochs", "1", "--finetune-epochs", "0", *arguments)
     dense, sparse, factor = re.search(r"bytes +([\d,]+) +([\d,]+) +([\d.]+) times smaller", printed).groups()  # type: ignore[union-attr]
     sizes = [int(size.replace(",", "")) for size in (dense, sparse)]

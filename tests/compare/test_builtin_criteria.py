@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -133,8 +134,10 @@ def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> Non
     assert 0.45 < float((kept > 0).float().mean()) < 0.55
 
 
-@pytest.mark.parametrize("space", config.SPACES)
-@pytest.mark.parametrize("name", ["snip", "snip_rounds", "grasp", "synflow"])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [*product(("snip", "grasp"), config.SPACES), ("snip_rounds", "spatial"), ("synflow", "interspace")],
+)
 def test_scores_at_initialisation_choose_before_training(name: str, space: str) -> None:
     model, reference = network(space), network(space)
     training = run(name, model, 50000, FEW_IMAGES)

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 import ip_plugin
 from ip_plugin import errors, interspace, masks, report
 from ip_plugin.adapters import torch_prune
+from ip_plugin.core.tensor_ref import TensorRef
 
 
 def network() -> nn.Sequential:
@@ -194,6 +195,7 @@ def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run() -
         first = network()  # the checkpoint before the optimizer
         first.load_state_dict(checkpoint["model"][0])
         assert torch.equal(first.eval()(X), outputs)
+        assert all(torch.equal(mask, masks(first)[name]) for name, mask in masks(model).items())
         model.load_state_dict(checkpoint["model"][0])
         step(model.train(), optimizer)
     files[0].seek(0)
@@ -250,7 +252,9 @@ def test_masks_of_biases_are_restored() -> None:
         file.seek(0)
         resumed = network()
         resumed.load_state_dict(torch.load(file))
-        assert torch.equal(resumed[3].bias == 0, model[3].bias == 0)
+        restored, mask = (TensorRef(m[3], "bias").mask for m in (resumed, model))
+        assert restored is not None and mask is not None
+        assert torch.equal(restored, mask)
         assert torch.equal(resumed.eval()(X), model.eval()(X))
     file.seek(0)
     plain = network()
@@ -319,6 +323,22 @@ def test_averages_that_are_built_before_the_optimizer() -> None:
         step(model, optimizer)
         average.update_parameters(model)
     torch.testing.assert_close(average.module.eval()(X), model.eval()(X))
+
+
+def test_hooks_tell_what_has_pruned_a_tensor_until_it_is_removed() -> None:
+    with ip_plugin.switched_on(quiet=True):
+        from torch.nn.utils import prune
+
+        model = network()
+        prune.random_unstructured(model[0], "weight", amount=0.3)
+        prune.ln_structured(model[0], "weight", amount=2, n=2, dim=0)
+        prune.l1_unstructured(model[0], "bias", amount=1)
+        weight, bias = model[0]._forward_pre_hooks.values()
+        assert [type(method) for method in weight] == [prune.RandomUnstructured, prune.LnStructured]
+        assert (weight._tensor_name, bias._tensor_name) == ("weight", "bias")
+        assert prune.is_pruned(model)
+        prune.remove(model[0], "weight")
+        assert list(model[0]._forward_pre_hooks.values()) == [bias]
 
 
 def test_exports_get_a_baked_copy() -> None:
@@ -404,3 +424,15 @@ def test_lines_about_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pruned by LnStructured(amount=1, n=2, dim=0)" in lines[2]
     assert "at the end" in lines[3]
     assert len(lines) == 4
+
+
+def test_a_schedule_that_prunes_nothing_more_prints_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
+    with ip_plugin.switched_on():
+        from torch.nn.utils import prune
+
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            prune.l1_unstructured(model[3], "weight", amount=0)
+            step(model, optimizer)
+    assert capsys.readouterr().err.count("pruned by L1Unstructured(amount=0)") == 1

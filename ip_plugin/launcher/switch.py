@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -165,8 +167,8 @@ def _patch_torch(session: Session, patches: Patches) -> None:
 
     patches.replace({save: torch_save})
     patches.set(nn.Module, "load_state_dict", saving.loading(session, load))
-    for owner, name in ((torch.onnx, "export"), (torch.jit, "trace"), (torch.jit, "script")):
-        patches.set(owner, name, _exporting(getattr(owner, name)))
+    for module_name, name in (("torch.onnx", "export"), ("torch.jit", "trace"), ("torch.jit", "script")):
+        patches.when_imported(module_name, partial(_export_baked, patches, name))
 
 
 def _listed(params: Any) -> tuple[Any, list[Tensor]]:
@@ -186,8 +188,11 @@ def _listed(params: Any) -> tuple[Any, list[Tensor]]:
     return params, found
 
 
-def _exporting(export: Any) -> Any:
+def _export_baked(patches: Patches, name: str, module: ModuleType) -> None:
+    """Let a function that exports its first argument get a baked copy of a converted model."""
+    export = getattr(module, name)
+
     def exported(model: Any, *args: Any, **kwargs: Any) -> Any:
         return export(saving.ordinary(model) if isinstance(model, nn.Module) else model, *args, **kwargs)
 
-    return exported
+    patches.set(module, name, exported)

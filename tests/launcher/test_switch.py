@@ -290,6 +290,26 @@ def test_gradients_may_be_accumulated_and_scaled() -> None:
     torch.testing.assert_close(switched(X), changed(X))
 
 
+def test_a_compiled_model_is_converted_inside() -> None:
+    with ip_plugin.switched_on(quiet=True):
+        model = network()
+        compiled: Any = torch.compile(model, backend="eager")
+        compiled(X)
+        step(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1, momentum=0.9), 2)
+    assert report(model).rows[0].space == "interspace"
+    changed = network()
+    changed(X)
+    step(interspace(changed), torch.optim.SGD(changed.parameters(), lr=0.1, momentum=0.9), 2)
+    torch.testing.assert_close(model.eval()(X), changed.eval()(X))
+
+
+def test_a_model_that_was_wrapped_before_is_refused() -> None:
+    wrapped = nn.DataParallel(network())
+    with ip_plugin.switched_on(quiet=True), pytest.raises(errors.ConversionError, match=r"interspace\(model\) first"):
+        torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    assert type(wrapped.module[0]) is nn.Conv2d
+
+
 def test_it_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
     with ip_plugin.switched_on(quiet=True, basis="orthonormal"):

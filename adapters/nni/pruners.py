@@ -291,9 +291,9 @@ class _ByMagnitude(_Configured):
         parametrization = TensorRef(self._module_wrappers[module_name].module, "original").parametrization
         if parametrization is None:
             return values
-        if parametrization.mask is not None:
+        if parametrization.kept is not None:
             # Masked entries rank below zeros, so that they are chosen again first.
-            values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
+            values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.kept
         return unit_gauge(values, parametrization)
 
 

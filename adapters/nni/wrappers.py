@@ -328,8 +328,8 @@ def _mask_empty_channels(model: nn.Module, layers: set[str]) -> None:
     for name in layers:
         module = model.get_submodule(name)
         parametrization = TensorRef(module).parametrization if isinstance(module, (_ConvNd, nn.Linear)) else None
-        if parametrization is not None and parametrization.mask is not None:
-            channels = output_filters(module, parametrization.mask).any(1)
+        if parametrization is not None and parametrization.kept is not None:
+            channels = output_filters(module, parametrization.kept).any(1)
             if not bool(channels.all()):
                 kept[name] = channels
     for name, channels in kept.items():

@@ -193,7 +193,7 @@ class ExposedTensor:
         """Write masked and scaled values into the Parameter; inverse: `hide`."""
         if self._unit:
             self._scale = _scale(self.parametrization, self.parameter)
-        if self._scale is not None or self.parametrization.mask is not None:
+        if self._scale is not None or self.parametrization.kept is not None:
             self._exact = self.parameter.data
             self.parameter.data = self._shown(self._exact)
         if self._scale is not None and self.parameter.grad is not None:
@@ -230,7 +230,7 @@ class ExposedTensor:
 
     def _shown(self, values: Tensor, rows: Rows = ...) -> Tensor:
         scaled = values.clone() if self._scale is None else values * self._scale
-        mask = self.parametrization.mask
+        mask = self.parametrization.kept
         return scaled if mask is None else scaled.mul_(mask[rows])
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ip_plugin.core.parametrization import Mask
+
 
 @contextmanager
 def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -> Iterator[None]:
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
     Attributes are remembered by reference, and so is the content of those that are dicts or lists: what the block
-    replaces or registers is undone, but not what it writes into a tensor.
+    replaces or registers is undone, and what it writes into masks of ours, but not into other tensors.
 
     Args:
         objects: modules and other objects with a ``__dict__``; others are passed over.
@@ -43,6 +45,7 @@ class _Saved:
         containers = [value for value in self.attributes.values() if isinstance(value, (dict, list))]
         self.empty = [value for value in containers if not value]  # most of them
         self.contents = [(value, value.copy()) for value in containers if value]
+        self.mask = target.mask.clone() if isinstance(target, Mask) and target.mask is not None else None
 
     def restore(self) -> None:
         target: Any = self.target
@@ -53,6 +56,8 @@ class _Saved:
         for container in self.empty:
             container.clear()
         _refill(self.contents)
+        if self.mask is not None:
+            target.set_mask(self.mask, self.mask)
 
 
 def _refill(contents: list[tuple[Any, Any]]) -> None:

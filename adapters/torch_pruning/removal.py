@@ -54,7 +54,7 @@ def follow(
     }
     orders = entry_order or {}
     with view.exact(parameters) as tensors:
-        masked = {id(exposed.parameter) for exposed in tensors if exposed.parametrization.mask is not None}
+        masked = {id(exposed.parameter) for exposed in tensors if exposed.parametrization.kept is not None}
         marked = {
             parameter: orders.get(target)
             for target, parameter in parameters.items()
@@ -135,9 +135,9 @@ def _select(values: Tensor, kept: Tensor) -> Tensor:
 def _inherit(tensor: ExposedTensor, new: nn.Parameter, kept: Tensor | None) -> None:
     """Put a new Parameter under the parametrization that held the old one."""
     parametrization = tensor.parametrization
-    if parametrization.mask is not None:
-        assert kept is not None
-        parametrization.mask = _select(parametrization.mask, kept)
+    mask = parametrization.kept
+    assert mask is None or kept is not None
+    parametrization.set_mask(None if mask is None or kept is None else _select(mask, kept), new)
     inherit_conversion(tensor.parameter, new)
     tensor.parameter = new
 

@@ -24,6 +24,7 @@ from .tensor_ref import (
     Model,
     Target,
     TensorRef,
+    add_masks,
     check_finite,
     check_no_other,
     parametrized_by_another,
@@ -132,12 +133,15 @@ def interspace(
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
+            if layer.chain is not None:  # a mask that keeps everything
+                leave(layer.module, "weight", weight.detach())
             enter(layer.module, "weight", Interspace(parameter, _kernel(layer), constraint))
             if inverse is not None:
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
                     bases.transform_(weight.grad, filters.mT)
             note_conversion(weight, changed=inverse is not None)
+    add_masks(model)
     watch(model)
     return model if optimizer is None else join_optimizer(model, optimizer)
 
@@ -258,14 +262,14 @@ def _check_layer(layer: TensorRef, owners: Mapping[int, list[str]]) -> None:
         owners: {id of a Parameter: names of the modules that have it}.
     """
     name, pruned_by_host = layer.module_name, "weight" in torch_masks.pruned_names(layer.module)
-    if layer.parametrization is not None or pruned_by_host:
+    if layer.mask is not None or pruned_by_host:
         how = "by torch.nn.utils.prune" if pruned_by_host else "by a mask of ip_plugin"
         raise ConversionError(
             "A weight that moves to the interspace must not be pruned: its mask is one of weights, not coefficients.",
             f"layer {name!r}: pruned {how}",
             "convert first and prune then, or make the zeros permanent with ip_plugin.bake(model) before",
         )
-    if parametrize.is_parametrized(layer.module, "weight"):
+    if layer.chain is None and parametrize.is_parametrized(layer.module, "weight"):
         others = parametrizations(layer.module).weight
         raise parametrized_by_another(name, ", ".join(type(other).__name__ for other in others))
     weight = layer.parameter

@@ -135,8 +135,8 @@ def _with_masks(model: nn.Module, state: OrderedDict[str, Any]) -> OrderedDict[s
         module = modules.get(match["layer"].removesuffix(".")) if match else None
         if match and module is not None and match["part"] == "0.mask":
             ref = TensorRef(module, match["tensor"])
-            if ref.mask is None and ref.parameter.shape == value.shape:
-                ref.set_mask(torch.ones_like(value))
+            if ref.chain is None and ref.parameter.shape == value.shape:
+                ref.set_mask(None)
     for ref in parametrized_tensors(model):
         prefix = f"{ref.module_name}.parametrizations.{ref.tensor_name}.".removeprefix(".")
         if ref.mask is not None and f"{prefix}original" in state:

@@ -80,7 +80,7 @@ class _DynamicSparse:
 
     def _sparse(self) -> list[TensorRef]:
         """The layers with pruned entries."""
-        return [ref for ref in prunable_tensors(self._inner) if ref.mask is not None and not bool(ref.mask.all())]
+        return [ref for ref in prunable_tensors(self._inner) if ref.mask is not None]
 
     @torch.no_grad()
     def _drop_and_grow(self, ref: TensorRef, growth: Tensor) -> None:
@@ -229,11 +229,11 @@ def _for_unit_norm(ref: TensorRef, gradient: Tensor) -> Tensor:
 @contextmanager
 def _without_masks(refs: list[TensorRef]) -> Iterator[None]:
     """While the block runs, tensors have no masks; pruned entries are zero, so the network computes the same."""
-    masks = {ref.parametrization: ref.parametrization.mask for ref in refs if ref.parametrization is not None}
+    masks = [(ref, ref.mask) for ref in refs if ref.parametrization is not None]
     try:
-        for parametrization in masks:
-            parametrization.mask = None
+        for ref, _ in masks:
+            ref.set_mask(None)
         yield
     finally:
-        for parametrization, mask in masks.items():
-            parametrization.mask = mask
+        for ref, mask in masks:
+            ref.set_mask(mask)

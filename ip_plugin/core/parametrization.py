@@ -153,6 +153,7 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     chain.original = parameter
     chain[0] = parametrization
     make_writable(module, tensor_name)
+    _make_picklable(type(module))
     parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
 
 
@@ -186,6 +187,35 @@ def _own_class(module: nn.Module, without: str = "") -> None:
     cls = type(module)
     kept = {k: v for k, v in vars(cls).items() if k not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, kept)
+
+
+def _make_picklable(cls: Any) -> None:
+    """Let modules of a class that torch's `register_parametrization` has made be pickled; torch refuses them.
+
+    Only a computed class cannot be pickled. So a module is pickled as its plain class with all that it has.
+    """
+    if "__getstate__" in vars(cls):  # raises
+        del cls.__getstate__
+    cls.__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:  # noqa: ARG001
+    getstate = getattr(module, "__getstate__", None)  # Python 3.10 has no `object.__getstate__`
+    ours = {name: isinstance(tensors[0], Mask) for name, tensors in parametrizations(module).items()}
+    return _rebuilt, (type(module).__bases__[0], ours), module.__dict__ if getstate is None else getstate()
+
+
+def _rebuilt(plain: type[nn.Module], tensors: dict[str, bool]) -> nn.Module:
+    """A module with computed tensors, {name: whether it is under a parametrization of ours}; still without a state."""
+    module = plain.__new__(plain)
+    nn.Module.__init__(module)
+    for tensor_name, ours in tensors.items():
+        module.register_parameter(tensor_name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
+        if ours:
+            make_writable(module, tensor_name)
+    _make_picklable(type(module))
+    return module
 
 
 def order(module: nn.Module) -> tuple[str, ...]:

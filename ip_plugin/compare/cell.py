@@ -8,9 +8,9 @@ channels are removed, both spaces keep equally many; the network of the interspa
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import Criterion
-from ip_plugin.core.tensor_ref import prunable_tensors
+from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
@@ -179,19 +179,12 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
     A group of layers stays spatial if its basis has more parameters than the sparsity leaves to the group. Where
     channels are removed, bases cost nothing.
     """
-    groups: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
-    for layer in prunable_tensors(model):
-        shape = layer.parameter.shape
-        elements = shape[2:].numel()
-        if elements > 1:
-            key = layer.module_name if settings.sharing == "layer" else shape[2:]
-            groups[key].append((layer.module_name, shape.numel(), elements**2))
     converted: list[str] = []
     spatial: list[str] = []
-    for members in groups.values():
-        budget = (1 - cell.sparsity) * sum(size for _, size, _ in members)
-        pays = criterion.removes_channels or budget > members[0][2]
-        (converted if pays else spatial).extend(name for name, _, _ in members)
+    share = math.inf if criterion.removes_channels else 1 - cell.sparsity
+    for members in groups_of(model, settings.sharing):
+        names = converted if basis_pays(members, share) else spatial
+        names.extend(layer.module_name for layer in members)
     if converted:
         interspace(
             model,

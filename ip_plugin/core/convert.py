@@ -96,8 +96,8 @@ def interspace(
         Writes through numpy are lost.
 
     Note:
-        ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
-        device does ``assign=True`` give every layer a basis of its own.
+        A state dict has a basis once, under the key of the first of the layers that share it. ``load_state_dict``
+        takes it from the key of any of them, and keeps it shared, with ``assign=True`` too.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> x = torch.randn(1, 3, 8, 8)

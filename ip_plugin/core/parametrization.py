@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, Constraint
+from . import shared_basis
 from .composed_weight import make_writable
 
 
@@ -119,6 +120,12 @@ class Interspace(Mask):
         basis = f"kernel={kernel}, basis={len(self.basis)} filters{constraint}{frozen}"
         return ", ".join(filter(None, (basis, super().extra_repr())))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        stored = shared_basis.is_stored(self.basis, destination)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if stored:
+            del destination[f"{prefix}basis"]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
@@ -126,7 +133,9 @@ class Interspace(Mask):
         # meta device and has no memory to copy to.
         if not self.basis.is_meta:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        basis, key = self.basis, f"{prefix}basis"
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        shared_basis.note_load(self, basis, key, key in state_dict, args[1])
 
 
 def parametrizations(module: nn.Module) -> Any:

@@ -177,8 +177,9 @@ def test_a_missed_basis_joins_at_the_first_step_without_its_gradient() -> None:
         assert not torch.equal(basis, before)
 
 
-def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run() -> None:
-    with ip_plugin.switched_on(quiet=True):
+@pytest.mark.parametrize("sharing", ["layer", "model"])
+def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run(sharing: Any) -> None:
+    with ip_plugin.switched_on(quiet=True, basis="dct", sharing=sharing):
         model = script()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         step(model, optimizer)

@@ -27,6 +27,7 @@ from .tensor_ref import (
     TensorRef,
     check_finite,
     check_no_other,
+    check_not_sharded,
     parametrized_by_another,
     parametrized_tensors,
     prunable_tensors,
@@ -82,7 +83,8 @@ def interspace(
 
     Raises:
         SelectionError: `layers` matches nothing, or names a layer that cannot be converted.
-        ConversionError: a layer is converted, parametrized, pruned, tied, wrapped, not initialised or not finite.
+        ConversionError: a layer is converted, parametrized, pruned, tied, wrapped, sharded, not initialised or not
+            finite.
         BasisError: a basis that cannot represent every kernel, or layers that cannot share one.
         ArgumentError, AmountError, OptimizerError: another argument is invalid. In all cases the model is unchanged.
 
@@ -276,6 +278,7 @@ def _computed_by(layer: TensorRef) -> str | None:
 
 def _check(model: nn.Module, chosen: list[TensorRef]) -> None:
     """Raise unless every chosen layer can be converted."""
+    check_not_sharded(model)
     for module in model.modules():
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             wrapper = type(module).__name__
@@ -394,13 +397,14 @@ def bake(model: Model) -> Model:
         The model.
 
     Raises:
-        ConversionError: someone else's parametrization sits on top of ours; the model is unchanged.
+        ConversionError: someone else's parametrization sits on top of ours, or the model is sharded; it is unchanged.
 
     >>> conv = nn.Conv2d(3, 16, 3)
     >>> weight = conv.weight
     >>> bake(interspace(conv)).weight is weight
     True
     """
+    check_not_sharded(model)
     refs = parametrized_tensors(model)
     check_no_other(refs)
     with torch.no_grad():

@@ -40,8 +40,9 @@ class Mask(nn.Module):
         if self.mask is None:
             return original
         # As int8: on a CPU the product of a float and a bool tensor takes twice as long, unless it is compiled (the
-        # compiler of torch 2.5 cannot view a bool as int8).
-        return original * (self.mask if torch.compiler.is_compiling() else self.mask.view(torch.int8))
+        # compiler of torch 2.5 cannot view a bool as int8, nor can `torch.jit.trace`).
+        as_it_is = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        return original * (self.mask if as_it_is else self.mask.view(torch.int8))
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """The `original` for which `forward` returns `value`, except for pruned entries."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.tensor_ref import TensorRef, inner, prunable_tensors
+from ..core.tensor_ref import TensorRef, check_not_sharded, inner, prunable_tensors
 from ..errors import BatchError, SelectionError
 from ..utils.preserved_state import preserved_state
 
@@ -33,6 +33,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
         SelectionError: it has none.
     """
     model = inner(model)
+    check_not_sharded(model)
     refs = prunable_tensors(model)
     if not refs:
         raise SelectionError(

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checkpoint.contents import packed
 from ..core.channels import output_filters
-from ..core.tensor_ref import TensorRef, by_basis, prunable_tensors, tensors_of
+from ..core.tensor_ref import TensorRef, by_basis, check_not_sharded, prunable_tensors, tensors_of
 from ..utils.example_input import run
 from .table import Report, Row
 
@@ -61,6 +61,7 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     >>> total.parameters, total.nonzeros, total.macs_dense
     (18, 18, 162)
     """
+    check_not_sharded(model)
     prunable = prunable_tensors(model)
     stored: dict[int, int] = {}
     for ref, content in packed(model):

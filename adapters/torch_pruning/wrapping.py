@@ -35,13 +35,13 @@ from torch_pruning.pruner import BasePruner
 from torch_pruning.utils import count_ops_and_params as host_count
 
 from ip_plugin.core.tensor_ref import TensorRef, parametrized_by_another
-from ip_plugin.errors import BatchError, ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
+from ip_plugin.errors import BatchError, ConversionError, HostError, InterspaceError, SelectionError
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.preserved_state import preserved_state
 from ip_plugin.utils.validation import check_fraction
 
 from ..shared.plain_view import ExposedTensor, PlainView, plain_layers
-from ..shared.transaction import transaction
+from ..shared.transaction import check_trained, transaction
 from .removal import follow
 from .variety import VariedImportance
 
@@ -108,7 +108,8 @@ def pruner(
             f"{cls!r}",
             "pass for example tp.pruner.BasePruner, and its arguments by name",
         )
-    _check_model(model, optimizer)
+    _check_model(model)
+    check_trained(optimizer, model.parameters())
     arguments = _arguments(host_class, model, host_arguments)
     subclass = _pruner_class(host_class)
     made: Pruner = subclass.__new__(subclass)
@@ -193,16 +194,14 @@ def _wrapped(method: Callable[..., Any], pruner_of: Callable[[Any], Any], magnit
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        view = self._ip_view
-        nested = view.depth > 0
-        if nested and (view.shown or not magnitudes):  # most calls, and there are many
+        nested = self._ip_view.depth > 0
+        if nested and (self._ip_view.shown or not magnitudes):  # most calls, and there are many
             return method(self, *args, **kwargs)
         pruner = pruner_of(self)
         with exposed(pruner, magnitudes):
             result = method(self, *args, **kwargs)
-        return (
-            _wrapped_steps(pruner, magnitudes, result) if isinstance(result, GeneratorType) and not nested else result
-        )
+        exposes = isinstance(result, GeneratorType) and not nested
+        return _wrapped_steps(pruner, magnitudes, result) if exposes else result
 
     return call
 
@@ -310,7 +309,7 @@ def _gathers_gradients(importance: object) -> bool:
 # What a user can get wrong -------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
+def _check_model(model: nn.Module) -> None:
     dynamo = sys.modules.get("torch._dynamo")
     for name, module in model.named_modules():
         compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
@@ -323,14 +322,6 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
         prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or TensorRef(module).is_prunable
         if not prunable and parametrize.is_parametrized(module, "weight"):
             raise parametrized_by_another(name, "another package")
-    if optimizer is not None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in trained for p in model.parameters()):
-            raise OptimizerError(
-                "The optimizer must train parameters of the model.",
-                "none of the model's parameters is in its parameter groups",
-                "pass the optimizer that was built from this model's parameters",
-            )
 
 
 def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -58,7 +58,7 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
     [torch.Size([2, 3])]
     """
     _, refs = unwrapped(model)
-    noise = [torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs]
+    noise = (torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs)
     return _scores(refs, [n.to(ref.parameter.device) for n, ref in zip(noise, refs, strict=True)])
 
 
@@ -137,7 +137,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     tensor([[6., 5.]])
     """
     refs, gradients = derive(model, batches, loss, first_order)
-    return _scores(refs, [_times(ref, g).abs_() for ref, g in zip(refs, gradients, strict=True)])
+    return _scores(refs, [(g * ref.parameter.detach()).abs_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
@@ -149,7 +149,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     Args, raises: as `snip`.
     """
     refs, gradients = derive(model, batches, loss, first_order)
-    return _scores(refs, [_times(ref, g).neg_() for ref, g in zip(refs, gradients, strict=True)])
+    return _scores(refs, [(g * ref.parameter.detach()).neg_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 200) -> Scores:
@@ -197,7 +197,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
         return torch.autograd.grad(along, tensors, materialize_grads=True)
 
     refs, products = derive(model, kept, cooled, product_with_hessian)
-    return _scores(refs, [_times(ref, p) for ref, p in zip(refs, products, strict=True)])
+    return _scores(refs, [p * ref.parameter.detach() for ref, p in zip(refs, products, strict=True)])
 
 
 def _over_squared_norms(ref: TensorRef, gradient: Tensor) -> Tensor:
@@ -249,12 +249,10 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         for space in inner.modules():
             if isinstance(space, Interspace):  # the signs that count are those of the effective basis
                 tensors[name_of[id(space.basis)]] = _wide(space.effective_basis.detach().abs())
-        for space in inner.modules():
-            if isinstance(space, Interspace):
                 space.constraint = "none"
         leaves = [tensors[name_of[id(ref.parameter)]].requires_grad_() for ref in refs]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
-        flow = sum(output.double().sum() for output in _floating(outputs))
+        flow = sum(output.double().sum() for output in _leaves(outputs) if output.is_floating_point())
         if not isinstance(flow, Tensor) or not flow.requires_grad:
             raise BatchError(
                 "SynFlow needs a floating point output that depends on the prunable tensors.",
@@ -290,16 +288,13 @@ def _ones(example: Any) -> Any:
     return tuple(_ones(value) for value in example) if isinstance(example, tuple) else example
 
 
-def _floating(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _floating(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from _floating(value)
+def _leaves(outputs: Any) -> list[Tensor]:
+    """The tensors in nested mappings, lists and tuples (torch's pytree knows registered mappings only)."""
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, (list, tuple)):
+        return [leaf for value in outputs for leaf in _leaves(value)]
+    return [outputs] if isinstance(outputs, Tensor) else []
 
 
 class Movement:
@@ -364,8 +359,8 @@ class Movement:
 def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless tensors of a saved state have the names and shapes of the present ones."""
     shapes, others = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved, present))
-    if shapes != others:
-        differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differing:
         name = differing[0]
         raise CheckpointError(
             "A saved state must have the tensors of this model, in the same shapes.",
@@ -397,13 +392,9 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
 
 
 @torch.no_grad()
-def _times(ref: TensorRef, gradient: Tensor) -> Tensor:
-    return gradient * ref.parameter.detach()
-
-
-@torch.no_grad()
 def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
     """Values by target, checked to be finite, and -inf where an entry is pruned."""
+    scores: Scores = {}
     for ref, value in zip(refs, values, strict=True):
         # One pass computes the sum, which may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
@@ -412,7 +403,5 @@ def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
                 f"layer {ref.module_name!r}: {bad} NaN or infinite scores",
                 "score a model that has not diverged, on data and with a loss whose gradients are finite",
             )
-    return {
-        ref.target: (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
-        for ref, value in zip(refs, values, strict=True)
-    }
+        scores[ref.target] = (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
+    return scores

@@ -135,14 +135,13 @@ def select(
         )
     bounds = least(min_per_layer, left, keep)
     if scope == "global":
-        device = values[0].device
         ranked = [
             v.masked_fill(keep_largest([v], n)[0], math.inf) if n else v for v, n in zip(values, bounds, strict=True)
         ]
-        kept = keep_largest([r.to(device) for r in ranked], keep)
+        kept = keep_largest([value.to(values[0].device) for value in ranked], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
-        counts = _whole(_shares(weights, bounds, left, Fraction(keep)))
+        counts = rounded(_shares(weights, bounds, left, Fraction(keep)))
         kept = [keep_largest([value], n)[0] for value, n in zip(values, counts, strict=True)]
     masks = {
         where: mask.reshape(score.shape).to(score.device)
@@ -172,17 +171,14 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
     >>> model = apply_masks(model, {(model, "weight"): torch.tensor([[True, False]])})
     """
     names = {layer.target: layer.module_name for layer in prunable_tensors(model)}
-    by_name: dict[str, Tensor] = {}
-    for where, mask in masks.items():
-        name = names.get(TensorRef(*where).target)
-        if name is None:
+    for module, tensor_name in masks:
+        if TensorRef(module, tensor_name).target not in names:
             raise SelectionError(
                 "Everything in `masks` must be a target of the model, one of `ip_plugin.prunable(model)`.",
-                f"{where[1]!r} of a {type(where[0]).__name__} that is no target of this model",
+                f"{tensor_name!r} of a {type(module).__name__} that is no target of this model",
                 "compute the scores for this model, after it was copied, converted or baked",
             )
-        by_name[name] = mask
-    return set_masks(model, by_name)
+    return set_masks(model, {names[TensorRef(*where).target]: mask for where, mask in masks.items()})
 
 
 def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
@@ -237,12 +233,11 @@ def _shares(weights: Sequence[int], least: Sequence[int], most: Sequence[int], t
     return shares
 
 
-def _whole(shares: Sequence[Fraction]) -> list[int]:
+def rounded(shares: Sequence[Fraction]) -> list[int]:
     """Shares as whole numbers of the same sum: the largest remainders are rounded up, of equal ones the first."""
     counts = [math.floor(share) for share in shares]
     missing = round(sum(shares)) - sum(counts)
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    for i in by_remainder[:missing]:
+    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:missing]:
         counts[i] += 1
     return counts
 

@@ -19,12 +19,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ...core.tensor_ref import TensorRef
 from ..derivatives import call, pure, sum_dtype
 
-_FORWARDS = [
-    cls.forward
-    for cls in (
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    )
-]  # fmt: skip
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = [cls.forward for cls in _LAYERS]
 
 
 def multiplies(ref: TensorRef) -> bool:
@@ -133,16 +129,12 @@ def observe(
 
     def of_layer(ref: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
             last[:] = [(ref.module_name, y)]
-            size: tuple[int, ...] = ()
-            if not isinstance(module, _ConvNd):
-                x, numbers = x.reshape(-1, x.shape[-1]), x.shape[-1]
-            else:
-                dimensions = len(module.kernel_size)
-                x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a single input may come without a batch
-                size = tuple(y.shape[-dimensions:])
-                numbers = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
+            kernel = module.kernel_size if isinstance(module, _ConvNd) else ()
+            x = args[0] if args else kwargs["input"]
+            x = x.reshape(-1, *x.shape[-len(kernel) - 1 :])  # a single input may come without a batch
+            size = y.shape[y.dim() - len(kernel) :]
+            numbers = x.shape[1] * math.prod(kernel) * math.prod(size)
             for part in x.split(max(1, patches_at_once // max(1, numbers))):
                 watcher(patches(module, part, size))
 

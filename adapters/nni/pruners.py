@@ -100,23 +100,23 @@ class _AsPlain:
         for name, module in self.model.named_modules(remove_duplicate=remove_duplicate):
             if name not in self.named and any(name == at or name.startswith(at + ".") for at in hidden):
                 continue
-            prefix = f"{name}.parametrizations" if name else "parametrizations"
-            chains = parametrizations(module) if nn.utils.parametrize.is_parametrized(module) else {}
-            of_ours = [tensor for tensor in chains if TensorRef(module, tensor).chain is not None]
-            alone = len(of_ours) == len(chains) > 0
-            hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in of_ours]
+            prefix = f"{name}.parametrizations".removeprefix(".")
+            ours = _of_ours(module)
+            alone = bool(ours) and len(ours) == len(parametrizations(module))
+            hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in ours]
             # NNI asks for the name of the class only.
             yield name, object.__new__(plain_class(module)) if alone else module
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has on the plain model."""
-    return type(module).__bases__[0] if _has_ours(module) else type(module)
+    return type(module).__bases__[0] if _of_ours(module) else type(module)
 
 
-def _has_ours(module: nn.Module) -> bool:
-    parametrized = nn.utils.parametrize.is_parametrized(module)
-    return parametrized and any(TensorRef(module, tensor).chain is not None for tensor in parametrizations(module))
+def _of_ours(module: nn.Module) -> list[str]:
+    """The tensors of a module that are under a parametrization of this package."""
+    tensors = parametrizations(module) if nn.utils.parametrize.is_parametrized(module) else ()
+    return [tensor for tensor in tensors if TensorRef(module, tensor).chain is not None]
 
 
 def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:

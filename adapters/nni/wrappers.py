@@ -21,12 +21,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from ip_plugin.adapters.shared.batch_norms import following
-from ip_plugin.adapters.shared.transaction import transaction
+from ip_plugin.adapters.shared.transaction import check_trained, transaction
 from ip_plugin.core.channels import output_filters
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import restore_order
 from ip_plugin.core.tensor_ref import Model, TensorRef, parametrized_by_another, unknown_layer
-from ip_plugin.errors import HostError, MaskError, OptimizerError, listed
+from ip_plugin.errors import HostError, MaskError, listed
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
@@ -35,11 +35,10 @@ WRAPPER = "_nni_wrapper"
 def remember(wrapper: Any) -> None:
     """Keep the Parameters that `wrapper` is going to replace, and their order."""
     module = wrapper.module
-    if WRAPPER in module._modules:
-        return
-    parameters = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
-    wrapper.originals = {name: parameter for name, parameter in parameters.items() if parameter is not None}
-    wrapper.order = tuple(module._parameters)
+    if WRAPPER not in module._modules:
+        parameters = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
+        wrapper.originals = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+        wrapper.order = tuple(module._parameters)
 
 
 @torch.no_grad()
@@ -72,19 +71,12 @@ def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]
 
 
 class _Pruned(NamedTuple):
-    """A tensor that NNI has pruned.
-
-    Attributes:
-        ref: the tensor, by its name in the plain model.
-        space: what NNI keeps for it.
-        kept: the mask.
-        factor: by which `SlimPruner` scales its channels, or None.
-    """
+    """A tensor that NNI has pruned, by its name in the plain model; `space` is what NNI keeps for it."""
 
     ref: TensorRef
     space: Any
     kept: Tensor
-    factor: Tensor | None
+    slim_factor: Tensor | None
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -159,7 +151,8 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     for tensor in tensors:
         if tensor.ref.is_foreign:
             raise parametrized_by_another(tensor.ref.module_name, "another package")
-    _check_optimizer(optimizer, model, wrappers)
+    theirs = [p for wrapper in wrappers for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())]
+    check_trained(optimizer, [*model.parameters(), *theirs])
     _unwrap(pruner, wrappers)
 
     successors: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(p for w in wrappers for p in w.parameters())
@@ -168,11 +161,10 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     successors.update({tensor.space.target: tensor.ref.parameter for tensor in tensors})
     if optimizer is not None:
         _replace_parameters(optimizer, successors)
-    for tensor in tensors:
-        if tensor.factor is not None:
-            tensor.ref.parameter.data.mul_(tensor.factor)
     by_group: dict[Any, list[tuple[str, Tensor]]] = {}
-    for ref, space, kept, _ in tensors:
+    for ref, space, kept, factor in tensors:
+        if factor is not None:
+            ref.parameter.data.mul_(factor)
         ref.add_mask(kept)
         by_group.setdefault(space.global_group_id, []).append((ref.module_name, kept))
     weights = [tensor for tensor in tensors if tensor.ref.tensor_name == "weight"]
@@ -277,24 +269,9 @@ def _pruned(wrapper: Any, model: nn.Module) -> Iterator[_Pruned]:
         yield _Pruned(ref, space, space.mask.detach() != 0, factor)
 
 
-def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: list[Any]) -> None:
-    if optimizer is None:
-        return
-    known = {id(p) for p in model.parameters()}
-    for wrapper in wrappers:
-        known |= {id(p) for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())}
-    if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-        raise OptimizerError(
-            "The optimizer must train parameters of the model.",
-            f"a {type(optimizer).__name__} with other parameters only",
-            "pass the optimizer that was built from this model's parameters",
-        )
-
-
 def _unwrap(pruner: Any, wrappers: list[Any]) -> None:
-    evaluator = pruner.evaluator
-    if evaluator is not None and getattr(evaluator, "model", None) is not None:
-        evaluator.unbind_model()  # a training run that broke off has left its hooks
+    if getattr(pruner.evaluator, "model", None) is not None:
+        pruner.evaluator.unbind_model()  # a training run that broke off has left its hooks
     if pruner._is_wrapped:
         pruner.unwrap_model()
     for wrapper in wrappers:
@@ -327,15 +304,12 @@ def _mask_empty_channels(model: nn.Module, layers: set[str]) -> None:
     kept: dict[str, Tensor] = {}
     for name in layers:
         module = model.get_submodule(name)
-        parametrization = TensorRef(module).parametrization if isinstance(module, (_ConvNd, nn.Linear)) else None
-        if parametrization is not None and parametrization.mask is not None:
-            channels = output_filters(module, parametrization.mask).any(1)
-            if not bool(channels.all()):
-                kept[name] = channels
-    for name, channels in kept.items():
-        module = model.get_submodule(name)
-        if module.bias is not None:
-            TensorRef(module, "bias").add_mask(channels)
+        mask = TensorRef(module).mask if isinstance(module, (_ConvNd, nn.Linear)) else None
+        channels = None if mask is None else output_filters(module, mask).any(1)
+        if channels is not None and not bool(channels.all()):
+            kept[name] = channels
+            if module.bias is not None:
+                TensorRef(module, "bias").add_mask(channels)
     if not kept or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     norms = following(model, kept)

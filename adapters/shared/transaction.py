@@ -52,6 +52,6 @@ def check_trained(optimizer: Optimizer | None, parameters: Iterable[nn.Parameter
     if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
         raise OptimizerError(
             "The optimizer must train parameters of the model.",
-            f"a {type(optimizer).__name__} with other parameters only",
+            f"none of the model's parameters is in the parameter groups of the {type(optimizer).__name__}",
             "pass the optimizer that was built from this model's parameters",
         )

@@ -327,13 +327,11 @@ def _check_model(model: nn.Module) -> None:
 def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """The host's arguments, checked, and with new dicts where all pruners of the host would share a default."""
     arguments = dict(given)
-    ignored = arguments.get("ignored_layers")
-    if ignored is not None:
-        arguments["ignored_layers"] = [
-            module
-            for layer in ignored
-            for module in ([m for m in model.modules() if isinstance(m, layer)] if isinstance(layer, type) else [layer])
-        ]
+    if arguments.get("ignored_layers") is not None:
+        ignored = list(arguments["ignored_layers"])
+        types = tuple(layer for layer in ignored if isinstance(layer, type))
+        arguments["ignored_layers"] = [layer for layer in ignored if layer not in types]
+        arguments["ignored_layers"] += [module for module in model.modules() if isinstance(module, types)]
     if isinstance(arguments.get("unwrapped_parameters"), Mapping):
         arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"].items())
     for name in _RATIOS:

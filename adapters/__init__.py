@@ -119,13 +119,9 @@ def with_and_without_variety(
     prune: Callable[[bool, nn.Module, float, TrainingContext], object],
     **repeats: int,
 ) -> dict[str, Criterion]:
-    """A criterion that removes channels, and the same one with filter variety, by name.
+    """A criterion that removes channels, and the same one with filter variety, by name; arguments as for `Criterion`.
 
-    Args:
-        name: of the criterion without variety.
-        title: with ``{}`` where the title of the other one says that it has variety.
-        stage, repeats: see `Criterion`.
-        prune: called with (has variety, model, share of channels, training).
+    `title` has ``{}`` where that of the second says so; `prune` is called with (has variety, model, share, training).
     """
     return {
         name + suffix: Criterion(title.format(also), stage, partial(prune, varied), removes_channels=True, **repeats)

@@ -36,6 +36,7 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ip_plugin.adapters.nni.wrappers import WRAPPER, check_unwrapped, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
@@ -115,7 +116,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def _of_ours(module: nn.Module) -> list[str]:
     """The tensors of a module that are under a parametrization of this package."""
-    tensors = parametrizations(module) if nn.utils.parametrize.is_parametrized(module) else ()
+    tensors = parametrizations(module) if parametrize.is_parametrized(module) else ()
     return [tensor for tensor in tensors if TensorRef(module, tensor).chain is not None]
 
 
@@ -140,7 +141,7 @@ def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) ->
 
 
 def _check_masks(name: str, module: nn.Module) -> None:
-    chains = parametrizations(module).values() if nn.utils.parametrize.is_parametrized(module) else ()
+    chains = parametrizations(module).values() if parametrize.is_parametrized(module) else ()
     if any(torch_masks.pruned_names(holder) for holder in (module, *chains)):
         raise HostError(
             "Masks of torch.nn.utils.prune must be taken over before NNI prunes, or NNI does not train what they mask.",
@@ -165,12 +166,12 @@ def _entries_for(name: str, modules: dict[str, nn.Module], settings: dict[str, A
     targets: dict[str, dict[str, dict[str, Any]]] = {}
     for tensor_name, setting in PruningSetting.get(plain_class(module).__name__, settings).items():
         given = {key: value for key, value in setting.items() if value is not None}
-        if given.get("align") is not None:
-            source = given["align"].get("module_name")
+        align = given.get("align")
+        if align is not None:
+            source, at = align.get("module_name"), align["target_name"]
             source = name if source is None else source
-            at = given["align"]["target_name"]
             source, at = _host_name(source, at, modules[source]) if source in modules else (source, at)
-            given["align"] = {**given["align"], "module_name": source, "target_name": at}
+            given["align"] = {**align, "module_name": source, "target_name": at}
         where, target_name = _host_name(name, tensor_name, module)
         targets.setdefault(where, {})[target_name] = given
     entries = []
@@ -209,8 +210,7 @@ class _InEitherSpace(Pruner):  # type: ignore[misc]
         plain: Masks = defaultdict(dict)
         for module_name, masks in super().get_masks().items():
             for tensor_name, mask in masks.items():
-                module = self._module_wrappers[module_name].module
-                layer, name = plain_name(module_name, tensor_name, module)
+                layer, name = plain_name(module_name, tensor_name, self._module_wrappers[module_name].module)
                 plain[layer][name] = mask
         return plain
 
@@ -257,11 +257,10 @@ class _Configured(_InEitherSpace):
         try:
             super().__init__(model, entries, *args, **kwargs)
         except BaseException:
-            for module in list(model.modules()):
-                if WRAPPER in module._modules:
-                    wrapper: Any = module._modules[WRAPPER]
-                    wrapper.unwrap()
-                    put_back(wrapper, model)
+            wrappers: list[Any] = [m._modules[WRAPPER] for m in model.modules() if WRAPPER in m._modules]
+            for wrapper in wrappers:
+                wrapper.unwrap()
+                put_back(wrapper, model)
             raise
         self._let_bases_train()
 
@@ -282,19 +281,14 @@ class _ByMagnitude(_Configured):
 
     def _collect_data(self) -> Masks:
         data: Masks = super()._collect_data()
-        return {
-            name: {target: self._magnitudes(name, values) for target, values in tensors.items()}
-            for name, tensors in data.items()
-        }
-
-    def _magnitudes(self, module_name: str, values: Tensor) -> Tensor:
-        parametrization = TensorRef(self._module_wrappers[module_name].module, "original").parametrization
-        if parametrization is None:
-            return values
-        if parametrization.mask is not None:
-            # Masked entries rank below zeros, so that they are chosen again first.
-            values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
-        return unit_gauge(values, parametrization)
+        for name, tensors in data.items():
+            parametrization = TensorRef(self._module_wrappers[name].module, "original").parametrization
+            for target, values in tensors.items():
+                if parametrization is not None and parametrization.mask is not None:
+                    # Masked entries rank below zeros, so that they are chosen again first.
+                    values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
+                tensors[target] = unit_gauge(values, parametrization)
+        return data
 
 
 class LevelPruner(_ByMagnitude, host.LevelPruner):  # type: ignore[misc]

@@ -89,11 +89,7 @@ def follow(
 
 @contextmanager
 def _positions_instead_of_values(parameters: Mapping[nn.Parameter, Tensor | None]) -> Iterator[None]:
-    """While the block runs, Parameters hold the position of each entry, and no gradient.
-
-    Args:
-        parameters: {Parameter: index of each of its entries, in its shape, if they are not in their own order}.
-    """
+    """While the block runs, Parameters hold the position of each entry (in the order given, if any), and no gradient."""
     values = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:
         for parameter, order in parameters.items():
@@ -136,10 +132,7 @@ def _select(values: Tensor, kept: Tensor) -> Tensor:
 def _replace(
     optimizer: Optimizer, old: nn.Parameter, successors: list[tuple[nn.Parameter, Tensor | None]], stays: bool
 ) -> None:
-    """Give new Parameters the place and the state of an old one.
-
-    A Parameter that is tied may have several successors, and stay itself.
-    """
+    """Give new Parameters the place and the state of an old one; of a tied one there may be several, and it `stays`."""
     members = [old] * stays + [new for new, _ in successors]
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):

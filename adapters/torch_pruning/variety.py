@@ -44,10 +44,7 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     """
 
     def __init__(
-        self,
-        importance: Callable[..., Tensor | None],
-        strength: float = 1.0,
-        similarity: Similarity = "coefficients",
+        self, importance: Callable[..., Tensor | None], strength: float = 1.0, similarity: Similarity = "coefficients"
     ) -> None:
         check_fraction(strength, "strength")
         check_similarity(similarity)
@@ -58,9 +55,7 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
         scores = self.importance(group, *args, **kwargs)
         values = kernels if self.similarity == "weights" else _weight
         filters = None if scores is None else made_by(group, len(scores), values)
-        if scores is None or filters is None:
-            return scores
-        return varied(scores, filters, self.strength)
+        return scores if scores is None or filters is None else varied(scores, filters, self.strength)
 
     def __getattr__(self, name: str) -> Any:
         """Other attributes of the importance (``accumulate_grad`` of the Hessian one)."""
@@ -80,9 +75,8 @@ def made_by(group: Any, count: int, values: Callable[[nn.Module], Tensor | None]
     rows: list[Tensor] = []
     for item in group.items:
         layer = item.dep.target.module
-        if item.dep.handler not in MAKERS or None in item.root_idxs:
-            continue
-        weight = values(layer)
+        makes = item.dep.handler in MAKERS and None not in item.root_idxs
+        weight = values(layer) if makes else None
         if weight is not None:
             filters = output_filters(layer, weight)[item.idxs]
             rows.append(filters.new_zeros(count, filters.shape[1]))

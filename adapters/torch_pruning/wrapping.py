@@ -166,8 +166,7 @@ def exposed(
     Args:
         pruner: made by the function `pruner`.
         magnitudes: whether the call may read them. A nested call may, if it or the outer call may.
-        modules: the only ones that the call reads or changes; None if it may be any.
-        nodes: those of the dependency graph that belong to `modules`.
+        modules, nodes: the only modules that the call reads or changes, with their nodes in the graph; None: any.
         previous: what an earlier call exposed; then this one continues it, and changes no module.
     """
     view: PlainView = pruner._ip_view

@@ -27,11 +27,7 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
-    """The model inside of torch's wrappers, and its prunable layers.
-
-    Raises:
-        SelectionError: it has none.
-    """
+    """The model inside of torch's wrappers, and its prunable layers; raises SelectionError if it has none."""
     model = inner(model)
     refs = prunable_tensors(model)
     if not refs:
@@ -80,11 +76,7 @@ def derive(
 
 
 def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
-    """The inputs and the targets of every batch.
-
-    Raises:
-        BatchError: there is no batch, or one is not a pair.
-    """
+    """The inputs and the targets of every batch; raises BatchError if there is none, or one is not a pair."""
     empty = True
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -112,11 +104,7 @@ def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
 
 
 def check_loss(value: object) -> Tensor:
-    """The value of a loss function, which must be differentiable to one finite gradient.
-
-    Raises:
-        BatchError: it is not.
-    """
+    """The value of a loss function; raises BatchError unless it is one finite number that can be differentiated."""
     if not isinstance(value, Tensor):
         problem = f"a {type(value).__name__}"
     elif value.numel() != 1:

@@ -67,9 +67,8 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
         x = x.unfold(axis + 2, span + 1, step)[..., ::dilation]
     if isinstance(module, _ConvTransposeNd):
         x = x.flip(tuple(range(-len(kernel), 0)))
-    parts = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
-    rows: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
-    return rows
+    parts: Tensor = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
+    return parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
 
 
 class Moments:
@@ -161,8 +160,7 @@ def observe(
         for handle in handles:
             handle.remove()
     norms: dict[str, list[str]] = {}
-    for name, layers in sources.items():
-        [layer, *others] = layers
+    for name, (layer, *others) in sources.items():
         if layer is not None and not others:
             norms.setdefault(layer, []).append(name)
     return norms

@@ -134,11 +134,7 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
 
 
 def reference_layers(refs: Sequence[TensorRef], dense_refs: Sequence[TensorRef]) -> dict[str, TensorRef]:
-    """{layer name: the layer in the dense network}.
-
-    Raises:
-        SelectionError: the dense network lacks a layer, or has it in another shape.
-    """
+    """{layer name: the layer in the dense network}; raises SelectionError if one is missing, or has another shape."""
     references = {ref.module_name: ref for ref in dense_refs}
     for ref in refs:
         other, shape = references.get(ref.module_name), tuple(ref.parameter.shape)
@@ -174,13 +170,9 @@ def _means(
     """The tensors that shift the mean of a layer's outputs: (tensor, its value in the dense network, sign)."""
     if isinstance(ref.module.bias, Tensor) and isinstance(reference.module.bias, Tensor):
         return [(ref.module.bias.detach(), reference.module.bias.detach(), 1)]
-    modules, dense_modules = dict(model.named_modules()), dict(dense.named_modules())
-    means = []
-    for name in norms:
-        mean, dense_mean = (getattr(named.get(name), "running_mean", None) for named in (modules, dense_modules))
-        if isinstance(mean, Tensor) and isinstance(dense_mean, Tensor):
-            means.append((mean, dense_mean, -1))
-    return means
+    buffers, dense_buffers = (dict(network.named_buffers(remove_duplicate=False)) for network in (model, dense))
+    names = [f"{norm}.running_mean".removeprefix(".") for norm in norms]
+    return [(buffers[name], dense_buffers[name], -1) for name in names if name in buffers and name in dense_buffers]
 
 
 def _fitted(
@@ -212,8 +204,7 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
 
     Args:
         second: `M`, ``(groups, D, D)``, ``D = in / groups * N``.
-        goal: `W`, ``(groups, out / groups, in / groups, N)``.
-        start, mask: of the shape of `goal`.
+        goal, start, mask: ``(groups, out / groups, in / groups, N)``; `goal` is `W`.
         basis: `G`, ``(N, N)``.
         ridge: at least 0.
     """

@@ -217,16 +217,11 @@ def _is_grouped(module: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
 
 
-def _nonzero(bias: Tensor | None, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.bool) if bias is None else (bias != 0).cpu()
+def _nonzero(values: Tensor | None, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.bool) if values is None else (values != 0).cpu()
 
 
 def _keeps_zero(norm: _BatchNorm) -> Tensor:
     """The channels at which a norm maps zeros to zeros, in training and in evaluation mode."""
-    kept = torch.ones(norm.num_features, dtype=torch.bool)
-    if norm.running_mean is not None:
-        kept &= (norm.running_mean == 0).cpu()
-    if norm.affine:
-        kept |= (norm.weight == 0).cpu()
-        kept &= (norm.bias == 0).cpu()
-    return kept
+    shifted, scaled, biased = (_nonzero(t, norm.num_features) for t in (norm.running_mean, norm.weight, norm.bias))
+    return ~(shifted & scaled | biased) if norm.affine else ~shifted

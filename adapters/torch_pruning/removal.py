@@ -89,7 +89,7 @@ def follow(
 
 @contextmanager
 def _positions_instead_of_values(parameters: Mapping[nn.Parameter, Tensor | None]) -> Iterator[None]:
-    """While the block runs, Parameters hold the position of each entry (in the order given, if any), and no gradient."""
+    """While the block runs, Parameters hold the position of each entry (in the given order, if any) and no gradient."""
     values = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:
         for parameter, order in parameters.items():

@@ -12,14 +12,12 @@ The pruners are subclasses of NNI's (the host's) and take their arguments; NNI's
 list means what it means on the plain model: ``op_types: ["Conv2d"]`` with target ``weight`` selects the coefficients of
 convolutions in the interspace, and masks are keyed by the plain model's names. Magnitudes are those of coefficients for
 basis filters of unit norm, with zeros where they are masked; scores computed from gradients do not depend on the filter
-scale. Bases are trained too: a basis that a traced optimizer does not have joins the group of its coefficients. Derive
-pruners of your own from these.
+scale. Bases that a traced optimizer does not have join the groups of their coefficients. Derive your own from these.
 
 NNI's helpers that inspect layers are here too (``auto_set_denpendency_group_ids``, ``count_flops_params``, the
 dependencies of shapes): NNI's own find no convolutions in the interspace. For others there is `plain_layers`.
 
-NNI 3.0 is archived. It needs ``filelock<3.12`` and ``typeguard<4.1.3``, and its Lightning is ``pytorch_lightning``,
-not ``lightning.pytorch``.
+NNI 3.0 is archived. It needs ``filelock<3.12``, ``typeguard<4.1.3`` and the package ``pytorch_lightning``.
 """
 
 from __future__ import annotations

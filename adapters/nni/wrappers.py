@@ -108,13 +108,11 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     Where a pruner with a granularity has masked a whole output channel, the channel's bias is masked too, and its
     weight and bias in the BatchNorm behind the layer (see `ip_plugin.adapters.shared.batch_norms`): the model then
     computes what a network without these channels computes, as long as activations map 0 to 0. Masks of inputs and
-    outputs end with the pruner. The factors by which `SlimPruner` scales channels are multiplied into the values (NNI's
-    ``unwrap_model`` drops them).
+    outputs end with the pruner. The factors of `SlimPruner` (NNI's ``unwrap_model`` drops them) scale the values.
 
     Args:
         pruner: after ``compress()``; of this adapter, or of NNI itself, whose Parameter objects then stay.
-        optimizer: one that trains the model, built before or after the pruner: it keeps its state and goes on with
-            the restored Parameters.
+        optimizer: one that trains the model, built at any time: keeps its state, and trains the restored Parameters.
 
     Returns:
         The model that the pruner was made for.
@@ -122,8 +120,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     Raises:
         HostError: not a pruner, or one that was finished before.
         OptimizerError: the optimizer trains none of the pruner's tensors.
-        ConversionError: NNI has pruned below someone else's parametrization.
-            In all cases nothing has changed.
+        ConversionError: NNI has pruned below someone else's parametrization. In all cases nothing has changed.
 
     Warns:
         LayerCollapseWarning: of a global group, layers keep less than a tenth of the share that all keep together.
@@ -185,9 +182,8 @@ def speedup(
 ) -> Model:
     """Remove the channels that NNI's masks have left empty, as NNI's ``ModelSpeedup`` (which fails now) is meant to.
 
-    Needs torch-pruning, which says which channels belong together and removes them (the extra ``torch-pruning``). A
-    channel to which a bias or a norm still contributes stays, except where the mask of a layer is one of whole
-    channels: see `finish`.
+    Needs the extra ``torch-pruning``, which says which channels belong together and removes them. A channel to which a
+    bias or a norm still contributes stays, unless its layer's mask is one of whole channels: see `finish`.
 
     Args:
         model: one that `finish` has returned, or one without wrappers to which the masks belong; changed in place.
@@ -199,11 +195,9 @@ def speedup(
         The model: it computes what it computed with the masks.
 
     Raises:
-        HostError: NNI's wrappers are on the model, or the model's outputs would change, see
-            `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        HostError: NNI's wrappers are on the model, or its outputs would change (see `cut_masked_channels`).
         SelectionError, MaskError: masks of another model.
-        BatchError: the model does not run on the example input.
-            In all cases nothing has changed.
+        BatchError: the model does not run on the example input. In all cases nothing has changed.
 
     >>> from ip_plugin import interspace
     >>> from ip_plugin.adapters.nni import L1NormPruner

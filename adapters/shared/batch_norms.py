@@ -1,7 +1,6 @@
 """The BatchNorm behind a layer: the one that normalises the layer's output channels, and has no other input.
 
-The model is traced with `torch.fx`, in training and in evaluation mode. Where the two differ, or in doubt, the layer
-has none.
+The model is traced with `torch.fx`, in training and in evaluation mode. Where they differ, or in doubt, there is none.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 While a model is exposed, every tensor under a parametrization of this package is an ordinary Parameter of an ordinary
 module: the very Parameter that holds the coefficients. It shows them masked and scaled as if every basis filter had
-unit norm, and gradients scaled inversely. Afterwards, what the library did not change is bit for bit what it was; what
-it has written is scaled back.
+unit norm, and gradients scaled inversely. Afterwards, what was written is scaled back; the rest is bit-identical.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
 
     Masks may be ours or those of `torch.nn.utils.prune`, in either space; those that prune nothing any more are
     removed. Layers behind norms that mix channels (LayerNorm, GroupNorm) keep theirs, and of a layer with nothing left
-    one channel stays. The groups of a grouped convolution must lose equally many channels, and those of a transposed
-    one none.
+    one channel stays. The groups of a grouped convolution must lose equally many (of a transposed one: no) channels.
 
     Args:
         model: changed in place.
@@ -48,8 +47,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
 
     Raises:
         BatchError: the model does not run on the example inputs, or its outputs are NaN.
-        HostError: the outputs for the example inputs would change (an activation does not take 0 to 0, for example).
-            In both cases the model is as it was.
+        HostError: the outputs would change (an activation does not take 0 to 0?). In both cases nothing has changed.
 
     Warns:
         UserWarning: channels stay because of a grouped convolution.

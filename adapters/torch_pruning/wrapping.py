@@ -12,8 +12,7 @@ groups is pruned, every layer looks like an ordinary module whose ``weight`` hol
 of the basis filters, with the gradients that belong to them. Channels are removed from coefficients, masks and the
 optimizer's state; bases stay whole and shared. A call that fails leaves model, pruner and optimizer as they were.
 
-On a plain model the pruner does what the host does, and besides keeps the optimizer, training modes and
-``requires_grad``.
+On a plain model the pruner does what the host does, and keeps the optimizer, training modes and ``requires_grad``.
 """
 
 from __future__ import annotations
@@ -67,11 +66,9 @@ def pruner(
     Args:
         cls: a pruner class of Torch-Pruning, a subclass of one's own, or a `functools.partial` of either.
         model: in the interspace, plain, or with layers of both kinds; in training or evaluation mode, which it keeps.
-        example_inputs: as Torch-Pruning takes them: a tensor, a tuple or list of arguments, or a dict of keyword
-            arguments.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
         optimizer: one that trains the model. Pruned Parameters are replaced in it, and their state is pruned with them.
-            Without it, build a new optimizer after every ``step()``: the old one holds Parameters that the model has no
-            more.
+            Without it, build a new one after every ``step()``: the old one holds Parameters that were replaced.
         **host_arguments: all others that `cls` takes. ``ignored_layers`` may hold types, and ``unwrapped_parameters``
             may be a dict, as Torch-Pruning's documentation has it.
 

@@ -6,9 +6,8 @@ basis filters of unit norm. Entries that are pruned already, by our mask or by t
 score -inf; all others are finite.
 
 The functions are pure: parameters, buffers (BatchNorm statistics), gradients, modes and the random state of torch are
-afterwards as they were, also if a function fails. The model runs in the mode that it is in. A model that is wrapped in
-DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A compiled model
-runs uncompiled.
+afterwards as they were, also if a function fails. The model runs in the mode that it is in, uncompiled. A model that is
+wrapped in DistributedDataParallel gets the same scores in every process: gradients are summed over the processes.
 
 Scores can be passed to `torch.nn.utils.prune` as ``importance_scores``. That library ranks by absolute value; `grasp`
 and `movement` have signs, so pass their `ranks`.
@@ -126,8 +125,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: there are no batches, or one is no pair; the loss is not one finite number, or does not depend on
-            the prunable tensors.
+        BatchError: no batches, or one that is no pair; a loss that is not finite, or independent of what is prunable.
         ScoreError: NaN or infinity among the gradients.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -143,8 +141,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``-t * dL/dt``, summed over the batches (Sanh et al. 2020, arXiv 2005.07683), without training in between.
 
-    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates it over a training
-    run.
+    Positive where a step of gradient descent moves an entry away from zero. `Movement` sums it over a training run.
 
     Args, raises: as `snip`.
     """
@@ -227,8 +224,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: the model does not run on the example input, or no output is a floating point tensor that depends on
-            the prunable tensors.
+        BatchError: the model does not run on the example input, or no floating point output depends on the tensors.
         ScoreError: NaN or infinity in the model, or a flow out of the range of float64.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))

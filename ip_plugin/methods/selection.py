@@ -81,8 +81,7 @@ def select(
     """Masks that keep the entries with the highest scores, and prune exactly the given amount.
 
     Args:
-        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned, and count as
-            pruned.
+        scores: {target: scores}, finite; -inf marks entries that are pruned already: they stay so, and are counted.
         sparsity: fraction of all entries that the masks prune; rounded to a count.
         count: number of entries that the masks prune, instead of a sparsity.
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
@@ -98,8 +97,7 @@ def select(
     Raises:
         SelectionError: no scores, or layers that the pattern does not fit.
         ScoreError: scores that are NaN or +inf.
-        AmountError: no amount, two, or one out of range; more is pruned already; or `min_per_layer` is no count, or
-            impossible.
+        AmountError: no amount, two, or one out of range; more is pruned already; an impossible `min_per_layer`.
         ArgumentError: of `scope` or `pattern`.
 
     Warns:

@@ -50,8 +50,7 @@ def prune_fitted(
     BatchNorms are re-estimated at the end (`reestimate_batch_norm`).
 
     Args:
-        model: changed in place. Plain, or in the interspace: then its bases are replaced, and its masks are applied to
-            the weights first.
+        model: changed in place. In the interspace, its masks are applied to the weights, and its bases are replaced.
         sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` lists their size.
         sharing: which layers share a basis, as in `ip_plugin.interspace`; None keeps the sharing of a model in the
             interspace, and is ``"model"`` for a plain one.

@@ -1,8 +1,7 @@
 """Layer-wise least-squares reconstruction after pruning, on a few batches, without training.
 
 The remaining entries of each layer are fitted so that for the dense network's inputs they give the dense network's
-outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do so after channel pruning; here for any mask, in either
-space).
+outputs: after He, Zhang and Sun 2017 (arXiv 1707.06168: channel pruning), here for any mask, in either space.
 """
 
 from __future__ import annotations
@@ -36,15 +35,13 @@ def reconstruct(
     into the layer's bias, or into the running mean of the BatchNorm that it feeds. Pruning in rounds, each followed by
     a reconstruction, is far more accurate than pruning at once. Call `reestimate_batch_norm` last.
 
-    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are.
-    Parameters keep their identity, and values behind masks stay. With DistributedDataParallel pass the same batches in
-    every process.
+    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are. So do
+    values behind masks, and Parameter objects. With DistributedDataParallel pass the same batches in every process.
 
     Args:
         model: changed in place; with masks of any kind, in either space.
         dense: the same network before it was pruned; not changed.
-        batches: pairs (inputs, targets) on the model's device, as for scores; targets are ignored. A few: they are held
-            in memory.
+        batches: a few pairs (inputs, targets) on the model's device, held in memory; targets are ignored.
         ridge: penalty for changing an entry, relative to the energy that the entry alone adds to the outputs. With 0
             only the fit to these batches counts.
         moments_at_once: how many numbers in second moments of inputs are held in memory together (those of one layer at
@@ -199,8 +196,7 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
     """Coefficients `C` on a support that minimise ``(W - C G) M (W - C G)^T + ridge * |C - start|^2`` for every output.
 
     The ridge weighs each entry by the diagonal of the quadratic form, so the result does not depend on the filter
-    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above
-    that of `start`.
+    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error rises.
 
     Args:
         second: `M`, ``(groups, D, D)``, ``D = in / groups * N``.

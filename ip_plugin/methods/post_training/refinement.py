@@ -35,8 +35,7 @@ def refine(
     (``requires_grad_(False)``, or `ip_plugin.param_groups` with ``basis_lr=0``), or train it slowly.
 
     Args:
-        model: changed in place: bases, coefficients and masks. Masked-out coefficients are zero afterwards. Build a new
-            optimizer.
+        model: its bases, coefficients (zero where masked) and masks are changed in place. Build a new optimizer.
         dense: the same network before it was pruned; not changed. None: the model's own kernels without masks, which
             are the same if nothing was trained since.
         seed: of the sample of kernels with which fitting begins.

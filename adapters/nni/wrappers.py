@@ -45,10 +45,7 @@ def remember(wrapper: Any) -> None:
 def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Restore the Parameters that `remember` has kept in an unwrapped module, with the trained values.
 
-    A Parameter that was tied to one outside of the wrapper stays untied, as NNI has left it.
-
-    Returns:
-        {NNI's Parameter: the Parameter that replaces it}.
+    Returns {NNI's Parameter: the one that replaces it}. One that was tied to another outside of the wrapper is untied.
     """
     module = wrapper.module
     forward = vars(module).get("forward")
@@ -161,7 +158,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     by_group: dict[Any, list[tuple[str, Tensor]]] = {}
     for ref, space, kept, factor in tensors:
         if factor is not None:
-            ref.parameter.data.mul_(factor)
+            ref.parameter.data.mul_(factor.detach())
         ref.add_mask(kept)
         by_group.setdefault(space.global_group_id, []).append((ref.module_name, kept))
     weights = [tensor for tensor in tensors if tensor.ref.tensor_name == "weight"]
@@ -254,10 +251,8 @@ def _pruned(wrapper: Any, model: nn.Module) -> Iterator[_Pruned]:
         if space.type is not TargetType.PARAMETER or space.mask is None:
             continue
         factor = getattr(wrapper, SLIM_SCALING_FACTOR_PNAME.format(name), None)
-        if factor is not None:
-            factor = factor.detach()
-            if space._scaler is not None:
-                factor = space._scaler.expand(factor, space.shape, keepdim=True)
+        if factor is not None and space._scaler is not None:
+            factor = space._scaler.expand(factor, space.shape, keepdim=True)
         layer, tensor_name = plain_name(wrapper.name, name, wrapper.module)
         ref = TensorRef(model.get_submodule(layer), tensor_name, layer)
         yield _Pruned(ref, space, space.mask.detach() != 0, factor)

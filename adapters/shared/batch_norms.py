@@ -28,8 +28,7 @@ _METHODS = ("relu", "relu_", "contiguous")
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))
-        return whole or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def following(model: nn.Module, layers: Collection[str]) -> dict[str, str] | None:

@@ -87,7 +87,7 @@ class PlainView:
             previous = [ExposedTensor(ref, ref.chain) for ref in refs if ref.chain is not None]
         unit = self.in_unit_gauge()
         for tensor in previous:
-            tensor.parameter, tensor.unit = tensor.chain.original, unit
+            tensor.parameter, tensor.unit = tensor.chain.original, unit  # type: ignore[assignment]
         self.tensors = {(tensor.ref.module, tensor.ref.tensor_name): tensor for tensor in previous}
         for module, tensors in self._by_module().items():
             del module._modules["parametrizations"]

@@ -17,11 +17,7 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
     Attributes are remembered by reference, and so is the content of those that are dicts or lists: what the block
-    replaces or registers is undone, but not what it writes into a tensor.
-
-    Args:
-        objects: modules and other objects with a ``__dict__``; others are passed over.
-        optimizer: None if there is none.
+    replaces or registers is undone, but not what it writes into a tensor. Objects without a ``__dict__`` are skipped.
     """
     unique: list[Any] = list({id(value): value for value in objects if hasattr(value, "__dict__")}.values())
     saved = [(value, type(value), dict(vars(value))) for value in unique]
@@ -52,6 +48,6 @@ def check_trained(optimizer: Optimizer | None, parameters: Iterable[nn.Parameter
     if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
         raise OptimizerError(
             "The optimizer must train parameters of the model.",
-            f"none of the model's parameters is in the parameter groups of the {type(optimizer).__name__}",
+            f"a {type(optimizer).__name__} with other parameters: none of the model's parameters is in its groups",
             "pass the optimizer that was built from this model's parameters",
         )

@@ -192,8 +192,7 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
                 f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}",
                 "make it like the tensor that is pruned; 1 keeps an entry",
             )
-        method: host.BasePruningMethod = super().apply(module, name, mask)  # type: ignore[no-untyped-call]
-        return method
+        return super().apply(module, name, mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _expose(module: nn.Module, name: str) -> None:

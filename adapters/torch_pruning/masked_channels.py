@@ -75,8 +75,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
             _remove_empty_channels(channel_pruner.DG)
         for ref in parametrized_tensors(model):
             parametrization = ref.parametrization
-            assert parametrization is not None
-            if parametrization.mask is not None and bool(parametrization.mask.all()):
+            if parametrization is not None and parametrization.mask is not None and bool(parametrization.mask.all()):
                 parametrization.mask = None
                 if not isinstance(parametrization, Interspace):
                     leave(ref.module, ref.tensor_name, ref.parameter.detach())

@@ -83,8 +83,7 @@ class _DynamicSparse:
     @torch.no_grad()
     def _drop_and_grow(self, ref: TensorRef, growth: Tensor) -> None:
         """Drop the entries of smallest magnitude, and grow those with the highest scores of the entries pruned then."""
-        assert ref.parametrization is not None
-        mask = ref.parametrization.mask
+        mask = None if ref.parametrization is None else ref.parametrization.mask
         assert mask is not None
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:

@@ -110,7 +110,18 @@ def select(
     >>> select(scores, pattern=NofM(1, 2))[next(iter(scores))]
     tensor([[False,  True, False,  True]])
     """
-    _check(scores)
+    if not any(score.numel() for score in scores.values()):
+        raise SelectionError(
+            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
+        )
+    for where, score in scores.items():
+        bad = int((score.isnan() | (score == math.inf)).sum())
+        if bad:
+            raise ScoreError(
+                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
+                f"{described(where, score)}: {bad} NaN or infinite scores",
+                "score a model that has not diverged",
+            )
     if pattern is not None:
         others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
         _check_pattern(pattern, scores, others)
@@ -288,18 +299,3 @@ def _check_pattern(pattern: object, scores: Mapping[Target, Tensor], others: Map
             f"not so in {listed(misfits)}",
             "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
         )
-
-
-def _check(scores: Mapping[Target, Tensor]) -> None:
-    if not any(score.numel() for score in scores.values()):
-        raise SelectionError(
-            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
-        )
-    for where, score in scores.items():
-        bad = int((score.isnan() | (score == math.inf)).sum())
-        if bad:
-            raise ScoreError(
-                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
-                f"{described(where, score)}: {bad} NaN or infinite scores",
-                "score a model that has not diverged",
-            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -145,20 +146,16 @@ def observe(
 
         return called
 
-    handles = [ref.module.register_forward_hook(of_layer(ref, w), with_kwargs=True) for ref, w in watchers.items()]
-    handles += [
-        module.register_forward_pre_hook(of_norm(name))
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for ref, watcher in watchers.items():
+            hooks.enter_context(ref.module.register_forward_hook(of_layer(ref, watcher), with_kwargs=True))
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm):
+                hooks.enter_context(module.register_forward_pre_hook(of_norm(name)))
         with pure(model), torch.no_grad():
             model.eval()
             for batch in inputs:
                 call(model, {}, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     norms: dict[str, list[str]] = {}
     for name, (layer, *others) in sources.items():
         if layer is not None and not others:

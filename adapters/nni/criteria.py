@@ -78,12 +78,13 @@ def _uniformly(model: nn.Module, count: int) -> None:
     if not count:
         return
     layers = prunable_tensors(model)
-    total = sum(map(_kept, layers))
+    kept = [_kept(layer) for layer in layers]
+    counts = rounded([Fraction(count * number, sum(kept)) for number in kept])
     ratios: dict[str, float] = {}
-    for layer, more in zip(layers, rounded([Fraction(count * _kept(layer), total) for layer in layers]), strict=True):
+    for layer, before, pruned in zip(layers, kept, counts, strict=True):
         size = layer.parameter.numel()
-        if more:
-            ratios[layer.module_name] = min(1.0, (size - _kept(layer) + more + 0.5) / size)  # NNI rounds down
+        if pruned:
+            ratios[layer.module_name] = min(1.0, (size - before + pruned + 0.5) / size)  # NNI rounds down
     _level(model, ratios)
 
 

@@ -45,7 +45,7 @@ def remember(wrapper: Any) -> None:
 def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Restore the Parameters that `remember` has kept in an unwrapped module, with the trained values.
 
-    Returns {NNI's Parameter: the one that replaces it}. One that was tied to another outside of the wrapper is untied.
+    Returns {NNI's Parameter: the one that replaces it}. One tied outside of the wrapper stays untied, as NNI left it.
     """
     module = wrapper.module
     forward = vars(module).get("forward")

@@ -196,11 +196,11 @@ class ExposedTensor:
     @torch.no_grad()
     def show(self) -> None:
         """Write masked and scaled values into the Parameter; inverse: `hide`."""
-        norms = (
-            self.parametrization.filter_norms if self.unit and isinstance(self.parametrization, Interspace) else None
-        )
-        if norms is not None and not bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
-            self._scale = norms.reshape(1, 1, *self.parameter.shape[2:])
+        if self.unit and isinstance(self.parametrization, Interspace):
+            norms = self.parametrization.filter_norms
+            # Norms that are 1 up to rounding scale nothing.
+            if norms is not None and not bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
+                self._scale = norms.reshape(1, 1, *self.parameter.shape[2:])
         if self._scale is not None or self.parametrization.mask is not None:
             self._exact = self.parameter.data
             self.parameter.data = self._shown(self._exact)

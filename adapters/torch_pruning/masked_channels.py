@@ -47,7 +47,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
 
     Raises:
         BatchError: the model does not run on the example inputs, or its outputs are NaN.
-        HostError: the outputs would change (an activation does not take 0 to 0?). In both cases nothing has changed.
+        HostError: the outputs would change (an activation may not take 0 to 0). In both cases nothing has changed.
 
     Warns:
         UserWarning: channels stay because of a grouped convolution.

@@ -96,10 +96,8 @@ def _positions_instead_of_values(parameters: Mapping[nn.Parameter, Tensor | None
             parameter.grad = None
             # The smallest floating point type that can represent every position.
             dtype = torch.float32 if parameter.numel() <= 2**24 else torch.float64
-            positions = torch.arange(parameter.numel(), device=parameter.device, dtype=dtype)
-            parameter.data = (
-                positions.reshape(parameter.shape) if order is None else positions[order.to(positions.device)]
-            )
+            positions = torch.arange(parameter.numel(), device=parameter.device, dtype=dtype).reshape(parameter.shape)
+            parameter.data = positions if order is None else positions.flatten()[order.to(positions.device)]
         yield
     finally:
         for parameter, data, grad in values:
@@ -155,4 +153,5 @@ def _replace(
     for new, kept in successors:
         assert kept is not None
         copies = {name: value.clone() for name, value in scalars.items()}
-        optimizer.state[new] = state | copies | {name: _select(value, kept) for name, value in tensors.items()}
+        copies |= {name: _select(value, kept) for name, value in tensors.items()}
+        optimizer.state[new] = {**state, **copies}

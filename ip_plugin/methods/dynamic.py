@@ -29,7 +29,7 @@ from .selection import Scope, apply_masks, select
 class _DynamicSparse:
     """Common to SET and RigL: every few steps the entries of smallest magnitude are dropped, and as many others grown.
 
-    Pruned entries and their optimizer state are zero, so grown entries start at zero. The number of entries is fixed.
+    Pruned entries and their optimizer state are zero, so grown ones start at zero. The number of kept entries is fixed.
     """
 
     def __init__(

@@ -125,7 +125,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: no batches, or one that is no pair; a loss that is not finite, or independent of what is prunable.
+        BatchError: no batches, or one that is no pair; a loss that is not one finite number, or depends on no layer.
         ScoreError: NaN or infinity among the gradients.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -224,7 +224,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: the model does not run on the example input, or no floating point output depends on the tensors.
+        BatchError: the model does not run on the input, or no floating point output depends on the prunable tensors.
         ScoreError: NaN or infinity in the model, or a flow out of the range of float64.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))

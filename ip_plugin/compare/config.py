@@ -73,13 +73,8 @@ class Settings:
         for name, known in choices.items():
             _require(name, getattr(self, name), getattr(self, name) in known, f"be one of {', '.join(known)}")
         TASKS[self.task].check(self.data)
-        for name, least in {
-            "epochs": 1,
-            "batch_size": 1,
-            "finetune_epochs": 0,
-            "weight_decay": 0,
-            "basis_lr": 0,
-        }.items():
+        lowest = {"epochs": 1, "batch_size": 1, "finetune_epochs": 0, "weight_decay": 0, "basis_lr": 0}
+        for name, least in lowest.items():
             _require(name, getattr(self, name), getattr(self, name) >= least, f"be a number of at least {least}")
         _require("lr", self.lr, self.lr > 0, "be a number above 0")
         if self.train_images is not None:

@@ -28,10 +28,7 @@ class Positions(NamedTuple):
 
 
 def encode(kept: Tensor) -> tuple[Positions, Tensor]:
-    """Encode the positions of the True entries in the coding that takes the fewest bytes.
-
-    Args:
-        kept: bools, any shape.
+    """Encode the positions of the True entries, whatever the shape, in the coding that takes the fewest bytes.
 
     Returns:
         The encoded positions, and the positions (int64, 1-D), both on the device of `kept`.

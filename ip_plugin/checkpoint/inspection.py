@@ -103,10 +103,7 @@ def _sum(table: Any, name: str, lines: Iterable[Line], nbytes: str = "") -> None
 
 
 def inspect(path: Path) -> Inspection:
-    """Read and check a whole compact file.
-
-    Args:
-        path: of a file that `ip_plugin.save` has written.
+    """Read and check a whole file that `ip_plugin.save` has written.
 
     Raises:
         CheckpointError: the file is corrupt, inconsistent, or no compact file.

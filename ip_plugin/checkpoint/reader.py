@@ -26,11 +26,9 @@ from .schema import Record
 
 
 class Plan:
-    """The changes that load a file into a model.
+    """The changes that load a file into a model, which does not change before `carry_out`.
 
-    Args:
-        model: not changed before `carry_out`.
-        file: open until `carry_out` returns: values are copied from its memory.
+    The file must be open until that returns: values are copied from its memory.
 
     Raises:
         InterspaceError: the file does not fit the model, or is inconsistent.

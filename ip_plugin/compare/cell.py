@@ -74,8 +74,7 @@ def execute(
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
-        cell: which cell.
-        settings: of its study.
+        cell, settings: which cell, and the settings of its study.
         epoch_done: called after each epoch; `epochs_of` says how often.
         cache: of trainings of other cells with the same settings; it changes nothing but the time.
 
@@ -126,15 +125,15 @@ def train_and_prune(criterion: Criterion, amount: float, training: Training, tes
     Returns:
         The accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
     """
-    before = None
-    if criterion.stage == "after training":
-        training.train()
-        before = accuracy(training.model, test)
+    if criterion.stage != "after training":
+        criterion.prune(training.model, amount, training)
+        if criterion.stage == "at initialisation":
+            training.train()
+        return None
+    training.train()
+    before = accuracy(training.model, test)
     criterion.prune(training.model, amount, training)
-    if criterion.stage == "at initialisation":
-        training.train()
-    elif criterion.stage == "after training":
-        training.finetune()
+    training.finetune()
     return before
 
 
@@ -164,11 +163,8 @@ def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters:
         return cell.sparsity
     kept = round((1 - cell.sparsity) * parameters)
     if kept - basis_parameters < 1:
-        raise StudyError(
-            "A run must keep at least one parameter.",
-            f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases",
-            "compare at a lower sparsity",
-        )
+        found = f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
+        raise StudyError("A run must keep at least one parameter.", found, "compare at a lower sparsity")
     return parameters - kept + basis_parameters
 
 

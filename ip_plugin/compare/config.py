@@ -84,11 +84,9 @@ class Settings:
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise StudyError(
-                "`device` must be a device that torch can use here.",
-                f"{self.device!r}: {str(error).splitlines()[0]}",
-                "use cpu, or install a build of torch for the device",
-            ) from error
+            rule, found = "`device` must be a device that torch can use here.", str(error).splitlines()[0]
+            remedy = "use cpu, or install a build of torch for the device"
+            raise StudyError(rule, f"{self.device!r}: {found}", remedy) from error
 
 
 @dataclass(frozen=True)

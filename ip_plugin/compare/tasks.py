@@ -66,11 +66,8 @@ class Task:
         train, test = self.read(data)
         if train_images is not None:
             if train_images > len(train.labels):
-                raise StudyError(
-                    "The data must have as many training images as `train_images` asks for.",
-                    f"{len(train.labels)} instead of {train_images}",
-                    "ask for fewer",
-                )
+                rule = "The data must have as many training images as `train_images` asks for."
+                raise StudyError(rule, f"{len(train.labels)} instead of {train_images}", "ask for fewer")
             chosen = torch.randperm(len(train.labels), generator=Generator().manual_seed(0))[:train_images]
             train = Split(train.images[chosen], train.labels[chosen])
         # On a CPU convolutions are faster with channels last.
@@ -107,9 +104,8 @@ def _cifar10(data: str | None) -> tuple[Split, Split]:
             with np.load(data, allow_pickle=False) as file:
                 arrays = [(file[f"{split}_images"], file[f"{split}_labels"]) for split in ("train", "test")]
     except (ImportError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise StudyError(
-            "The data must be CIFAR-10.", f"{data!r}: {type(error).__name__}: {error}", f"give {_CIFAR10}"
-        ) from error
+        reason = f"{data!r}: {type(error).__name__}: {error}"
+        raise StudyError("The data must be CIFAR-10.", reason, f"give {_CIFAR10}") from error
     splits = []
     for images, labels in arrays:
         shapes = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"

@@ -25,11 +25,8 @@ class TrainingCache:
     """The states in which trainings of one study ended, so that no training is done twice.
 
     Criteria that prune a trained network begin with the same training. A training that begins like an earlier one, in
-    every bit of the model and of the random state, ends as that one did. Only trainings without a `begin` callback are
-    kept. A training leaves no gradients and no optimizer state behind, so nothing else needs to be kept.
-
-    Args:
-        size: how many trainings are kept; the one that was not used for the longest time goes first.
+    every bit of the model and of the random state, ends as that one did, and leaves no gradients and no optimizer state
+    behind. Of trainings without a `begin` callback the `size` that were used last are kept.
     """
 
     def __init__(self, size: int = 4) -> None:
@@ -69,8 +66,7 @@ class Training:
     Args:
         model: the network to train.
         split: training images and labels, on the model's device.
-        task: says how images are augmented.
-        settings: of the study.
+        task, settings: of the study; the task says how images are augmented.
         seed: of the cell, for the order of the images and their augmentation.
         epoch_done: called after each epoch.
         cache: of trainings with the same split, task and settings; without one every training is done.

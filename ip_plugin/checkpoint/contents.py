@@ -109,8 +109,7 @@ def nonzero_entries(flat: Tensor, *, signs: bool = False) -> Tensor:
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
-    flat = values.reshape(-1)
-    return as_integers(flat).index_select(0, index).view(flat.dtype).reshape(-1)
+    return as_integers(values.reshape(-1)).index_select(0, index).view(values.dtype).reshape(-1)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -126,11 +125,8 @@ def as_integers(flat: Tensor) -> Tensor:
 def packed(model: nn.Module, *, resumable: bool = False) -> Iterator[tuple[TensorRef, Packed]]:
     """Each tensor of a model as a compact file stores it, except bases, which are stored as they are.
 
-    Values of tied tensors are stored with the first of them, masks with each.
-
-    Args:
-        model: not changed.
-        resumable: keep pruned values and the signs of zeros.
+    Values of tied tensors are stored with the first of them, masks with each. `resumable` keeps pruned values and the
+    signs of zeros.
     """
     refs = tensors_of(model)
     owner = owners(refs)

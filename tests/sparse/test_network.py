@@ -25,7 +25,7 @@ from ip_plugin.errors import ArgumentError, InterspaceError, SparseExecutionErro
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.autotune import Autotuner, by_rule
-from ip_plugin.sparse.graph import trace
+from ip_plugin.sparse.graph import baked, trace
 from ip_plugin.sparse.lowering import lower
 from ip_plugin.sparse.steps import Pack
 
@@ -260,7 +260,7 @@ class ReadTwice(nn.Module):
 
 def packed(model: nn.Module, images: Tensor) -> int:
     """How many values are packed for convolutions."""
-    steps = lower(trace(model, (images,)), (images,), by_rule).steps
+    steps = lower(trace(*baked(model), (images,)).module, (images,), by_rule).steps
     return sum(isinstance(step, Pack) for step in steps)
 
 
@@ -310,7 +310,7 @@ def test_the_fastest_way_is_chosen(sparsity: float, fastest: str, space: str) ->
 
     model = pruned(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), space, sparsity)
     images = torch.randn(2, 8, 12, 12)
-    network = SparseNetwork(trace(model, (images,)), Autotuner(timer=took))
+    network = SparseNetwork(trace(*baked(model), (images,)), Autotuner(timer=took))
     agrees(network, model, images)
     (how,) = (run.how for run in network.runs(images))
     if sparsity > 0.9:  # too few non-zeros for it
@@ -616,7 +616,7 @@ def test_convolutions_that_loops_have_no_room_for_are_left_to_torch() -> None:
     network = prepare(model, images, deterministic=True)
     assert [run.layer for run in network.runs(images)] == ["1"]
     agrees(network, model, images)
-    steps = lower(trace(model, (images,)), (images,), by_rule, max_offset=100).steps
+    steps = lower(trace(*baked(model), (images,)).module, (images,), by_rule, max_offset=100).steps
     assert [step.layer.run.how for step in steps if step.layer] == ["dense"]
 
 
@@ -633,14 +633,14 @@ import numba, torch
 from torch import nn
 from ip_plugin.sparse import SparseNetwork
 from ip_plugin.sparse.autotune import Autotuner
-from ip_plugin.sparse.graph import trace
+from ip_plugin.sparse.graph import baked, trace
 torch.set_num_threads(1)
 class Printing(Autotuner):
     def __call__(self, *rest):
         print(numba.get_num_threads(), torch.get_num_threads())
         return super().__call__(*rest)
 images = torch.randn(1, 4, 8, 8)
-SparseNetwork(trace(nn.Sequential(nn.Conv2d(4, 4, 3)), (images,)), Printing())(images)
+SparseNetwork(trace(*baked(nn.Sequential(nn.Conv2d(4, 4, 3))), (images,)), Printing())(images)
 print(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
 """
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}

@@ -254,7 +254,7 @@ def _multiply_adds(
                 own_name = _joined(module_name, tensor_name)
                 name = _joined(prefix, part.measured.first_names.get(own_name, own_name))
                 macs.add(name, parameter)
-                if TensorRef(module, tensor_name).is_prunable:
+                if TensorRef(module, tensor_name).is_prunable and "forward" not in vars(module):  # not a network's
                     macs.watch(name, module, parameter)
         for network in part.networks:
             network.noted = []

@@ -67,11 +67,16 @@ class Structure(NamedTuple):
         return function(*args, **kwargs)
 
     def __str__(self) -> str:
-        """Names of types, for messages."""
-        args, kwargs = tree_unflatten(
-            [kind.__name__ if kind is Tensor else repr(leaf) for kind, leaf in self.leaves], self.tree
-        )
-        return ", ".join([*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())])
+        """The arguments, tensors as ``Tensor``."""
+        words = [_Word("Tensor" if kind is Tensor else repr(leaf)) for kind, leaf in self.leaves]
+        args, kwargs = tree_unflatten(words, self.tree)
+        return ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+
+
+class _Word(str):
+    """Is shown without quotes."""
+
+    __repr__ = str.__str__
 
 
 class Traced(NamedTuple):
@@ -151,9 +156,15 @@ def baked(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, TensorRef]]:
 
 
 def trace(
-    plain: nn.Module, sparse: Mapping[nn.Module, TensorRef], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None,
-    *, expected: Outputs | None = None, opaque: bool = False, tolerance: float = 1e-3,
-) -> Traced:  # fmt: skip
+    plain: nn.Module,
+    sparse: Mapping[nn.Module, TensorRef],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    expected: Outputs | None = None,
+    opaque: bool = False,
+    tolerance: float = 1e-3,
+) -> Traced:
     """Trace a model, and replace convolutions by `Convolution`.
 
     Args:
@@ -232,7 +243,7 @@ class _Tracer(fx.Tracer):
             return True
         return self._opaque and any(True for _ in m.parameters()) and self._sparse.keys().isdisjoint(m.modules())
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ARG002
         name = self._names.get(attr_val) if isinstance(attr_val, nn.Parameter) else None
         if name is None:
             return attr_val

@@ -65,9 +65,12 @@ class SparseNetwork(nn.Module):
         return _calls(next(iter(self._programs.values())))
 
     def layers_by_torch(self) -> dict[str, nn.Module]:
-        """Modules that torch runs, by their names in the model."""
-        names = {name.removeprefix(ROOT).removeprefix("."): name for name, _ in self.plain.named_modules()}
-        return {short: self.plain.get_submodule(name) for short, name in names.items() if name.split(".")[0] == ROOT}
+        """Modules with parameters of which torch runs calls, by their names in the model."""
+        return {
+            name.removeprefix(ROOT).removeprefix("."): module
+            for name, module in self.plain.named_modules()
+            if name.split(".")[0] == ROOT and module._parameters
+        }
 
     def train(self, mode: bool = True) -> SparseNetwork:  # noqa: ARG002
         """Stays in evaluation mode."""

@@ -139,7 +139,7 @@ class _Parts:
                 )
                 network = SparseNetwork(traced, self._choose, module.forward).eval()
                 difference = expected.difference(outputs_of(network, structure, tensors), self._tolerance)
-            except UntraceableError as failure:
+            except UntraceableError as failure:  # noqa: PERF203
                 errors.append(failure)
             except Exception as failure:
                 errors.append(UntraceableError(f"{type(failure).__name__}: {failure}".splitlines()[0]))
@@ -180,7 +180,7 @@ class _Parts:
         for part, (part_args, part_kwargs) in self._calls_inside(module, args, kwargs).items():
             try:
                 network = self.network(part, part_args, part_kwargs)
-            except UntraceableError:
+            except UntraceableError:  # noqa: PERF203
                 yield from self._inside(part, part_args, part_kwargs)
             else:
                 if network.first_calls():

@@ -148,4 +148,4 @@ def test_a_sparse_network_inside_of_another_model() -> None:
         ("0.0", "interspace", "fused"), ("1", "spatial", "dense"),
     ]  # fmt: skip
     assert actual.prunable.macs_dense == 2 * 100 * 216 + 2 * 96 * 80
-    assert actual.everything.parameters == 216 + 80 + 81
+    assert actual.everything.parameters == 216 + 8 + 80 + 81

@@ -34,68 +34,17 @@ import ip_plugin
 from ip_plugin.errors import InterspaceError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 
-TIMM = [
-    "test_resnet",
-    "resnet18",
-    "resnet26d",
-    "resnetv2_50x1_bit",
-    "resnext26ts",
-    "seresnet18",
-    "skresnet18",
-    "res2net50d",
-    "resnest14d",
-    "regnetx_002",
-    "regnety_002",
-    "regnetz_005",
-    "efficientnet_b0",
-    "tf_efficientnet_b0",
-    "mixnet_s",
-    "mobilenetv2_050",
-    "tf_mobilenetv3_small_minimal_100",
-    "mobilenetv4_conv_small",
-    "lcnet_050",
-    "fbnetc_100",
-    "ghostnetv2_100",
-    "convnextv2_atto",
-    "edgenext_xx_small",
-    "hrnet_w18_small",
-    "dla34",
-    "densenet121",
-    "inception_v4",
-    "selecsls42",
-    "cspresnet50",
-    "vovnet39a",
-    "vit_tiny_patch16_224",
-    "vit_small_patch14_dinov2",
-    "vit_tiny_r_s16_p8_224",
-    "deit_tiny_distilled_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "xcit_nano_12_p16_224",
-    "levit_128s",
-    "mobilevit_xxs",
-    "mobilevitv2_050",
-    "pit_ti_224",
-    "poolformer_s12",
-    "mixer_s32_224",
-    "gmlp_ti16_224",
-    "volo_d1_224",
-    "pvt_v2_b0",
-    "twins_pcpvt_small",
-    "convit_tiny",
-    "eva02_tiny_patch14_224",
-    "coatnet_nano_rw_224",
-    "efficientformerv2_s0",
-    "efficientvit_b0",
-    "fastvit_t8",
-    "repvit_m0_9",
-    "mobileone_s0",
-    "caformer_s18",
-    "nfnet_l0",
-    "halonet26t",
-    "rexnet_100",
-    "hgnetv2_b0",
-]
+TIMM = """
+    test_resnet resnet18 resnet26d resnetv2_50x1_bit resnext26ts seresnet18 skresnet18 res2net50d resnest14d
+    regnetx_002 regnety_002 regnetz_005 efficientnet_b0 tf_efficientnet_b0 mixnet_s mobilenetv2_050
+    tf_mobilenetv3_small_minimal_100 mobilenetv4_conv_small lcnet_050 fbnetc_100 ghostnetv2_100 convnextv2_atto
+    edgenext_xx_small hrnet_w18_small dla34 densenet121 inception_v4 selecsls42 cspresnet50 vovnet39a
+    vit_tiny_patch16_224 vit_small_patch14_dinov2 vit_tiny_r_s16_p8_224 deit_tiny_distilled_patch16_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 xcit_nano_12_p16_224 levit_128s mobilevit_xxs
+    mobilevitv2_050 pit_ti_224 poolformer_s12 mixer_s32_224 gmlp_ti16_224 volo_d1_224 pvt_v2_b0
+    twins_pcpvt_small convit_tiny eva02_tiny_patch14_224 coatnet_nano_rw_224 efficientformerv2_s0
+    efficientvit_b0 fastvit_t8 repvit_m0_9 mobileone_s0 caformer_s18 nfnet_l0 halonet26t rexnet_100 hgnetv2_b0
+""".split()  # noqa: SIM905
 STEPS = ("convert", "prune", "fresh load", "save and load", "bake", "report", "prepare", "report prepared")
 SPARSITY, TOLERANCE = 0.9, 1e-3
 
@@ -162,7 +111,7 @@ def outputs(model: nn.Module, inputs: Any) -> list[Any]:
 
 
 def compared(actual: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -> str:
-    """ "ok", or what is different."""
+    """Either "ok" or what is different."""
     if len(actual) != len(expected):
         return f"DIFFERENT: {len(actual)} outputs instead of {len(expected)}"
     largest = 0.0
@@ -308,7 +257,7 @@ def main() -> None:
     parser.add_argument("--limit", default="1.5e8", help="number of parameters of larger networks, which are skipped")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.one:
         print(json.dumps(Sweep(options.patterns[0], options.space, float(options.limit)).row))
         return

@@ -95,7 +95,7 @@ def prepare(
         sparse = len({call.layer for network in networks for call in network.first_calls()})
         warnings.warn(
             "The network is run in parts, which is slower: torch.fx cannot trace its forward as a whole. "
-            f"Found: {error}. {len(networks)} parts are sparse networks, with {sparse} of {len(parts.sparse)} "
+            f"Found: {str(error).rstrip('.')}. {len(networks)} parts are sparse networks, with {sparse} of {len(parts.sparse)} "
             f"convolutions{parts.difference}. What to do: keep Python that depends on values or types of tensors out "
             "of the forward, or accept the speed",
             SparseFallbackWarning,

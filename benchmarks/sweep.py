@@ -90,7 +90,7 @@ def example(name: str, model: nn.Module) -> Any:
     )
     detector = hasattr(model, "roi_heads") or hasattr(model, "anchor_generator")
     error: Exception | None = None
-    for size in (64, 128, 224, 256, 299):
+    for size in (64, 128, 224, 256, 299, 518):
         shape = (3, 16, size, size) if video else (3, size, size)
         image = torch.rand(shape, generator=generator)
         inputs = [image] if detector else image[None]

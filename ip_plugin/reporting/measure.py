@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
-from ..checkpoint.contents import packed
+from ..checkpoint.contents import gathered, packed
 from ..core.channels import output_filters
 from ..core.tensor_ref import TensorRef, by_basis, prunable_tensors, tensors_of
 from ..utils.example_input import run
@@ -177,7 +177,7 @@ def measure(model: nn.Module, *, without: Iterable[str] = (), variety: bool = Fa
                 transforms[layer.module_name] = space.basis.numel() * channels
         size = stored.pop(id(layer.parameter)) + (0 if counted is None else _bytes(counted))
         row = _row(layer, user, 0 if counted is None else counted.numel(), size)
-        values = variety_of(output_filters(layer.module, _whole(layer.composed))) if variety else None
+        values = variety_of(output_filters(layer.module, gathered(layer.composed))) if variety else None
         rows.append(row if values is None else dataclasses.replace(row, **values._asdict()))
     counted_elsewhere = {*(layer.parameter for layer in layers), *bases}
     others = {
@@ -219,15 +219,9 @@ def _kind(model: nn.Module, ref: TensorRef) -> str:
 
 
 def _nonzero(ref: TensorRef) -> Tensor:
-    nonzero = _whole(ref.parameter.detach()) != 0
+    nonzero = gathered(ref.parameter.detach()) != 0
     mask = None if ref.is_foreign else ref.mask
-    return nonzero if mask is None else nonzero & _whole(mask)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded over processes (a DTensor)."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+    return nonzero if mask is None else nonzero & gathered(mask)
 
 
 def _multiply_adds(

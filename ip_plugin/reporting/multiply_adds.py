@@ -26,7 +26,7 @@ class MultiplyAdds(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self._named: dict[int, tuple[str, Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
@@ -42,6 +42,8 @@ class MultiplyAdds(TorchDispatchMode):
         def count(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             applied = (*args, *kwargs.values())[0] if isinstance(module, _ConvTransposeNd) else output
             self.counts[name] += _of_weight(applied, weight)
+            if "weight" in vars(module):  # `torch.nn.utils.prune` computes it anew before every call
+                self.add(name, vars(module)["weight"])
 
         self._around(module, count)
 

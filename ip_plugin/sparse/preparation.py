@@ -93,11 +93,12 @@ def prepare(
     except UntraceableError as error:
         prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs)
         sparse = len({call.layer for network in networks for call in network.first_calls()})
+        reason, count = str(error).rstrip("."), len(networks)
         warnings.warn(
-            "The network is run in parts, which is slower: torch.fx cannot trace its forward as a whole. "
-            f"Found: {str(error).rstrip('.')}. {len(networks)} parts are sparse networks, with {sparse} of {len(parts.sparse)} "
-            f"convolutions{parts.difference}. What to do: keep Python that depends on values or types of tensors out "
-            "of the forward, or accept the speed",
+            "The network is run in parts, which is slower: torch.fx cannot trace its forward as a whole. Found: "
+            f"{reason}. {count} parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions"
+            f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
+            "forward, or accept the speed",
             SparseFallbackWarning,
             stacklevel=2,
         )

@@ -310,10 +310,11 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
         prepare(model, X)
 
 
+@pytest.mark.filterwarnings("ignore::ip_plugin.errors.SparseFallbackWarning")
 @pytest.mark.parametrize(
     ("library", "name", "shape"),
     [
-        ("timm", "test_edgenext", (1, 3, 32, 32)), ("timm", "test_vit", (1, 3, 160, 160)),
+        ("timm", "test_efficientnet", (1, 3, 32, 32)), ("timm", "test_vit", (1, 3, 160, 160)),
         ("torchvision", "shufflenet_v2_x0_5", (1, 3, 32, 32)),
     ],
 )  # fmt: skip

@@ -110,7 +110,7 @@ class Outputs(NamedTuple):
             return f"outputs {other.tree} instead of {self.tree}"
         for mine, its in zip(self.leaves, other.leaves, strict=True):
             if not isinstance(mine, Tensor):
-                if type(mine) is not type(its) or mine != its:
+                if type(mine) is not type(its) or (isinstance(mine, _CONSTANTS) and mine != its):
                     return f"an output is {its!r} instead of {mine!r}"
             elif not isinstance(its, Tensor) or (mine.shape, mine.dtype) != (its.shape, its.dtype):
                 return f"an output is {_described(its)} instead of {_described(mine)}"

@@ -8,15 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ArgumentError, SparseExecutionError, SparseFallbackWarning
 from ..reporting.measure import PREPARED, Prepared, measure
 from ..utils.example_input import arguments, run
 from .autotune import Autotuner, Chooser, by_rule
-from .graph import Structure, UntraceableError, baked, outputs_of, trace
+from .graph import Outputs, Structure, UntraceableError, baked, outputs_of, trace
 from .network import SparseNetwork, check_input
 
 #: How much outputs may differ from the model's, relative to the largest one, by dtype of responses.
@@ -57,7 +56,8 @@ def prepare(
     Raises:
         BatchError: the model does not run on the example input.
         ArgumentError: `response_dtype` is another type.
-        SparseExecutionError: model or input are not float32 on the CPU, or the model cannot be copied.
+        SparseExecutionError: model or input are not float32 on the CPU, or the model cannot be copied, or a baked copy
+            computes something else.
 
     Warns:
         SparseFallbackWarning: the model is run in parts.
@@ -78,25 +78,25 @@ def prepare(
             "leave it out for results that are exact to float32",
         )
     args, kwargs = arguments(example_input)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    structure, tensors = Structure.of(args, kwargs)
     for value in (*tensors, *(parameter.detach() for parameter in model.parameters())):
         check_input(value)
-    run(model, example_input)
+    expected = outputs_of(lambda *args, **kwargs: run(model, kwargs or args), structure, tensors)
     choose: Chooser = Autotuner(response_dtype)
     if deterministic:
         choose = partial(by_rule, response_dtype=response_dtype)
     parts = _Parts(model, choose, _TOLERANCES[response_dtype])
     prepared: nn.Module
     try:
-        prepared = parts.network(parts.plain, args, kwargs)
+        prepared = parts.network(parts.plain, args, kwargs, expected)
         networks, by_torch = [prepared], prepared.layers_by_torch()
     except UntraceableError as error:
-        prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs)
+        prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs, expected)
         sparse = len({call.layer for network in networks for call in network.first_calls()})
-        reason, count = str(error).rstrip("."), len(networks)
+        how, reason = "in parts, which is slower" if networks else "dense", str(error).rstrip(".")
         warnings.warn(
-            "The network is run in parts, which is slower: torch.fx cannot trace its forward as a whole. Found: "
-            f"{reason}. {count} parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions"
+            f"The network is run {how}: torch.fx cannot trace its forward as a whole. Found: {reason}. {len(networks)} "
+            f"parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions for which there are loops"
             f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
             "forward, or accept the speed",
             SparseFallbackWarning,
@@ -124,14 +124,16 @@ class _Parts:
         self.difference = ""
         self._choose, self._tolerance = choose, tolerance
 
-    def network(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SparseNetwork:
-        """A network that computes what `module` does, in evaluation mode.
+    def network(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Outputs | None = None
+    ) -> SparseNetwork:
+        """A network that computes what `module` does for these arguments, or `expected`.
 
         Raises:
             UntraceableError: there is none.
         """
         structure, tensors = Structure.of(args, kwargs)
-        expected = outputs_of(module, structure, tensors)
+        expected = expected or outputs_of(module, structure, tensors)
         errors = []
         for opaque in (False, True):
             try:
@@ -151,17 +153,31 @@ class _Parts:
         raise errors[0]
 
     def assemble(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Outputs
     ) -> tuple[list[SparseNetwork], dict[str, nn.Module]]:
         """Let parts of `plain` run sparse where they are called as they were for these arguments.
 
         Modules keep their classes and attributes, so that a forward that asks for them finds what it expects.
 
+        Args:
+            args, kwargs: of a call.
+            expected: the outputs of the model.
+
         Returns:
             The networks, and all modules that torch may run, by name.
+
+        Raises:
+            SparseExecutionError: `plain` computes something else than the model.
         """
         structure, tensors = Structure.of(args, kwargs)
-        expected = outputs_of(self.plain, structure, tensors)
+        difference = expected.difference(outputs_of(self.plain, structure, tensors), self._tolerance)
+        if difference:
+            raise SparseExecutionError(
+                "A model that is prepared must compute the same when it is baked.",
+                difference,
+                "do not prune a weight that another layer uses, too, like that of an output layer that is tied to an "
+                "embedding; or untie them",
+            )
         networks = dict(self._inside(self.plain, args, kwargs))
         for module, network in networks.items():
             module.forward = _or_dense(network, module.forward)

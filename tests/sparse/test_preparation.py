@@ -88,7 +88,7 @@ def test_only_the_part_that_cannot_be_traced_is_taken_apart(space: str) -> None:
     model = pruned(
         nn.Sequential(OrderedDict(good=Base(lambda m, x: m.b(m.a(x)).relu()[:, :3]), bad=Base(asks_type))), space
     )
-    with pytest.warns(SparseFallbackWarning, match="3 parts are sparse networks, with 4 of 4"):
+    with pytest.warns(SparseFallbackWarning, match="3 parts are sparse networks, with 4 of 4 convolutions"):
         network = prepare(model, X, deterministic=True)
     agrees(network, model, X)
     assert type(network) is nn.Sequential and type(network.bad.a) is nn.Conv2d
@@ -308,6 +308,38 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.kept = model.a(X)
     with pytest.raises(SparseExecutionError, match=r"copy.deepcopy\(model\) raises RuntimeError"):
         prepare(model, X)
+
+
+def test_a_model_that_baking_would_change_is_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, words: Tensor) -> Any:
+            return self.head(self.table(words))
+
+    model = pruned(Tied(), "spatial")
+    with pytest.raises(SparseExecutionError, match="must compute the same when it is baked"):
+        prepare(model, torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("kind", ["opaque", "unknown"])
+def test_objects_of_other_libraries_in_arguments_and_outputs(kind: str) -> None:
+    class Cache:
+        pass
+
+    if kind == "opaque":
+        model, example = pruned(Base(lambda m, x, cache: m.b(m.a(x)))), (X, Cache())
+        with pytest.warns(SparseFallbackWarning, match="an argument is a Cache"):
+            network = prepare(model, example, deterministic=True)
+        agrees(network, model, *example)
+        assert runs(network)["b"] == "fused"
+    else:
+        model = pruned(Base(lambda m, x: (m.b(m.a(x)), Cache())))
+        network = prepare(model, X, deterministic=True)
+        assert isinstance(network(X)[1], Cache)
 
 
 @pytest.mark.filterwarnings("ignore::ip_plugin.errors.SparseFallbackWarning")

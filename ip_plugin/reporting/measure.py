@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 from ..checkpoint.contents import gathered, packed
 from ..core.channels import output_filters
 from ..core.tensor_ref import TensorRef, by_basis, prunable_tensors, tensors_of
+from ..errors import ArgumentError, listed
 from ..utils.example_input import run
 from .multiply_adds import MultiplyAdds
 from .table import Report, Row
@@ -122,12 +123,20 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
 
     Raises:
         BatchError: the model does not run on the example input.
+        ArgumentError: the model is, or contains, one of TorchScript.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False))
     >>> total = report(model, torch.zeros(1, 1, 5, 5)).prunable
     >>> total.parameters, total.nonzeros, total.macs_dense
     (18, 18, 162)
     """
+    scripts = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripts:
+        raise ArgumentError(
+            "A model that is measured must consist of ordinary modules.",
+            f"TorchScript: {listed(scripts)}" if scripts[0] else "a model of TorchScript",
+            "measure the model before torch.jit.trace or torch.jit.script",
+        )
     prepared = {name: vars(module)[PREPARED] for name, module in model.named_modules() if PREPARED in vars(module)}
     measured = measure(model, without=prepared, variety=variety)
     if prepared:

@@ -16,6 +16,7 @@ from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune
+from ip_plugin.errors import ArgumentError
 
 
 def network() -> nn.Sequential:
@@ -284,3 +285,11 @@ def test_a_model_that_fsdp_has_sharded(space: str) -> None:
         assert report(distributed.fully_shard(model, mesh=mesh), X) == expected
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_torchscript_is_refused(inside: bool) -> None:
+    model: nn.Module = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(ArgumentError, match="TorchScript: '0'" if inside else "a model of TorchScript"):
+        report(nn.Sequential(model) if inside else model)

@@ -279,7 +279,8 @@ def value_shapes(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.No
 def _run(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, dict[fx.Node, torch.Size]]:
     """What a graph computes for copies of these inputs, and the shapes of all values."""
     interpreter = _Shapes(traced, garbage_collect_values=False)
-    outputs = interpreter.run(*(value.clone() for value in inputs))
+    with torch.random.fork_rng(devices=[]):
+        outputs = interpreter.run(*(value.clone() for value in inputs))
     return outputs, {node: value.shape for node, value in interpreter.env.items() if isinstance(value, Tensor)}
 
 

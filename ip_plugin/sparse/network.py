@@ -95,7 +95,8 @@ class SparseNetwork(nn.Module):
         key = tuple(value.shape for value in tensors)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = lower(self.plain, tensors, self._choose)
+                with torch.random.fork_rng(devices=[]):  # a trial run, which must leave no trace
+                    self._programs[key] = lower(self.plain, tuple(map(torch.clone, tensors)), self._choose)
             return self._programs[key], tensors
 
 

@@ -266,6 +266,18 @@ def test_random_numbers_are_drawn_at_every_call() -> None:
     assert not torch.equal(network(X), network(X))
 
 
+def test_a_new_shape_leaves_the_input_and_the_random_state_as_the_model_does() -> None:
+    model = pruned(Base(lambda m, x: m.b(m.a(x.add_(1)) + torch.rand_like(x).mean())))
+    network = prepare(model, X, deterministic=True)
+    assert isinstance(network, SparseNetwork)
+    images = torch.zeros(1, 3, 7, 7)
+    torch.manual_seed(0)
+    first = network(images)
+    assert torch.equal(images, torch.ones_like(images))
+    torch.manual_seed(0)
+    torch.testing.assert_close(first, model(torch.zeros(1, 3, 7, 7)).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_shapes_that_depend_on_values() -> None:
     def selects(m: Base, x: Tensor) -> Tensor:
         h = m.a(x)

@@ -8,9 +8,9 @@ channels are removed, both spaces keep equally many; the network of the interspa
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import Criterion
-from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
+from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
@@ -174,17 +174,12 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
     A group of layers stays spatial if its basis has more parameters than the sparsity leaves to the group. Where
     channels are removed, bases cost nothing.
     """
-    groups: dict[object, list[TensorRef]] = defaultdict(list)
-    for layer in prunable_tensors(model):
-        kernel = layer.parameter.shape[2:]
-        if kernel.numel() > 1:
-            groups[layer.module_name if settings.sharing == "layer" else kernel].append(layer)
     converted: list[str] = []
     spatial: list[str] = []
-    for layers in groups.values():
-        budget = (1 - cell.sparsity) * sum(layer.parameter.numel() for layer in layers)
-        pays = criterion.removes_channels or budget > layers[0].parameter.shape[2:].numel() ** 2
-        (converted if pays else spatial).extend(layer.module_name for layer in layers)
+    share = math.inf if criterion.removes_channels else 1 - cell.sparsity
+    for members in groups_of(model, settings.sharing):
+        names = converted if basis_pays(members, share) else spatial
+        names.extend(layer.module_name for layer in members)
     if converted:
         options = {name: getattr(settings, name) for name in ("basis", "sharing", "constraint")}
         interspace(model, layers=converted, seed=cell.seed, **options)

@@ -74,8 +74,7 @@ def execute(
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
-        cell: which cell.
-        settings: of its study.
+        cell, settings: which cell, and the settings of its study.
         epoch_done: called after each epoch; `epochs_of` says how often.
         cache: of trainings of other cells with the same settings; it changes nothing but the time.
 
@@ -91,7 +90,7 @@ def execute(
     image = train.images[:1]
     with _seeded(cell.seed, settings.device):
         model = task.network().to(settings.device)
-        dense = None if settings.deploy_threads is None else copy.deepcopy(model).eval()
+        dense = copy.deepcopy(model).eval()
         parameters = sum(getattr(*target).numel() for target in prunable(model))
         macs = report(model, image).prunable.macs_dense if criterion.removes_channels else None
         spatial_layers = _convert(model, cell, settings, criterion) if cell.space == "interspace" else ()
@@ -103,9 +102,8 @@ def execute(
     left = report(model, image).prunable
     reached = accuracy(model, test)
     seconds = time.perf_counter() - started
-    deployment = None
-    if dense is not None and settings.deploy_threads is not None:
-        deployment = measure(model, dense, test.images[:1], settings.deploy_threads)
+    threads = settings.deploy_threads
+    deployment = None if threads is None else measure(model, dense, test.images[:1], threads)
     return Result(
         cell=cell,
         accuracy=reached,
@@ -127,15 +125,15 @@ def train_and_prune(criterion: Criterion, amount: float, training: Training, tes
     Returns:
         The accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
     """
-    before = None
-    if criterion.stage == "after training":
-        training.train()
-        before = accuracy(training.model, test)
+    if criterion.stage != "after training":
+        criterion.prune(training.model, amount, training)
+        if criterion.stage == "at initialisation":
+            training.train()
+        return None
+    training.train()
+    before = accuracy(training.model, test)
     criterion.prune(training.model, amount, training)
-    if criterion.stage == "at initialisation":
-        training.train()
-    elif criterion.stage == "after training":
-        training.finetune()
+    training.finetune()
     return before
 
 
@@ -165,11 +163,8 @@ def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters:
         return cell.sparsity
     kept = round((1 - cell.sparsity) * parameters)
     if kept - basis_parameters < 1:
-        raise StudyError(
-            "A run must keep at least one parameter.",
-            f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases",
-            "compare at a lower sparsity",
-        )
+        found = f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
+        raise StudyError("A run must keep at least one parameter.", found, "compare at a lower sparsity")
     return parameters - kept + basis_parameters
 
 
@@ -186,12 +181,6 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
         names = converted if basis_pays(members, share) else spatial
         names.extend(layer.module_name for layer in members)
     if converted:
-        interspace(
-            model,
-            layers=converted,
-            basis=settings.basis,
-            sharing=settings.sharing,
-            constraint=settings.constraint,
-            seed=cell.seed,
-        )
+        options = {name: getattr(settings, name) for name in ("basis", "sharing", "constraint")}
+        interspace(model, layers=converted, seed=cell.seed, **options)
     return tuple(spatial)

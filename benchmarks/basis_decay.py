@@ -106,9 +106,7 @@ def main() -> None:
     for constraint in ("none", "unit"):
         print(f"{constraint}: outputs change by {decayed_alone(constraint):.1e} in 10,000 steps of decay alone")
     print("\nEach: accuracy of the trained network, at 90 %, mean norm of the filters; last the difference at 90 %")
-    print(
-        "constraint  optimizer, decay    bases as others               bases without decay           difference"
-    )
+    print("constraint  optimizer, decay    bases as others               bases without decay           difference")
     for constraint in ("none", "unit"):
         for optimizer in OPTIMIZERS:
             results = {

@@ -189,7 +189,7 @@ def check_not_sharded(model: nn.Module) -> None:
         sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)  # its place differs with versions
         if sharded or any(isinstance(parameter, distributed.DTensor) for parameter in module._parameters.values()):
             raise ConversionError(
-                "A model must be converted, pruned, reported and saved where its parameters are whole.",
+                "A model must be converted, pruned, saved and baked where its parameters are whole.",
                 f"module {name!r} has parameters that are distributed over processes, as by fully_shard",
                 "convert and prune the model before it is sharded; afterwards load its full state dict "
                 "(`get_model_state_dict` of torch.distributed.checkpoint.state_dict with "

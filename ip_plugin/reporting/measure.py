@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 
 from ..checkpoint.contents import gathered, packed
 from ..core.channels import output_filters
-from ..core.tensor_ref import TensorRef, by_basis, check_not_sharded, prunable_tensors, tensors_of
+from ..core.tensor_ref import TensorRef, by_basis, prunable_tensors, tensors_of
 from ..errors import ArgumentError, listed
 from ..utils.example_input import run
 from .multiply_adds import MultiplyAdds
@@ -130,7 +130,6 @@ def report(model: nn.Module, example_input: Any = None, *, variety: bool = False
     >>> total.parameters, total.nonzeros, total.macs_dense
     (18, 18, 162)
     """
-    check_not_sharded(model)
     scripts = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripts:
         raise ArgumentError(

@@ -87,7 +87,6 @@ def test_a_wrapped_model_is_refused_but_can_be_baked_copied_and_masked_inside(tm
 SHARDED = {
     "interspace": lambda model, file: interspace(model),
     "bake": lambda model, file: bake(model),
-    "report": lambda model, file: report(model),
     "prune": lambda model, file: prune(model, magnitude, sparsity=0.5),
     "set_masks": lambda model, file: set_masks(model, {"0": torch.ones(3, 3, 3, 3)}),
     "save": lambda model, file: save(model, file),
@@ -121,7 +120,7 @@ def test_a_sharded_model_trains_and_is_refused_elsewhere(space: str, tmp_path: P
         steps(model, x, target, param_groups(model, weight_decay=0.01))
         steps(expected, x, target, param_groups(expected, weight_decay=0.01))
         with pytest.raises(ConversionError, match="load its full state dict"):  # gathered after a forward pass, too
-            report(model)
+            bake(model)
         full = {key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in
                 model.state_dict().items()}  # fmt: skip
         whole = small()

@@ -134,24 +134,15 @@ def compare(
         raise typer.BadParameter("is an option of --deploy", param_hint="--deploy-threads")
     study = Study(
         settings=Settings(
-            task=task,
-            data=data,
-            train_images=train_images,
-            basis=basis,  # type: ignore[arg-type]  # checked there
-            sharing=sharing,  # type: ignore[arg-type]
-            constraint=constraint,  # type: ignore[arg-type]
-            epochs=epochs,
-            finetune_epochs=finetune_epochs,
-            lr=lr,
-            basis_lr=basis_lr,
-            device=device,
-            deploy_threads=(deploy_threads or 1) if deploy else None,
+            task=task, data=data, train_images=train_images, epochs=epochs, finetune_epochs=finetune_epochs, lr=lr,
+            basis=basis, sharing=sharing, constraint=constraint,  # type: ignore[arg-type]  # checked there
+            basis_lr=basis_lr, device=device, deploy_threads=(deploy_threads or 1) if deploy else None,
         ),
         criteria=_values(criteria, str, "criteria"),
         sparsities=_values(sparsities, float, "sparsities"),
         spaces=_values(spaces, str, "spaces"),  # type: ignore[arg-type]
         seeds=_values(seeds, int, "seeds"),
-    )
+    )  # fmt: skip
     if jobs > 1 or engine == "nni":
         check_alone(study.settings.deploy_threads, f"--jobs {jobs}" if jobs > 1 else "--engine nni")
     console = Console()

@@ -132,15 +132,8 @@ def _line(file: CompactFile, name: str) -> Line:
         if kept is not None:
             nonzero = nonzero[kept] if index is None else nonzero[torch.isin(index, kept)]
         nonzeros = int(nonzero.sum())
+    dtype = f"{record.dtype} as {record.stored}" if record.stored else record.dtype
     return Line(
-        name=name,
-        shape=record.shape,
-        dtype=f"{record.dtype} as {record.stored}" if record.stored else record.dtype,
-        entries=record.numel,
-        nonzeros=nonzeros,
-        nbytes=file.nbytes(name),
-        positions=record.positions or "all",
-        masked=bool(record.mask),
-        basis=record.basis,
-        tied=record.tied,
-    )
+        name=name, shape=record.shape, dtype=dtype, entries=record.numel, nonzeros=nonzeros, nbytes=file.nbytes(name),
+        positions=record.positions or "all", masked=bool(record.mask), basis=record.basis, tied=record.tied,
+    )  # fmt: skip

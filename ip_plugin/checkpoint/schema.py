@@ -87,11 +87,7 @@ class Description:
 
     @staticmethod
     def from_json(text: str) -> Description:
-        """Inverse of `to_json`.
-
-        Raises:
-            CheckpointError: the text is nothing that `to_json` writes.
-        """
+        """Inverse of `to_json`; raises CheckpointError for a text that it does not write."""
         try:
             content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:

@@ -105,25 +105,17 @@ def execute(
     threads = settings.deploy_threads
     deployment = None if threads is None else measure(model, dense, test.images[:1], threads)
     return Result(
-        cell=cell,
-        accuracy=reached,
-        accuracy_before_pruning=before,
-        parameters=parameters,
+        cell=cell, accuracy=reached, accuracy_before_pruning=before, parameters=parameters,
         parameters_left=left.nonzeros + (0 if criterion.removes_channels else basis_parameters),
-        basis_parameters=basis_parameters,
-        spatial_layers=spatial_layers,
-        seconds=seconds,
-        macs=macs,
-        macs_left=left.macs_dense if criterion.removes_channels else None,
-        deployment=deployment,
-    )
+        basis_parameters=basis_parameters, spatial_layers=spatial_layers, seconds=seconds,
+        macs=macs, macs_left=left.macs_dense if criterion.removes_channels else None, deployment=deployment,
+    )  # fmt: skip
 
 
 def train_and_prune(criterion: Criterion, amount: float, training: Training, test: Split) -> float | None:
     """Train, prune and fine-tune a network in the order that the criterion's stage says.
 
-    Returns:
-        The accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
+    Returns the accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
     """
     if criterion.stage != "after training":
         criterion.prune(training.model, amount, training)

@@ -68,11 +68,7 @@ def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> 
 
 
 def check_threads(threads: int) -> None:
-    """Check whether latencies can be measured here with this number of threads.
-
-    Raises:
-        StudyError: numba is not installed, or has fewer threads.
-    """
+    """Raise StudyError unless latencies can be measured here: numba is installed, and has so many threads."""
     try:
         import ip_plugin.sparse  # noqa: F401
     except ImportError as error:

@@ -41,11 +41,7 @@ class Task:
     needs: str | None = None
 
     def check(self, data: str | None) -> None:
-        """Check whether a path is given if and only if the task needs one, and exists.
-
-        Raises:
-            StudyError: it is not so.
-        """
+        """Raise StudyError unless a path is given if and only if the task needs one, and exists."""
         if self.needs is None and data is not None:
             raise StudyError("The task brings its data.", f"data {data!r}", "leave data out, or choose another task")
         if self.needs is not None and (data is None or not Path(data).exists()):

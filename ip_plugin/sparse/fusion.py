@@ -65,10 +65,9 @@ def _fused(
     bias = torch.zeros(module.out_channels) if module.bias is None else module.bias.detach()
     chain, residual, limits = [node], None, UNLIMITED
     user = only_user(node)
-    norm = None if user is None else module_of(user)
     if (
         user is not None
-        and isinstance(norm, nn.BatchNorm2d)
+        and isinstance(norm := module_of(user), nn.BatchNorm2d)
         and is_of_torch(norm)
         and called_plainly(user)
         and norm.running_mean is not None
@@ -76,13 +75,11 @@ def _fused(
         values, bias = _folded(values, bias, norm)
         chain.append(user)
     user, addend = only_user(chain[-1]), _addend(chain[-1])
-    equal = addend is not None and shapes.get(addend) == shapes[chain[-1]]
-    if user is not None and equal and can_be_delayed(chain[-1], user):
+    if user and addend and shapes.get(addend) == shapes[chain[-1]] and can_be_delayed(chain[-1], user):
         residual = addend
         chain.append(user)
     user = only_user(chain[-1])
-    clamp = None if user is None else _clamp(user)
-    if user is not None and clamp is not None and can_be_delayed(chain[-1], user):
+    if user and (clamp := _clamp(user)) and can_be_delayed(chain[-1], user):
         limits = clamp
         chain.append(user)
     coefficients = Coefficients.of(np.ascontiguousarray(values.flatten(2).numpy()), module.groups, basis)

@@ -161,9 +161,8 @@ class SparseConvolution(Step):
         value, addend = nodes[0], nodes[1] if len(nodes) > 1 else None
         images, channels, height, width = placement.shapes[node]
         source, addressing = placement.addressing(value, layer.window)
-        choice = None
-        if layer.inputs * addressing.channel_stride <= placement.max_offset:
-            choice = placement.choose(layer, addressing, source is None)
+        reachable = layer.inputs * addressing.channel_stride <= placement.max_offset
+        choice = placement.choose(layer, addressing, source is None) if reachable else None
         if choice is None:
             run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))
             return [Torch(node, layer=LayerRun(layer, run, images * height * width))]

@@ -44,8 +44,8 @@ def run(model: nn.Module, example_input: Any) -> Any:
             return model(*args, **kwargs)
         except Exception as error:
             shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-            raise BatchError(
-                "The model must run on `example_input`: a tensor, a tuple of arguments or a dict of keyword arguments.",
-                f"{type(error).__name__} on {shape}: {error}",
-                "pass an input as the model's forward takes it, on the model's device",
-            ) from error
+            rule = (
+                "The model must run on `example_input`: a tensor, a tuple of arguments or a dict of keyword arguments."
+            )
+            remedy = "pass an input as the model's forward takes it, on the model's device"
+            raise BatchError(rule, f"{type(error).__name__} on {shape}: {error}", remedy) from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.convert import bake
 from ..core.parametrization import Interspace, Mask
 from ..core.tensor_ref import TensorRef, parametrized_tensors
+from ..errors import CheckpointError
 from .libraries import PruningHistory
 from .session import Session
 
@@ -64,11 +65,22 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     for key, value in state.items():
         if match := _PART.fullmatch(key):
             tensors.setdefault(match["layer"] + match["tensor"], {})[match["part"]] = value
-    # Layers that share a basis have one kernel shape and dtype; the state dict has it for the first of them.
-    shared = {_kind(parts): parts["0.basis"] for parts in reversed(tensors.values()) if "0.basis" in parts}
+    # A basis that layers share is in the state dict for the first of them. A session lets all layers of one kernel
+    # shape and dtype share, or none.
+    present: dict[object, list[Tensor]] = {}
     for parts in tensors.values():
-        if parts.keys() >= {"0._extra_state", "original"} and _kind(parts) in shared:
-            parts.setdefault("0.basis", shared[_kind(parts)])
+        if "0.basis" in parts:
+            present.setdefault(_kind(parts), []).append(parts["0.basis"])
+    for name, parts in tensors.items():
+        if parts.keys() >= {"0._extra_state", "original"} and "0.basis" not in parts and _kind(parts) in present:
+            candidates = present[_kind(parts)]
+            if len(candidates) > 1:
+                raise CheckpointError(
+                    "The layers that share a basis must be known where a state dict is saved for the plain network.",
+                    f"{name} has one of {len(candidates)} bases, as `sharing` by a function makes them",
+                    "save ip_plugin.bake(copy.deepcopy(model)).state_dict(), or run the script without `ip-plugin run`",
+                )
+            parts["0.basis"] = candidates[0]
     ours = {
         name: parts
         for name, parts in tensors.items()

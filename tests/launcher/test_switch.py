@@ -126,6 +126,18 @@ def test_layers_of_no_model_are_converted_by_themselves_and_cannot_share() -> No
     assert all(type(layer) is nn.Conv2d and not host.is_pruned(layer) for layer in layers)
 
 
+def test_a_sharing_that_a_state_dict_does_not_tell_is_refused() -> None:
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 3) for _ in range(4)))
+    interspace(model, sharing=lambda name, _: int(name) % 2)
+    file = io.BytesIO()
+    with (
+        ip_plugin.switched_on(quiet=True),
+        pytest.raises(errors.CheckpointError, match=r"2\.weight has one of 2 bases"),
+    ):
+        torch.save(model.state_dict(), file)
+    assert not file.getvalue()
+
+
 def test_large_kernels_whose_basis_would_not_pay_stay_spatial(capsys: pytest.CaptureFixture[str]) -> None:
     for layers, converted in (((), [False, True]), (("*",), [True, True])):
         model = nn.Sequential(nn.Conv1d(1, 4, 64), nn.Conv1d(4, 4, 3))

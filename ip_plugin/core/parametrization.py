@@ -122,7 +122,8 @@ class Interspace(Mask):
         return ", ".join(filter(None, (basis, super().extra_repr())))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        stored = shared_basis.is_stored(self.basis, destination)
+        # `keep_vars` hands on the Parameters themselves; torch.export looks for a shared one under each of its keys.
+        stored = not keep_vars and shared_basis.is_stored(self.basis, destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if stored:
             del destination[f"{prefix}basis"]

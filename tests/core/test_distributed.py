@@ -98,7 +98,7 @@ SHARDED = {
 def test_a_sharded_model_trains_and_is_refused_elsewhere(space: str, tmp_path: Path) -> None:
     shard = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(shard, "fully_shard"):
-        shard = pytest.importorskip("torch.distributed._composable.fsdp")
+        pytest.skip("torch 2.5 shards on GPUs alone")
 
     def small() -> nn.Sequential:
         torch.manual_seed(0)

@@ -44,8 +44,10 @@ def with_keys(model: nn.Module, *layers: str) -> dict[str, Tensor]:
 def test_it_is_stored_once_also_for_a_part_of_the_model() -> None:
     model = network()
     for part, owner in ((model, "0."), (model[1], "0."), (model[1][1], ""), (model[1][1].parametrizations, None)):
-        keys = [key for key in part.state_dict(keep_vars=True) if key.endswith("basis")]
+        keys = [key for key in part.state_dict() if key.endswith("basis")]
         assert keys == ["weight.0.basis" if owner is None else f"{owner}parametrizations.weight.0.basis"]
+    parameters = [value for key, value in model.state_dict(keep_vars=True).items() if key.endswith("basis")]
+    assert len(parameters) == 3 and len(set(parameters)) == 1
     both: dict[str, Any] = {}
     model[1].state_dict(destination=both, prefix="a.")
     model[1].state_dict(destination=both, prefix="b.")

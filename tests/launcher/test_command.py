@@ -100,7 +100,7 @@ def test_how_it_ends(folder: Path, end: str, status: int, stderr: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((), "required: SCRIPT"),
+        ((), "required: SCRIPT\n"),
         (("nothing.py",), "no file 'nothing.py'"),
         (("--fast", "script.py"), "unrecognized arguments: --fast"),
         (("--from", "never", "script.py"), "'never'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_exported_programs(space: str, tmp_path: Path, x: Tensor) -> None:
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()
     assert torch.allclose(loaded(x), model(x), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_traces(space: str, x: Tensor) -> None:
+    model = pruned(space).eval()
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(torch.jit.freeze(traced)(x), model(x))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
 
 
 @pytest.mark.parametrize("space", ["spatial", "interspace"])

@@ -124,11 +124,8 @@ def normalized(basis: Tensor, constraint: Constraint) -> Tensor:
         return basis
     unit = constrained(basis, "unit")
     if constraint == "orthonormal" and not bool((unit @ unit.mT - torch.eye(len(unit))).abs().max() < 1e-5):
-        raise BasisError(
-            'The filters of a basis must be orthogonal for constraint="orthonormal".',
-            "filters that are not",
-            'use constraint="unit", or another basis',
-        )
+        rule = 'The filters of a basis must be orthogonal for constraint="orthonormal".'
+        raise BasisError(rule, "filters that are not", 'use constraint="unit", or another basis')
     return unit
 
 
@@ -137,11 +134,9 @@ def _checked(basis: Tensor, kernel: Sequence[int]) -> Tensor:
     if not basis.is_floating_point():
         raise BasisError("A basis must be a real floating point tensor.", f"{basis.dtype}", _NAMED_BASES)
     if tuple(basis.shape) not in {(n, n), (n, *kernel)}:
-        raise BasisError(
-            f"A basis for kernels of shape {tuple(kernel)} must have shape {(n, n)} or {(n, *kernel)}.",
-            f"shape {tuple(basis.shape)}",
-            "select layers of one kernel shape with `layers=`, or pass a basis of the right shape",
-        )
+        rule = f"A basis for kernels of shape {tuple(kernel)} must have shape {(n, n)} or {(n, *kernel)}."
+        remedy = "select layers of one kernel shape with `layers=`, or pass a basis of the right shape"
+        raise BasisError(rule, f"shape {tuple(basis.shape)}", remedy)
     basis = basis.detach().to("cpu", torch.float64, copy=True).reshape(n, n)
     check_condition(basis)
     return basis

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import bases
-from .fitting import Kernels, sampled
+from .fitting import Kernels, nearest_orthonormal, sampled
 from .sparse_coding import Code, code
 
 #: The search ends when a round lowers the squared error by less than this fraction.
@@ -115,8 +115,7 @@ def _round(layers: Sequence[Kernels], counts: Sequence[int], basis: Tensor) -> t
         moment += (coefficients.mT @ coefficients).double().cpu()
         product += (coefficients.mT @ layer.rows).double().cpu()
     # The ridge keeps filters that no kernel uses as they are.
-    most = float(moment.diagonal().max())
-    pull = _PULL * (most or 1.0) * torch.eye(len(basis), dtype=torch.float64, device="cpu")
+    pull = _PULL * (float(moment.diagonal().max()) or 1.0) * torch.eye(len(basis), dtype=torch.float64, device="cpu")
     best = torch.linalg.solve(moment + pull, product + pull @ basis)
     return _error(layers, codes, basis), _unit(best)
 
@@ -136,9 +135,7 @@ def _unit(basis: Tensor) -> Tensor:
 def _well_conditioned(start: Tensor, max_condition: float) -> Tensor:
     if bool((bases.norms(start) > 0).all()) and _condition(_unit(start)) <= max_condition:
         return _unit(start)
-    left, _, right = torch.linalg.svd(start)
-    nearest: Tensor = left @ right
-    return nearest
+    return nearest_orthonormal(start)
 
 
 def _condition(basis: Tensor) -> float:

@@ -8,6 +8,7 @@ singular value decomposition of ``C^T W``). The error never rises. Several bases
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,12 +95,10 @@ def fit(
     True
     """
     total = sum(float(layer.rows.square().sum(dtype=torch.float64)) for layer in layers)
-    rounds = 0
+    rounds = itertools.count(1)
 
     def watch(error: float) -> None:
-        nonlocal rounds
-        rounds += 1
-        round_done(rounds, math.sqrt(max(0.0, error) / total) if total else 0.0)
+        round_done(next(rounds), math.sqrt(max(0.0, error) / total) if total else 0.0)
 
     def descend(some: Sequence[Kernels], start: dict[int, Tensor], tolerance: float) -> _Descent:
         return _descend(some, keep, start, tolerance, most_rounds, watch)
@@ -131,6 +130,13 @@ def largest(density: float) -> Keep:
     return keep
 
 
+def nearest_orthonormal(matrix: Tensor) -> Tensor:
+    """The orthonormal matrix that is closest to a square one."""
+    left, _, right = torch.linalg.svd(matrix)
+    nearest: Tensor = left @ right
+    return nearest
+
+
 def sampled(layers: Sequence[Kernels], seed: int, most: int) -> list[Kernels]:
     """The same fraction of the kernels of every layer, such that no group has many more than `most`."""
     sizes: dict[int | None, int] = {}
@@ -151,16 +157,22 @@ def sampled(layers: Sequence[Kernels], seed: int, most: int) -> list[Kernels]:
 
 def _starts(layers: Sequence[Kernels]) -> dict[str, dict[int, Tensor]]:
     kernels = {layer.group: layer.kernel for layer in layers if layer.group is not None}
-    moments: dict[int, Tensor] = {}
-    for layer in layers:
-        if layer.group is not None:
-            moment = (layer.rows.mT @ layer.rows).double().cpu()
-            moments[layer.group] = moments.get(layer.group, 0) + moment
+    moments = _products([layer.rows for layer in layers], layers)
     return {
         "standard": _identity(layers),
         "singular vectors": {group: torch.linalg.eigh(moment).eigenvectors.mT for group, moment in moments.items()},
         "dct": {group: bases.make("dct", kernel) for group, kernel in kernels.items()},
     }
+
+
+def _products(coefficients: Sequence[Tensor], layers: Sequence[Kernels]) -> dict[int, Tensor]:
+    """``C^T W`` of the layers of each group, in float64 on the CPU."""
+    products: dict[int, Tensor] = {}
+    for values, layer in zip(coefficients, layers, strict=True):
+        if layer.group is not None:
+            product = (values.mT @ layer.rows).double().cpu()
+            products[layer.group] = products.get(layer.group, 0) + product
+    return products
 
 
 def _identity(layers: Sequence[Kernels]) -> dict[int, Tensor]:
@@ -198,15 +210,7 @@ def _descend(
     errors = [error]
     watch(error)
     for _ in range(most_rounds):
-        products: dict[int, Tensor] = {}
-        for layer, coefficients in zip(layers, sparse, strict=True):
-            if layer.group is not None:
-                product = (coefficients.mT @ layer.rows).double().cpu()
-                products[layer.group] = products.get(layer.group, 0) + product
-        candidate = {}
-        for group, product in products.items():
-            left, _, right = torch.linalg.svd(product)
-            candidate[group] = left @ right
+        candidate = {group: nearest_orthonormal(product) for group, product in _products(sparse, layers).items()}
         sparse.clear()  # frees the memory before the next coefficients are computed
         sparse, error = _kept(layers, keep, candidate)
         watch(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def code(rows: Tensor, basis: Tensor, count: int, *, rows_at_once: int = 1 << 12
             [0., 0.]])
     """
     basis = basis.detach().to("cpu", torch.float64)
-    search: _Search = (_AllSubsets if len(basis) <= _ALL_SUBSETS else _Greedy)(basis @ basis.mT, rows)
+    search = (_AllSubsets if len(basis) <= _ALL_SUBSETS else _Greedy)(basis @ basis.mT, rows)
     products = (rows @ basis.mT.to(rows)).split(rows_at_once)
     candidates = [search.candidates(part) for part in products]
     gains = torch.cat([_marginal(energies) for energies, _ in candidates])
@@ -74,16 +74,6 @@ def _marginal(energies: Tensor) -> Tensor:
     return gains
 
 
-class _Search(Protocol):
-    """Finds the filters of each kernel. `products` are inner products of kernels with filters, ``(kernels, N)``."""
-
-    def candidates(self, products: Tensor) -> tuple[Tensor, Tensor]:
-        """The energies that the best `k` filters explain, ``(kernels, N + 1)``; and these filters, as `code` takes."""
-
-    def code(self, products: Tensor, chosen: Tensor, sizes: Tensor) -> Code:
-        """The code of each kernel, with the number of filters in `sizes`."""
-
-
 @lru_cache(maxsize=_ALL_SUBSETS)
 def _subsets(n: int) -> tuple[Tensor, list[int]]:
     """All subsets of `n` filters, ``(2 ** n, n)``, ordered by size; the start of each size, and the end."""
@@ -92,7 +82,10 @@ def _subsets(n: int) -> tuple[Tensor, list[int]]:
 
 
 class _AllSubsets:
-    """Tries all subsets. The energy that a subset explains is the quadratic form of its inverse Gram matrix."""
+    """Tries all subsets. The energy that a subset explains is the quadratic form of its inverse Gram matrix.
+
+    `products` are inner products of kernels with filters, ``(kernels, N)``.
+    """
 
     def __init__(self, gram: Tensor, like: Tensor) -> None:
         subsets, self.begins = _subsets(len(gram))
@@ -104,12 +97,14 @@ class _AllSubsets:
         self.subsets, self.inverses = subsets.to(like.device), inverses.to(like)
 
     def candidates(self, products: Tensor) -> tuple[Tensor, Tensor]:
+        """The energies that the best `k` filters explain, ``(kernels, N + 1)``; and these filters, as `code` takes."""
         explained = (products[:, self.first] * products[:, self.second]) @ self.forms.mT
         best = [explained[:, begin:end].max(1) for begin, end in itertools.pairwise(self.begins)]
         chosen = torch.stack([of_size.indices + begin for of_size, begin in zip(best, self.begins, strict=False)], 1)
         return torch.stack([of_size.values for of_size in best], 1), chosen.to(torch.int16)
 
     def code(self, products: Tensor, chosen: Tensor, sizes: Tensor) -> Code:
+        """The code of each kernel, with the number of filters in `sizes`."""
         subset = chosen.gather(1, sizes[:, None])[:, 0].int()
         return Code((self.inverses[subset] @ products[:, :, None])[:, :, 0], self.subsets[subset])
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..basis.bases import check_regular
 from ..core.optimizer import watch
-from ..core.tensor_ref import Model, TensorRef, by_basis, inner, parametrized_by_another, tensors_of
+from ..core.tensor_ref import Model, TensorRef, by_basis, check_not_sharded, inner, parametrized_by_another, tensors_of
 from ..errors import CheckpointError
 from .container import AS_BYTES, NATIVE, basis_name, dtype_name, native, opened, part, write
 from .contents import Packed, check_modules, not_storable, owners, packed
@@ -93,14 +93,7 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
 
 
 def _record(ref: TensorRef, stored: Packed, owner: str, numbers: Mapping[nn.Parameter, int]) -> Record:
-    """The record of a tensor.
-
-    Args:
-        ref: the tensor.
-        stored: what the file holds of it.
-        owner: the name of the tensor that has its values.
-        numbers: of the bases.
-    """
+    """The record of a tensor: `owner` is the name of the one that has its values, `numbers` those of the bases."""
     values, positions, mask = stored.values, stored.positions, stored.mask
     dtype = ref.parameter.dtype
     return Record(
@@ -136,6 +129,7 @@ def _stored_dtype_error(found: str) -> CheckpointError:
 
 def _check(model: nn.Module) -> None:
     """Raise unless a compact file can hold a model."""
+    check_not_sharded(model)
     check_modules(model)
     for ref in tensors_of(model):
         tensor = ref.parameter
@@ -185,6 +179,7 @@ def load(model: Model, path: FilePath) -> Model:
     >>> torch.equal(loaded.weight, model.weight), masks(loaded)
     (True, {'': tensor([[[[ True, False, False]]]])})
     """
+    check_not_sharded(model)
     with opened(Path(path)) as file:
         Plan(inner(model), file).carry_out()
     watch(model)

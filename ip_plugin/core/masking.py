@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import LayerCollapseWarning, MaskError
 from . import torch_masks
-from .tensor_ref import Model, TensorRef, parametrized_by_another, prunable_tensors, unknown_layer
+from .tensor_ref import Model, TensorRef, check_not_sharded, parametrized_by_another, prunable_tensors, unknown_layer
 
 #: A layer is thin if its density is below this fraction of the density of all layers together.
 THIN = 0.1
@@ -51,13 +51,15 @@ def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     Raises:
         SelectionError: a name that is not a prunable layer of the model.
         MaskError: a mask of the wrong shape or with other values.
-        ConversionError: the weight is parametrized by someone else. In all cases the model is unchanged.
+        ConversionError: the weight is parametrized by someone else, or the model is sharded. In all cases the model
+            is unchanged.
 
     >>> import torch
     >>> model = set_masks(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
     >>> masks(model)
     {'': tensor([[ True, False]])}
     """
+    check_not_sharded(model)
     known = {layer.module_name: layer for layer in prunable_tensors(model)}
     others = dict(model.named_modules())
     checked: list[tuple[TensorRef, Tensor]] = []

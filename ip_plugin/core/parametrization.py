@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, Constraint
 from ..errors import MaskError
+from . import shared_basis
 from .composed_weight import make_writable
 from .mask_tensor import MaskTensor
 
@@ -64,6 +65,11 @@ class Mask(nn.Module):
         self.is_set = mask is not None
         self._look()
 
+    def take_mask_off(self) -> None:
+        """Drop the buffer itself, for a computation without the mask; the caller puts the attributes back."""
+        self.mask = None
+        self._look()
+
     def _is_known_to_keep_all(self) -> bool:
         if self.mask is None or self._all_kept is None or self._bools is None:
             return self.mask is None
@@ -96,11 +102,13 @@ class Mask(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The masked tensor; a masked entry passes no gradient."""
-        # Compiled code multiplies always, so that it need not be compiled anew at the first pruning, and by bools: the
-        # compiler of torch 2.5 cannot view them as int8. On a CPU the product by int8 takes half the time.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # multiply always, so that the first pruning needs no new compilation
             return original if self._bools is None else original * self._bools
-        return original if self._is_known_to_keep_all() else original * self.mask.view(torch.int8)  # type: ignore[union-attr]
+        if self.mask is None or self._is_known_to_keep_all():
+            return original
+        # On a CPU the product by int8 takes half the time; `torch.jit.trace` cannot view bools as int8.
+        is_tracing = torch._C._get_tracing_state() is not None
+        return original * (self.mask if is_tracing else self.mask.view(torch.int8))
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """The `original` for which `forward` returns `value`, except for pruned entries."""
@@ -182,6 +190,13 @@ class Interspace(Mask):
         basis = f"kernel={kernel}, basis={len(self.basis)} filters{constraint}{frozen}"
         return ", ".join(filter(None, (basis, super().extra_repr())))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # `keep_vars` hands on the Parameters themselves; torch.export looks for a shared one under each of its keys.
+        stored = not keep_vars and shared_basis.is_stored(self.basis, destination)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if stored:
+            del destination[f"{prefix}basis"]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
@@ -189,7 +204,9 @@ class Interspace(Mask):
         # meta device and has no memory to copy to.
         if not self.basis.is_meta:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        basis, key = self.basis, f"{prefix}basis"
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        shared_basis.note_load(self, basis, key, key in state_dict, args[1])
 
 
 def parametrizations(module: nn.Module) -> Any:
@@ -224,6 +241,7 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask, *, hook: b
     if parametrization.mask is None:
         parametrization.set_mask(None, parameter)
     make_writable(module, tensor_name)
+    _make_picklable(type(module))
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
     if hook:
         parametrization.load_hook = adapt_loading(module)
@@ -279,6 +297,35 @@ def _own_class(module: nn.Module, without: str = "") -> None:
     cls = type(module)
     kept = {k: v for k, v in vars(cls).items() if k not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, kept)
+
+
+def _make_picklable(cls: Any) -> None:
+    """Let modules of a class that torch's `register_parametrization` has made be pickled; torch refuses them.
+
+    Only a computed class cannot be pickled. So a module is pickled as its plain class with all that it has.
+    """
+    if "__getstate__" in vars(cls):  # raises
+        del cls.__getstate__
+    cls.__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:  # noqa: ARG001
+    getstate = getattr(module, "__getstate__", None)  # Python 3.10 has no `object.__getstate__`
+    ours = {name: isinstance(tensors[0], Mask) for name, tensors in parametrizations(module).items()}
+    return _rebuilt, (type(module).__bases__[0], ours), module.__dict__ if getstate is None else getstate()
+
+
+def _rebuilt(plain: type[nn.Module], tensors: dict[str, bool]) -> nn.Module:
+    """A module with computed tensors, {name: whether it is under a parametrization of ours}; still without a state."""
+    module = plain.__new__(plain)
+    nn.Module.__init__(module)
+    for tensor_name, ours in tensors.items():
+        module.register_parameter(tensor_name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
+        if ours:
+            make_writable(module, tensor_name)
+    _make_picklable(type(module))
+    return module
 
 
 def order(module: nn.Module) -> tuple[str, ...]:

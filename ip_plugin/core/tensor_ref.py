@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -168,6 +169,23 @@ def check_no_other(refs: Iterable[TensorRef]) -> None:
                 "bake the model first and add the other parametrization afterwards; to rescue a trained model, copy "
                 "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
                 ref.tensor_name,
+            )
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise ConversionError if `fully_shard` or tensor parallelism has distributed the parameters of a model."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # if it was not imported, nothing is distributed
+    if distributed is None:
+        return
+    for name, module in model.named_modules():
+        sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)  # its place differs with versions
+        if sharded or any(isinstance(parameter, distributed.DTensor) for parameter in module._parameters.values()):
+            raise ConversionError(
+                "A model must be converted, pruned, saved and baked where its parameters are whole.",
+                f"module {name!r} has parameters that are distributed over processes, as by fully_shard",
+                "convert and prune the model before it is sharded; afterwards load its full state dict "
+                "(`get_model_state_dict` of torch.distributed.checkpoint.state_dict with "
+                "`StateDictOptions(full_state_dict=True)`) into a model that is not sharded",
             )
 
 

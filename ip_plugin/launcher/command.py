@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     option("--seed-option", help="for --compare: the script's option for its seed, as --seed-option=--seed")
     option("--seeds", type=_seeds, default=[0], help="for --compare with --seed-option: numbers, comma-separated")
     option("script", metavar="SCRIPT", help="a script, or with -m the name of a module")
-    option("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    option("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False  # not named if SCRIPT lacks
     return command
 
 

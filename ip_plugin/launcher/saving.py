@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.convert import bake
 from ..core.parametrization import Interspace, Mask
 from ..core.tensor_ref import TensorRef, parametrized_tensors
+from ..errors import CheckpointError
 from .libraries import PruningHistory
 from .session import Session
 
@@ -64,7 +65,27 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     for key, value in state.items():
         if match := _PART.fullmatch(key):
             tensors.setdefault(match["layer"] + match["tensor"], {})[match["part"]] = value
-    ours = {name: parts for name, parts in tensors.items() if "0.basis" in parts or "0.mask" in parts}
+    # A basis that layers share is in the state dict for the first of them. A session lets all layers of one kernel
+    # shape and dtype share, or none.
+    present: dict[object, list[Tensor]] = {}
+    for parts in tensors.values():
+        if "0.basis" in parts:
+            present.setdefault(_kind(parts), []).append(parts["0.basis"])
+    for name, parts in tensors.items():
+        if parts.keys() >= {"0._extra_state", "original"} and "0.basis" not in parts and _kind(parts) in present:
+            candidates = present[_kind(parts)]
+            if len(candidates) > 1:
+                raise CheckpointError(
+                    "The layers that share a basis must be known where a state dict is saved for the plain network.",
+                    f"{name} has one of {len(candidates)} bases, as `sharing` by a function makes them",
+                    "save ip_plugin.bake(copy.deepcopy(model)).state_dict(), or run the script without `ip-plugin run`",
+                )
+            parts["0.basis"] = candidates[0]
+    ours = {
+        name: parts
+        for name, parts in tensors.items()
+        if "0.basis" in parts or ("0.mask" in parts and "0._extra_state" not in parts)
+    }
     plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         match = _PART.fullmatch(key)
@@ -80,6 +101,10 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     return plain
 
 
+def _kind(parts: Mapping[str, Tensor]) -> tuple[torch.Size, torch.dtype]:
+    return parts["original"].shape[2:], parts["original"].dtype
+
+
 def _composed(parts: Mapping[str, Tensor]) -> Tensor:
     """The tensor that a layer with this state computes with."""
     original = parts["original"]
@@ -89,7 +114,7 @@ def _composed(parts: Mapping[str, Tensor]) -> Tensor:
         parametrization = Interspace(nn.Parameter(parts["0.basis"], requires_grad=False), original.shape[2:])
         if "0._extra_state" in parts:
             parametrization.set_extra_state(parts["0._extra_state"])
-    parametrization.mask = parts.get("0.mask")
+    parametrization.set_mask(parts.get("0.mask"), original)
     composed: Tensor = parametrization(original)
     return composed
 
@@ -116,7 +141,7 @@ def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
             session.convert(self)
             state = _with_masks(self, state)
             present = self.state_dict()
-            if all(key in present for key in state if _PART.fullmatch(key)):
+            if all(key in present or key.endswith(".basis") for key in state if _PART.fullmatch(key)):
                 return load(self, state, *args, **kwargs)
         elif any(isinstance(key, str) and _PART.fullmatch(key) for key in state_dict):
             state_dict = _with_masks(self, OrderedDict(state_dict))

@@ -69,8 +69,7 @@ class Addressing(NamedTuple):
         """For an input that is packed for this convolution.
 
         Args:
-            window: of the convolution.
-            images, height, width: of the input.
+            window, images, height, width: of the convolution, and of its input.
             gap: rows and columns of zeros that the readers of the output need.
             rows, pitch: distances between images and rows, at least.
         """

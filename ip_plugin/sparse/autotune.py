@@ -68,13 +68,7 @@ class Autotuner:
         self._known: dict[tuple[Any, ...], Choice | None] = {}
 
     def __call__(self, convolution: Convolution, addressing: Addressing, packs: bool) -> Choice | None:
-        """How to run a convolution; None: by torch.
-
-        Args:
-            convolution: what is run.
-            addressing: of its input and output.
-            packs: whether the input must be packed first.
-        """
+        """How to run a convolution; None: by torch. `packs` is whether its input must be packed first."""
         level = round(4 * math.log2(convolution.density)) if convolution.density else None
         key = (
             convolution.inputs, convolution.coefficients.channels, convolution.groups, convolution.window,

@@ -52,9 +52,8 @@ def arrange(coefficients: Coefficients, bounds: Ints, taps: int, most: int) -> t
     begin with the bias, and results are written.
 
     Args:
-        coefficients: of a convolution.
+        coefficients: of a convolution with `taps` basis filters.
         bounds: first output channel of each part, and the end.
-        taps: number of basis filters.
         most: responses of a chunk at most, unless one input channel has more.
 
     Returns:

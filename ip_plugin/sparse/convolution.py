@@ -23,9 +23,7 @@ class Convolution(nn.Module):
     """A 2D convolution, the addition of a residual, and a clamp; `forward` is the dense way to run it.
 
     Args:
-        name: of the layer in the model.
-        window, groups: as torch names them.
-        inputs: number of input channels.
+        name, window, groups, inputs: of the layer in the model; `inputs` is its number of input channels.
         coefficients, bias: with the BatchNorm that follows folded in.
         limits: what the result is clamped to.
     """
@@ -65,16 +63,11 @@ class Convolution(nn.Module):
         return result if self.limits == UNLIMITED else result.clamp_(*self.limits)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """Shape of the output for an input of this shape.
-
-        Raises:
-            SparseExecutionError: the input is no batch of images.
-        """
+        """Shape of the output for an input of this shape; SparseExecutionError unless that is a batch of images."""
         if len(shape) != 4 or 0 in shape:
+            remedy = "pass tensors of shape (images, channels, height, width)"
             raise SparseExecutionError(
-                "A sparse network must be given batches of images.",
-                f"shape {tuple(shape)}",
-                "pass tensors of shape (images, channels, height, width)",
+                "A sparse network must be given batches of images.", f"shape {tuple(shape)}", remedy
             )
         return shape[0], self.coefficients.channels, *self.window.output_size(*shape[2:])
 

@@ -53,14 +53,7 @@ class _Kernel(NamedTuple):
 
 
 class Loop:
-    """A convolution, with its coefficients laid out for one of the compiled loops.
-
-    Args:
-        coefficients: of the convolution.
-        bias: of output channels.
-        addressing: of input and output.
-        choice: how it is run.
-        limits: what results are clamped to.
+    """A convolution, with its coefficients laid out for one of the compiled loops; results are clamped to `limits`.
 
     Attributes:
         scratch_shape: of the float32 working memory of a call: a row for each thread.
@@ -71,8 +64,7 @@ class Loop:
         self, coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice,
         limits: tuple[float, float] = UNLIMITED,
     ) -> None:  # fmt: skip
-        self._target = addressing.target
-        self._limits = np.float32(limits[0]), np.float32(limits[1])
+        self._target, self._limits = addressing.target, tuple(map(np.float32, limits))
         self._kernel = _KERNELS[choice.order](coefficients, bias, addressing, choice)
         self.bytes = sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
         self.scratch_shape = numba.config.NUMBA_NUM_THREADS, self._kernel.scratch_size

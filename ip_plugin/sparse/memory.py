@@ -14,11 +14,9 @@ from .layout import Floats, Layout, aligned
 
 @dataclass(eq=False)
 class Region:
-    """Where a value lies: at the beginning of a buffer, which values that are not alive together share.
+    """Where a value of this layout lies: at the beginning of the buffer of this number, at first one of its own.
 
-    Attributes:
-        layout, channels: of the value.
-        buffer: number of the buffer; one of its own at first.
+    Values that are not alive together share a buffer.
     """
 
     layout: Layout
@@ -32,15 +30,9 @@ class Region:
 
 
 class Workspace:
-    """The memory of one call at a time.
+    """The memory of one call of a traced network at a time; `interpreter` runs nodes by torch.
 
-    Args:
-        module: a traced network.
-        regions: of all steps.
-        scratch: length of the working memory of a step at most.
-
-    Attributes:
-        interpreter: runs nodes by torch.
+    `scratch` is the length of the working memory of a step, at most.
     """
 
     def __init__(self, module: fx.GraphModule, regions: Iterable[Region], scratch: int) -> None:

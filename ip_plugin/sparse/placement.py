@@ -14,11 +14,7 @@ from .nodes import module_of
 
 
 class Placement:
-    """Regions of the values that lie in buffers.
-
-    Args:
-        module: a traced network.
-        inputs, choose, max_offset: as of `lowering.lower`.
+    """Regions of the values that lie in buffers; arguments as of `lowering.lower`.
 
     Attributes:
         shapes: of all values.
@@ -75,12 +71,9 @@ class Placement:
         gap, source_gap = self.gap(window.output_size(height, width)), self.gap((height, width))
         if source in self._phases:
             region, other = self._phases[source]
-            shared = other.shared_with(window)
-            if shared is not None:
+            if shared := other.shared_with(window):
                 return region, shared
-        if source in self.regions:
-            existing = Addressing.existing(window, self.regions[source].layout, gap)
-            if existing is not None:
-                return self.regions[source], existing
+        if source in self.regions and (existing := Addressing.existing(window, self.regions[source].layout, gap)):
+            return self.regions[source], existing
         gap = max(gap[0], source_gap[0]), max(gap[1], source_gap[1])
         return None, Addressing.new(window, images, height, width, gap)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .memory import Workspace
@@ -16,11 +17,9 @@ Call = Callable[[tuple[Tensor, ...]], Any]
 
 
 class Program:
-    """Steps for inputs of one shape; calls from several threads at once work in memory of their own.
+    """Steps, in order, for all nodes of a traced network but the output, for inputs of one shape.
 
-    Args:
-        module: a traced network.
-        steps: in order, for all nodes but the output.
+    Calls from several threads at once work in memory of their own.
 
     Attributes:
         regions: of all steps, each once.
@@ -31,8 +30,7 @@ class Program:
         self.steps, self._module = steps, module
         self.regions = list(dict.fromkeys(region for step in steps for region in step.regions))
         *_, self._output = module.graph.nodes
-        nodes = [(step.node, *step.node.all_input_nodes) for step in steps]
-        nodes.append(tuple(self._output.all_input_nodes))
+        nodes = [*((step.node, *step.node.all_input_nodes) for step in steps), tuple(self._output.all_input_nodes)]
         self.last_uses = {node: number for number, used in enumerate(nodes) for node in used}
         self._unused: list[list[fx.Node]] = [[] for _ in nodes]
         for node, number in self.last_uses.items():
@@ -58,8 +56,9 @@ class Program:
     def bind(self, workspace: Workspace, watch: Callable[[fx.Node, Any], None] | None = None) -> Call:
         """A function that runs all steps in a workspace; `watch` gets each node with every part of its value."""
         output = self._output.args[0]
-        bound = [step.bind(workspace) for step in self.steps]
-        steps = [(step.node, run, unused) for step, run, unused in zip(self.steps, bound, self._unused, strict=False)]
+        steps = [
+            (step.node, step.bind(workspace), unused) for step, unused in zip(self.steps, self._unused, strict=False)
+        ]
 
         def call(inputs: tuple[Tensor, ...]) -> Any:
             workspace.interpreter.args_iter = iter(inputs)
@@ -76,5 +75,5 @@ class Program:
 
 
 def _owned(value: Any) -> Any:
-    """An output that no later call writes to."""
-    return value.clone() if isinstance(value, Tensor) else value
+    """An output that no later call writes to, as ordinary in memory as torch's."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value

@@ -27,36 +27,26 @@ def is_count(value: object, least: int = 0) -> TypeGuard[int]:
 
 
 def check_fraction(value: object, name: str = "sparsity") -> float:
-    """Return the value of the argument `name` if it is a fraction.
-
-    Raises:
-        AmountError: it is no number in [0, 1].
+    """Return the value of the argument `name`; raise AmountError if it is no number in [0, 1].
 
     >>> check_fraction(0.5)
     0.5
     """
     if not is_fraction(value):
-        raise AmountError(
-            f"`{name}` must be a fraction in [0, 1].", _described(value), "pass a number between 0.0 and 1.0"
-        )
+        rule = f"`{name}` must be a fraction in [0, 1]."
+        raise AmountError(rule, _described(value), "pass a number between 0.0 and 1.0")
     return float(value)
 
 
 def check_count(value: object, available: int, name: str = "count") -> int:
-    """Return the value of the argument `name` if it is a count of at most `available` entries.
-
-    Raises:
-        AmountError: it is no whole number, negative, or larger than `available`.
+    """Return the value of the argument `name`; raise AmountError unless it is a whole number from 0 to `available`.
 
     >>> check_count(3, available=4)
     3
     """
     if not is_count(value) or value > available:
-        raise AmountError(
-            f"`{name}` must be a whole number of at most {available}, the number of entries.",
-            _described(value),
-            f"pass an int between 0 and {available}",
-        )
+        rule = f"`{name}` must be a whole number of at most {available}, the number of entries."
+        raise AmountError(rule, _described(value), f"pass an int between 0 and {available}")
     return int(value)
 
 

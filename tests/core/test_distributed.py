@@ -13,18 +13,29 @@ import torch.multiprocessing as mp
 from torch import nn
 from workers import KINDS_TRAINED, SCHEDULES, case_of, steps, worker
 
-from ip_plugin import bake, interspace, masks, set_masks
+from ip_plugin import bake, interspace, load, masks, param_groups, report, save, set_masks
 from ip_plugin.errors import ConversionError
+from ip_plugin.methods import magnitude, prune
 
 pytestmark = pytest.mark.contract
+
+
+def given() -> tuple[nn.Module, torch.Tensor]:
+    model, x, _ = case_of("conv2d", "model", masked=True)
+    return model, x
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of two processes, see `workers`."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    mp.spawn(worker, args=(str(folder), *given()), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_a_pruned_model_is_handed_to_other_processes(found: list[dict[str, Any]]) -> None:
+    model, x = given()
+    assert all(torch.equal(each["output"], model(x)) for each in found)
 
 
 def test_two_processes_have_the_same_masks_after_every_update(found: list[dict[str, Any]]) -> None:
@@ -69,5 +80,55 @@ def test_a_wrapped_model_is_refused_but_can_be_baked_copied_and_masked_inside(tm
         set_masks(wrapped, {"module.0": torch.rand(3, 3, 3, 3) < 0.5})
         assert list(masks(wrapped)) == ["module.0"]
         assert type(bake(wrapped.module)[0]) is nn.Conv2d
+    finally:
+        dist.destroy_process_group()
+
+
+SHARDED = {
+    "interspace": lambda model, file: interspace(model),
+    "bake": lambda model, file: bake(model),
+    "prune": lambda model, file: prune(model, magnitude, sparsity=0.5),
+    "set_masks": lambda model, file: set_masks(model, {"0": torch.ones(3, 3, 3, 3)}),
+    "save": lambda model, file: save(model, file),
+    "load": lambda model, file: load(model, file),
+}
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_a_sharded_model_trains_and_is_refused_elsewhere(space: str, tmp_path: Path) -> None:
+    shard = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(shard, "fully_shard"):
+        pytest.skip("torch 2.5 shards on GPUs alone")
+
+    def small() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(27, 3))
+        if space == "interspace":
+            interspace(model, basis="dct", sharing="model")
+        return prune(model, magnitude, sparsity=0.5)
+
+    x, target = torch.randn(3, 3, 7, 7), torch.arange(3)
+    save(small(), tmp_path / "saved")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model, expected = small(), small()
+        shard.fully_shard(model, mesh=mesh)
+        for name, call in SHARDED.items():
+            with pytest.raises(ConversionError, match="load its full state dict"):
+                call(model, tmp_path / name if name == "save" else tmp_path / "saved")
+        steps(model, x, target, param_groups(model, weight_decay=0.01))
+        steps(expected, x, target, param_groups(expected, weight_decay=0.01))
+        with pytest.raises(ConversionError, match="load its full state dict"):  # gathered after a forward pass, too
+            bake(model)
+        full = {key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in
+                model.state_dict().items()}  # fmt: skip
+        whole = small()
+        whole.load_state_dict(full, strict=True)
+        torch.testing.assert_close(whole(x), expected(x))
+        assert report(whole).prunable.nonzeros == report(expected).prunable.nonzeros
+        with pytest.raises(ConversionError, match="load its full state dict"):
+            plain = nn.Sequential(nn.Conv2d(3, 3, 3))
+            interspace(shard.fully_shard(plain, mesh=mesh) or plain)
     finally:
         dist.destroy_process_group()

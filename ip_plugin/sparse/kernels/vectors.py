@@ -7,7 +7,7 @@ serves every width. Only powers of two are fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -40,20 +40,46 @@ def _vector(lanes: Any) -> Vector:
     return Vector(16 * lanes.count)
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, to: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
+def _address(context: Any, builder: Any, signature: Any, arguments: Any, at: int, to: Any) -> Any:
+    """The address in the array that is argument number `at`, at the offset that is the next argument."""
+    data = context.make_array(signature.args[at])(context, builder, arguments[at]).data
+    return builder.bitcast(builder.gep(data, [arguments[at + 1]]), to.as_pointer())
 
 
 def _register(vector: Vector) -> ir.VectorType:
     return ir.VectorType(_FLOAT, vector.width)
 
 
-def _splat(builder: Any, value: Any, vector: Vector) -> Any:
-    undefined = ir.Constant(_register(vector), ir.Undefined)
+def _indices(lanes: Iterable[int]) -> ir.Constant:
+    numbers = list(lanes)
+    return ir.Constant(ir.VectorType(_INT32, len(numbers)), numbers)
+
+
+def _splat(builder: Any, value: Any, register: ir.VectorType) -> Any:
+    undefined = ir.Constant(register, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_INT32, 0))
-    zeros = ir.Constant(ir.VectorType(_INT32, vector.width), [0] * vector.width)
-    return builder.shuffle_vector(first, undefined, zeros)
+    return builder.shuffle_vector(first, undefined, _indices([0] * register.count))
+
+
+def _read(context: Any, builder: Any, signature: Any, arguments: Any, at: int, to: Any, align: int = 4) -> Any:
+    loaded = builder.load(_address(context, builder, signature, arguments, at, to))
+    loaded.align = align
+    return loaded
+
+
+def _write(context: Any, builder: Any, signature: Any, arguments: Any, at: int, values: Any) -> Any:
+    builder.store(values, _address(context, builder, signature, arguments, at, values.type)).align = 4
+    return context.get_dummy_value()
+
+
+def _or_zeros(builder: Any, mask: Any, values: Any) -> Any:
+    return builder.select(mask, values, ir.Constant(values.type, [0.0] * values.type.count))
+
+
+def _below(builder: Any, count: Any, width: int) -> Any:
+    """A mask of the first `count` lanes."""
+    limit = _splat(builder, builder.trunc(count, _INT32), ir.VectorType(_INT32, width))
+    return builder.icmp_signed("<", _indices(range(width)), limit)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -62,10 +88,7 @@ def load(typing: Any, lanes: Any, array: Any, offset: Any) -> Any:
     vector = _vector(lanes)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], _register(vector))
-        loaded = builder.load(address)
-        loaded.align = 4
-        return loaded
+        return _read(context, builder, signature, arguments, 1, _register(vector))
 
     return vector(lanes, array, types.intp), generate
 
@@ -75,9 +98,7 @@ def store(typing: Any, array: Any, offset: Any, values: Any) -> Any:
     """Store a vector in a flat float32 array, at an offset of any alignment."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(values))
-        builder.store(arguments[2], address).align = 4
-        return context.get_dummy_value()
+        return _write(context, builder, signature, arguments, 0, arguments[2])
 
     return types.void(array, types.intp, values), generate
 
@@ -88,7 +109,7 @@ def store_leading(typing: Any, count: Any, array: Any, offset: Any, values: Any)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         register, mask = _register(values), ir.VectorType(ir.IntType(1), values.width)
-        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], register)
+        address = _address(context, builder, signature, arguments, 1, register)
         kind = ir.FunctionType(ir.VoidType(), [register, register.as_pointer(), _INT32, mask])
         suffix = f"v{values.width}f32"
         function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.{suffix}.p0{suffix}")
@@ -99,25 +120,13 @@ def store_leading(typing: Any, count: Any, array: Any, offset: Any, values: Any)
     return types.void(types.intp, array, types.intp, values), generate
 
 
-def _below(builder: Any, count: Any, width: int) -> Any:
-    """A mask of the first `count` lanes."""
-    integers = ir.VectorType(_INT32, width)
-    limit = builder.insert_element(
-        ir.Constant(integers, ir.Undefined), builder.trunc(count, _INT32), ir.Constant(_INT32, 0)
-    )
-    limit = builder.shuffle_vector(limit, limit, ir.Constant(integers, [0] * width))
-    return builder.icmp_signed("<", ir.Constant(integers, list(range(width))), limit)
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def load_phases(typing: Any, array: Any, offset: Any) -> Any:
     """Load 64 neighbouring numbers as four vectors: every fourth one, from the first, second, third and fourth on."""
     vector = Vector(16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], _register(Vector(64)))
-        loaded = builder.load(address)
-        loaded.align = 4
+        loaded = _read(context, builder, signature, arguments, 0, _register(Vector(64)))
         phases = [builder.shuffle_vector(loaded, loaded, _indices(range(first, 64, 4))) for first in range(4)]
         return context.make_tuple(builder, signature.return_type, phases)
 
@@ -132,15 +141,9 @@ def store_phases(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
         pairs = [builder.shuffle_vector(*arguments[at : at + 2], _indices(range(32))) for at in (2, 4)]
         turns = [phase * 16 + lane for lane in range(16) for phase in range(4)]
         mixed = builder.shuffle_vector(*pairs, _indices(turns))
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1], mixed.type)
-        builder.store(mixed, address).align = 4
-        return context.get_dummy_value()
+        return _write(context, builder, signature, arguments, 0, mixed)
 
     return types.void(array, types.intp, a, b, c, d), generate
-
-
-def _indices(lanes: Sequence[int]) -> ir.Constant:
-    return ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -161,9 +164,7 @@ def store_responses(typing: Any, bfloat16: Any, array: Any, offset: Any, values:
             low = builder.lshr(low, ir.Constant(half, [16] * half.count))
             high = builder.and_(high, ir.Constant(half, [0xFFFF0000] * half.count))
             made = builder.or_(low, high)
-        address = _address(context, builder, signature.args[1], arguments[1], arguments[2], made.type)
-        builder.store(made, address).align = 4
-        return context.get_dummy_value()
+        return _write(context, builder, signature, arguments, 1, made)
 
     return types.void(bfloat16, array, types.intp, values), generate
 
@@ -176,8 +177,7 @@ def load_responses(typing: Any, lanes: Any, bfloat16: Any, array: Any, offset: A
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         count = vector.width // 2 if signature.args[1].count else vector.width
         kind = ir.VectorType(_INT32, count)
-        loaded = builder.load(_address(context, builder, signature.args[2], arguments[2], arguments[3], kind))
-        loaded.align = 4
+        loaded = _read(context, builder, signature, arguments, 2, kind)
         if signature.args[1].count:
             low = builder.shl(loaded, ir.Constant(kind, [16] * count))
             high = builder.and_(loaded, ir.Constant(kind, [0xFFFF0000] * count))
@@ -194,7 +194,7 @@ def broadcast(typing: Any, lanes: Any, value: Any) -> Any:
     vector = _vector(lanes)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _splat(builder, arguments[1], vector)
+        return _splat(builder, arguments[1], _register(vector))
 
     return vector(lanes, types.float32), generate
 
@@ -244,11 +244,9 @@ def keep(typing: Any, bits: Any, offset: Any, values: Any) -> Any:
     """The lanes whose bit is set, and zeros; the bits begin at a byte of a uint8 array, lowest bit first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        whole = ir.IntType(values.width)
-        loaded = builder.load(_address(context, builder, signature.args[0], arguments[0], arguments[1], whole))
-        loaded.align = 1
+        loaded = _read(context, builder, signature, arguments, 0, ir.IntType(values.width), align=1)
         mask = builder.bitcast(loaded, ir.VectorType(ir.IntType(1), values.width))
-        return builder.select(mask, arguments[2], ir.Constant(_register(values), [0.0] * values.width))
+        return _or_zeros(builder, mask, arguments[2])
 
     return values(bits, types.intp, values), generate
 
@@ -258,8 +256,7 @@ def leading(typing: Any, count: Any, values: Any) -> Any:
     """The first `count` lanes, and zeros."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        inside = _below(builder, arguments[0], values.width)
-        return builder.select(inside, arguments[1], ir.Constant(_register(values), [0.0] * values.width))
+        return _or_zeros(builder, _below(builder, arguments[0], values.width), arguments[1])
 
     return values(types.intp, values), generate
 
@@ -269,7 +266,6 @@ def evens(typing: Any, low: Any, high: Any) -> Any:
     """The first, third, and so on, lane of one vector, then those of another."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        places = ir.Constant(ir.VectorType(_INT32, low.width), list(range(0, 2 * low.width, 2)))
-        return builder.shuffle_vector(*arguments, places)
+        return builder.shuffle_vector(*arguments, _indices(range(0, 2 * low.width, 2)))
 
     return low(low, low), generate

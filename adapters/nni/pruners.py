@@ -70,7 +70,7 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)))
     >>> entries = [{"op_types": ["Conv2d", "Linear"], "target_names": ["weight"], "sparse_ratio": 0.5}]
     >>> sorted((entry["op_names"], entry["target_names"]) for entry in config_list(model, entries))
-    [(['0.parametrizations.weight'], ['original']), (['2'], ['weight'])]
+    [(['0.parametrizations.weight'], ['original']), (['2.parametrizations.weight'], ['original'])]
     """
     plain = not parametrized_tensors(model)
     modules = dict(model.named_modules(remove_duplicate=False))

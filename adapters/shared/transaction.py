@@ -18,8 +18,8 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
     Attributes are remembered by reference, and so is the content of those that are dicts or lists: what the block
-    replaces or registers is undone, and what it writes into masks of ours, but not into other tensors. Objects without a
-    ``__dict__`` are skipped.
+    replaces or registers is undone, and what it writes into masks of ours, but not into other tensors. Objects without
+    a ``__dict__`` are skipped.
     """
     unique: list[Any] = list({id(value): value for value in objects if hasattr(value, "__dict__")}.values())
     saved = [(value, type(value), dict(vars(value))) for value in unique]

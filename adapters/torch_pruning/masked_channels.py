@@ -74,9 +74,11 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
         with exposed(channel_pruner):
             _remove_empty_channels(channel_pruner.DG)
         refs = parametrized_tensors(model)
-        if all(ref.interspace is None for ref in refs):  # else masks stay until `bake`
-            for ref in refs:
-                if ref.mask is None or bool(ref.mask.all()):
+        is_plain = all(ref.interspace is None for ref in refs)  # a converted model has masks until it is baked
+        for ref in refs:
+            if ref.mask is not None and bool(ref.mask.all()):
+                ref.set_mask(None)
+                if is_plain:
                     leave(ref.module, ref.tensor_name, ref.parameter.detach())
         _check_same(before, _outputs(model, example_inputs))
     return model

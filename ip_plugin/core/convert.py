@@ -431,14 +431,16 @@ def prunable(model: nn.Module) -> list[Target]:
         model: not changed.
 
     Returns:
-        (module, tensor name) pairs as `torch.nn.utils.prune` takes them: the coefficients of interspace layers, the
-        ``weight`` of other convolutions and linear layers, in the order of ``named_modules``. A weight that several
-        layers share is listed once. Biases, norms and embeddings are not listed.
+        (module, tensor name) pairs as `torch.nn.utils.prune` takes them, in the order of ``named_modules``: the
+        coefficients of layers in the interspace, the weights of other convolutions and linear layers. In a converted
+        model both are the ``original`` behind a parametrization, which holds the mask; in other models it is the
+        ``weight`` of the layer. A weight that several layers share is listed once. Biases, norms and embeddings are not
+        listed.
 
     >>> from torch.nn.utils import prune
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10)))
     >>> [tensor_name for _, tensor_name in prunable(model)]
-    ['original', 'weight']
+    ['original', 'original']
     >>> prune.global_unstructured(prunable(model), prune.L1Unstructured, amount=0.9)
     """
     return [ref.target for ref in prunable_tensors(model)]

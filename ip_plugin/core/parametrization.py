@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -31,6 +32,7 @@ class Mask(nn.Module):
     Attributes:
         mask: bool buffer of the tensor's shape, False = pruned; None until `enter` has registered the parametrization.
         is_set: whether a mask has been set, even one that keeps everything.
+        is_applied: False while the tensor is wanted without its mask.
     """
 
     mask: Tensor | None
@@ -41,15 +43,15 @@ class Mask(nn.Module):
         self.order: tuple[str, ...] = ()
         self.load_hook: RemovableHandle | None = None
         self.is_set = False
+        self.is_applied = True
         self._bools: Tensor | None = None  # the mask as an ordinary tensor, which compilers understand
-        self._all_kept: tuple[Tensor, int] | None = None  # the mask and its version, if it keeps everything
+        self._seen: tuple[Tensor, int | None, bool] | None = None  # the mask, its version, whether it kept everything
 
     @property
     def kept(self) -> Tensor | None:
         """The mask as an ordinary tensor; None if nobody has set one and it keeps everything."""
-        if not self._is_known_to_keep_all():
-            self._look()
-        return None if self._is_known_to_keep_all() and not self.is_set else self._bools
+        self._look()
+        return None if self._seen is None or (self._seen[2] and not self.is_set) else self._bools
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor | None, like: Tensor) -> None:
@@ -65,25 +67,24 @@ class Mask(nn.Module):
         self.is_set = mask is not None
         self._look()
 
-    def take_mask_off(self) -> None:
-        """Drop the buffer itself, for a computation without the mask; the caller puts the attributes back."""
-        self.mask = None
-        self._look()
-
     def _is_known_to_keep_all(self) -> bool:
-        if self.mask is None or self._all_kept is None or self._bools is None:
-            return self.mask is None
-        mask, version = self._all_kept
-        return self.mask is mask and self._bools._version == version
+        if self._seen is None or self._seen[0] is not self.mask or _may_receive_masks():
+            return False
+        _, version, all_kept = self._seen
+        return all_kept and version is not None and version == self.mask._version
 
     def _look(self) -> None:
-        """Remember whether the mask keeps everything, after it has been written or replaced."""
-        self._bools = self._all_kept = None
-        if self.mask is not None:
+        """Remember whether the mask keeps everything."""
+        if self.mask is None or self._seen is None or self._seen[0] is not self.mask:
+            self._bools = self._seen = None
+        if self.mask is None:
+            return
+        if self._bools is None:
             self.mask = self.mask.as_subclass(MaskTensor)
             self._bools = self.mask.as_subclass(Tensor)  # type: ignore[no-untyped-call]
-            if not self.mask.is_inference() and (self.mask.is_meta or bool(self.mask.all())):
-                self._all_kept = self.mask, self.mask._version
+        version = None if self.mask.is_inference() else self.mask._version
+        if self._seen is None or version is None or version != self._seen[1] or _may_receive_masks():
+            self._seen = self.mask, version, self.mask.is_meta or bool(self._bools.all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mask:
         was_meta = self.mask is not None and self.mask.is_meta
@@ -94,7 +95,7 @@ class Mask(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bools": None, "_all_kept": None}
+        return {**self.__dict__, "_bools": None, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -102,9 +103,11 @@ class Mask(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The masked tensor; a masked entry passes no gradient."""
+        if self.mask is None or not self.is_applied:
+            return original
         if torch.compiler.is_compiling():  # multiply always, so that the first pruning needs no new compilation
             return original if self._bools is None else original * self._bools
-        if self.mask is None or self._is_known_to_keep_all():
+        if self._is_known_to_keep_all():
             return original
         # On a CPU the product by int8 takes half the time; `torch.jit.trace` cannot view bools as int8.
         is_tracing = torch._C._get_tracing_state() is not None
@@ -122,6 +125,11 @@ class Mask(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._look()
+
+
+def _may_receive_masks() -> bool:
+    """Whether DistributedDataParallel may write into masks: it hides that from the version counters of buffers."""
+    return dist.is_available() and dist.is_initialized()
 
 
 class Interspace(Mask):

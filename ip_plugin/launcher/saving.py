@@ -153,7 +153,10 @@ def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_masks(model: nn.Module, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """Make model and state have the same masks: the model gets those that it lacks, the state those that it lacks."""
+    """Make model and state have the same masks: the model gets those that it lacks, the state those that it lacks.
+
+    A mask that keeps everything counts as none.
+    """
     modules = dict(model.named_modules())
     for key, value in state.items():
         match = _PART.fullmatch(key)
@@ -164,8 +167,9 @@ def _with_masks(model: nn.Module, state: OrderedDict[str, Any]) -> OrderedDict[s
                 ref.set_mask(None)
     for ref in parametrized_tensors(model):
         prefix = f"{ref.module_name}.parametrizations.{ref.tensor_name}.".removeprefix(".")
-        if ref.mask is not None and f"{prefix}original" in state:
-            state.setdefault(f"{prefix}0.mask", ref.mask)
+        given = state.get(f"{prefix}0.mask")
+        if ref.mask is not None and f"{prefix}original" in state and (given is None or bool(given.all())):
+            state[f"{prefix}0.mask"] = ref.mask
     return state
 
 

@@ -203,7 +203,7 @@ class RigL(_DynamicSparse):
         with preserved_state(self._inner, buffers=True, attributes=True), torch.enable_grad():
             for ref in refs:  # without masks: pruned entries are zero, so the network computes the same
                 assert ref.parametrization is not None
-                ref.parametrization.take_mask_off()
+                ref.parametrization.is_applied = False
             self._inner.zero_grad()
             check_loss(loss()).backward()
             gradients = [

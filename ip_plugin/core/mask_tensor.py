@@ -52,8 +52,11 @@ class MaskTensor(Tensor):
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskTensor:
-        copied = memo[id(self)] = self.detach().clone().as_subclass(MaskTensor)
-        return copied
+        copied: Any = self.as_subclass(Tensor).clone()  # type: ignore[no-untyped-call]
+        if type(copied) is Tensor:  # else torch is tracing with tensors of a class of its own
+            copied = copied.as_subclass(MaskTensor)
+        memo[id(self)] = copied
+        return copied  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]

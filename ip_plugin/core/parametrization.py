@@ -77,7 +77,8 @@ class Mask(nn.Module):
         """Remember whether the mask keeps everything."""
         if self.mask is None or self._seen is None or self._seen[0] is not self.mask:
             self._bools = self._seen = None
-        if self.mask is None:
+        if self.mask is None or type(self.mask) not in (Tensor, MaskTensor):  # the second in torch's own traces
+            self._bools = self.mask
             return
         if self._bools is None:
             self.mask = self.mask.as_subclass(MaskTensor)
@@ -267,8 +268,8 @@ def _register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | 
             raise MaskError(
                 "PyTorch's pruning functions act on Parameters.",
                 f"{tensor_name!r} of a {plain_class.__name__}, which is computed from coefficients or a mask",
-                "prune the targets that ip_plugin.prunable(model) lists, or import prune from ip_plugin.adapters."
-                "torch_prune instead of torch.nn.utils",
+                "prune the targets that ip_plugin.prunable(model) lists, or write "
+                "`from ip_plugin.adapters import torch_prune as prune` instead of `from torch.nn.utils import prune`",
             )
         chain[0].load_hook = None  # the hook stays, for the state dicts of models in which this layer has its mask
         leave(module, tensor_name, chain.original.detach())

@@ -484,11 +484,9 @@ def test_unstructured_masks_leave_biases_and_norms_as_the_host_does() -> None:
     pruner, _ = once("LevelPruner")(nni, model, entries)
     nni.finish(pruner)
     assert not bool(masks(model)["0"][2].any())
-    assert [
-        (each.module_name, each.tensor_name)
-        for each in parametrized_tensors(model)
-        if each.mask is not None
-    ] == [("0", "weight")]
+    assert [(each.module_name, each.tensor_name) for each in parametrized_tensors(model) if each.mask is not None] == [
+        ("0", "weight")
+    ]
 
 
 class Branching(nn.Module):

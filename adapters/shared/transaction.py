@@ -24,7 +24,7 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
     unique: list[Any] = list({id(value): value for value in objects if hasattr(value, "__dict__")}.values())
     saved = [(value, type(value), dict(vars(value))) for value in unique]
     containers = [value for *_, attributes in saved for value in attributes.values() if isinstance(value, (dict, list))]
-    masks = [(value, value.mask.clone()) for value in unique if isinstance(value, Mask) and value.mask is not None]
+    masks = [(mask, mask.clone()) for value in unique if isinstance(value, Mask) and (mask := value.mask) is not None]
     if optimizer is not None:
         lists = [value for group in optimizer.param_groups for value in group.values() if isinstance(value, list)]
         containers += [optimizer.state, *optimizer.param_groups, *lists]
@@ -40,8 +40,8 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
         for container, content in contents:
             container.clear()
             container.update(content) if isinstance(container, dict) else container.extend(content)
-        for parametrization, mask in masks:
-            parametrization.mask.copy_(mask)
+        for mask, content in masks:
+            mask.copy_(content)
         raise
 
 

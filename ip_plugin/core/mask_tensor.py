@@ -52,14 +52,14 @@ class MaskTensor(Tensor):
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskTensor:
-        copied: Any = self.as_subclass(Tensor).clone()  # type: ignore[no-untyped-call]
+        copied: Any = self.as_subclass(Tensor).clone()
         if type(copied) is Tensor:  # else torch is tracing with tensors of a class of its own
             copied = copied.as_subclass(MaskTensor)
         memo[id(self)] = copied
         return copied  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def _numbers(argument: Any) -> Any:

@@ -77,19 +77,19 @@ class Mask(nn.Module):
         """Remember whether the mask keeps everything."""
         if self.mask is None or self._seen is None or self._seen[0] is not self.mask:
             self._bools = self._seen = None
-        if self.mask is None or type(self.mask) not in (Tensor, MaskTensor):  # the second in torch's own traces
+        if self.mask is None or type(self.mask) not in (Tensor, MaskTensor):  # while torch traces, they are of others
             self._bools = self.mask
             return
         if self._bools is None:
             self.mask = self.mask.as_subclass(MaskTensor)
-            self._bools = self.mask.as_subclass(Tensor)  # type: ignore[no-untyped-call]
+            self._bools = self.mask.as_subclass(Tensor)
         version = None if self.mask.is_inference() else self.mask._version
         if self._seen is None or version is None or version != self._seen[1] or _may_receive_masks():
             self._seen = self.mask, version, self.mask.is_meta or bool(self._bools.all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mask:
         was_meta = self.mask is not None and self.mask.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask is not None and was_meta and not self.mask.is_meta:
             self.mask.fill_(True)  # `to_empty` has left it uninitialised
         self._look()
@@ -99,7 +99,7 @@ class Mask(nn.Module):
         return {**self.__dict__, "_bools": None, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._look()
 
     def forward(self, original: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask, *, hook: b
         parametrization.set_mask(None, parameter)
     make_writable(module, tensor_name)
     _make_picklable(type(module))
-    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
     if hook:
         parametrization.load_hook = adapt_loading(module)
 
@@ -261,10 +261,11 @@ def _register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | 
 
     Its functions rename the Parameter, which must be the layer's own for that.
     """
-    plain_class, tensor_name = type(module).__bases__[0], name.removesuffix("_orig")
+    plain_class: Any = type(module).__bases__[0]
+    tensor_name = name.removesuffix("_orig")
     if name != tensor_name and parametrize.is_parametrized(module, tensor_name):
         chain: Any = parametrizations(module)[tensor_name]
-        if parameter is not chain.original:
+        if isinstance(chain[0], Interspace) or chain[0].kept is not None:
             raise MaskError(
                 "PyTorch's pruning functions act on Parameters.",
                 f"{tensor_name!r} of a {plain_class.__name__}, which is computed from coefficients or a mask",
@@ -272,6 +273,7 @@ def _register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | 
                 "`from ip_plugin.adapters import torch_prune as prune` instead of `from torch.nn.utils import prune`",
             )
         chain[0].load_hook = None  # the hook stays, for the state dicts of models in which this layer has its mask
+        parameter = chain.original
         leave(module, tensor_name, chain.original.detach())
     plain_class.register_parameter(module, name, parameter)
 
@@ -355,7 +357,8 @@ def restore_order(module: nn.Module, names: Sequence[str]) -> None:
 
 def adapt_loading(module: nn.Module) -> RemovableHandle:
     """Let a layer load what any model of the architecture has saved, pruned or not, in either space."""
-    return module.register_load_state_dict_pre_hook(_prepare_loading)
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(_prepare_loading)
+    return handle
 
 
 def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

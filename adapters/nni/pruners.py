@@ -70,7 +70,7 @@ def config_list(model: nn.Module, config_list: Entries) -> Entries:
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)))
     >>> entries = [{"op_types": ["Conv2d", "Linear"], "target_names": ["weight"], "sparse_ratio": 0.5}]
     >>> sorted((entry["op_names"], entry["target_names"]) for entry in config_list(model, entries))
-    [(['0.parametrizations.weight'], ['original']), (['2'], ['weight'])]
+    [(['0.parametrizations.weight'], ['original']), (['2.parametrizations.weight'], ['original'])]
     """
     plain = not parametrized_tensors(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -281,10 +281,11 @@ class _ByMagnitude(_Configured):
         data: Masks = super()._collect_data()
         for name, tensors in data.items():
             parametrization = TensorRef(self._module_wrappers[name].module, "original").parametrization
+            kept = None if parametrization is None else parametrization.kept
             for target, values in tensors.items():
-                if parametrization is not None and parametrization.mask is not None:
+                if kept is not None:
                     # Masked entries rank below zeros, so that they are chosen again first.
-                    values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
+                    values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * kept
                 tensors[target] = unit_gauge(values, parametrization)
         return data
 

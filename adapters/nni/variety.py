@@ -83,6 +83,6 @@ class _Varied:
         values = space.target.detach()
         values = values if space.mask is None else values * space.mask
         parametrization = TensorRef(self._module_wrappers[module].module, "original").parametrization
-        if parametrization is not None and parametrization.mask is not None:
-            values = values * parametrization.mask
+        if parametrization is not None and parametrization.kept is not None:
+            values = values * parametrization.kept
         return compared(values, parametrization, self.similarity).flatten(1)

@@ -201,7 +201,7 @@ class ExposedTensor:
             # Norms that are 1 up to rounding scale nothing.
             if norms is not None and not bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
                 self._scale = norms.reshape(1, 1, *self.parameter.shape[2:])
-        if self._scale is not None or self.parametrization.mask is not None:
+        if self._scale is not None or self.parametrization.kept is not None:
             self._exact = self.parameter.data
             self.parameter.data = self._shown(self._exact)
         if self._scale is not None and self.parameter.grad is not None:
@@ -238,7 +238,7 @@ class ExposedTensor:
 
     def _shown(self, values: Tensor, rows: Rows = ...) -> Tensor:
         scaled = values.clone() if self._scale is None else values * self._scale
-        mask = self.parametrization.mask
+        mask = self.parametrization.kept
         return scaled if mask is None else scaled.mul_(mask[rows])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ip_plugin.core.parametrization import Mask
 from ip_plugin.errors import OptimizerError
 
 
@@ -17,11 +18,13 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
     """Undo what a failing block did to the attributes of some objects, and to an optimizer's groups and state.
 
     Attributes are remembered by reference, and so is the content of those that are dicts or lists: what the block
-    replaces or registers is undone, but not what it writes into a tensor. Objects without a ``__dict__`` are skipped.
+    replaces or registers is undone, and what it writes into masks of ours, but not into other tensors. Objects without
+    a ``__dict__`` are skipped.
     """
     unique: list[Any] = list({id(value): value for value in objects if hasattr(value, "__dict__")}.values())
     saved = [(value, type(value), dict(vars(value))) for value in unique]
     containers = [value for *_, attributes in saved for value in attributes.values() if isinstance(value, (dict, list))]
+    masks = [(mask, mask.clone()) for value in unique if isinstance(value, Mask) and (mask := value.mask) is not None]
     if optimizer is not None:
         lists = [value for group in optimizer.param_groups for value in group.values() if isinstance(value, list)]
         containers += [optimizer.state, *optimizer.param_groups, *lists]
@@ -37,6 +40,8 @@ def transaction(objects: Iterable[object], optimizer: Optimizer | None = None) -
         for container, content in contents:
             container.clear()
             container.update(content) if isinstance(container, dict) else container.extend(content)
+        for mask, content in masks:
+            mask.copy_(content)
         raise
 
 

@@ -203,9 +203,9 @@ def _expose(module: nn.Module, name: str) -> None:
 
     def our_mask(self: nn.Module, attribute: str) -> Tensor:
         parametrization = TensorRef(self, name).parametrization
-        if parametrization is None or parametrization.mask is None:
+        if parametrization is None or parametrization.kept is None:
             raise AttributeError(attribute)
-        return parametrization.mask
+        return parametrization.kept
 
     def mask(self: nn.Module) -> Tensor:
         return our_mask(self, f"{name}_mask").to(getattr(*TensorRef(self, name).target).dtype)
@@ -336,7 +336,7 @@ def remove(module: M, name: str) -> M:
     parameter = ref.parameter
     parameter.mul_(kept)
     if parametrization is not None:
-        parametrization.mask = None
+        parametrization.set_mask(None, parameter)
         if not isinstance(parametrization, Interspace) and ref.chain is not module:
             leave(module, name, parameter)
     return module

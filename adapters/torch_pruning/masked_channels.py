@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ip_plugin.core.channels import by_group, input_filters, output_filters
-from ip_plugin.core.parametrization import Interspace, leave
+from ip_plugin.core.parametrization import leave
 from ip_plugin.core.tensor_ref import Model, Target, parametrized_tensors
 from ip_plugin.errors import BatchError, HostError
 from ip_plugin.utils.example_input import run
@@ -73,11 +73,12 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
         )
         with exposed(channel_pruner):
             _remove_empty_channels(channel_pruner.DG)
-        for ref in parametrized_tensors(model):
-            parametrization = ref.parametrization
-            if parametrization is not None and parametrization.mask is not None and bool(parametrization.mask.all()):
-                parametrization.mask = None
-                if not isinstance(parametrization, Interspace):
+        refs = parametrized_tensors(model)
+        is_plain = all(ref.interspace is None for ref in refs)  # a converted model has masks until it is baked
+        for ref in refs:
+            if ref.mask is not None and bool(ref.mask.all()):
+                ref.set_mask(None)
+                if is_plain:
                     leave(ref.module, ref.tensor_name, ref.parameter.detach())
         _check_same(before, _outputs(model, example_inputs))
     return model

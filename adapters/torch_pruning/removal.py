@@ -54,7 +54,7 @@ def follow(
     }
     orders = entry_order or {}
     with view.exact(parameters) as tensors:
-        masked = {exposed.parameter for exposed in tensors if exposed.parametrization.mask is not None}
+        masked = {exposed.parameter for exposed in tensors if exposed.parametrization.kept is not None}
         marked = {
             parameter: orders.get(target)
             for target, parameter in parameters.items()
@@ -76,9 +76,9 @@ def follow(
             successors.setdefault(old, []).append((new, kept))
             exposed = view.tensors.get((module, name))
             if exposed is not None:  # `new` takes the place of `old` under the parametrization
-                if exposed.parametrization.mask is not None:
-                    assert kept is not None
-                    exposed.parametrization.mask = _select(exposed.parametrization.mask, kept)
+                mask = exposed.parametrization.kept
+                assert mask is None or kept is not None
+                exposed.parametrization.set_mask(None if mask is None or kept is None else _select(mask, kept), new)
                 inherit_conversion(exposed.parameter, new)
                 exposed.parameter = new
         if optimizer is not None:

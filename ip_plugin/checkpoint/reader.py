@@ -16,7 +16,7 @@ from ..basis.bases import Constraint
 from ..core import torch_masks
 from ..core.optimizer import note_conversion
 from ..core.parametrization import Interspace, Mask, enter, leave
-from ..core.tensor_ref import TensorRef, by_basis, tensors_of
+from ..core.tensor_ref import TensorRef, add_masks, by_basis, tensors_of
 from ..errors import CheckpointError
 from .container import CompactFile, dtype_name
 from .contents import as_integers, check_modules, not_storable, owners
@@ -36,6 +36,7 @@ class Plan:
 
     def __init__(self, model: nn.Module, file: CompactFile) -> None:
         check_modules(model)
+        self._model = model
         self._records = file.description.tensors
         self._refs = {ref.name: ref for ref in tensors_of(model)}
         self._module_names = {id(module): name for name, module in model.named_modules()}
@@ -141,7 +142,9 @@ class Plan:
             if name in self._masks:
                 ref.set_mask(self._masks[name])
             elif ref.parametrization is not None:
-                ref.parametrization.mask = None
+                ref.set_mask(None)
+        if self._bases:
+            add_masks(self._model)
 
     def _strip(self, ref: TensorRef, record: Record) -> None:
         """Remove the mask of the host, and a parametrization of ours that the file does not have."""

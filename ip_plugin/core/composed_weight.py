@@ -106,7 +106,7 @@ def _warn_of_counted_zeros(func: Callable[..., Any], args: tuple[Any, ...]) -> N
     global _warned_of_zeros
     counts = "count_nonzero" in func.__name__ or (len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 0)
     chain = getattr(args[0], "_chain", None)
-    pruned = chain is not None and hasattr(chain[0], "basis") and chain[0].mask is not None
+    pruned = chain is not None and hasattr(chain[0], "basis") and chain[0].kept is not None
     if counts and pruned and not _warned_of_zeros:
         _warned_of_zeros = True
         warnings.warn(

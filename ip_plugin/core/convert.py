@@ -25,6 +25,7 @@ from .tensor_ref import (
     Model,
     Target,
     TensorRef,
+    add_masks,
     check_finite,
     check_no_other,
     check_not_sharded,
@@ -138,12 +139,15 @@ def interspace(
         trained = train_basis and any(weight.requires_grad for weight in weights)
         parameter = nn.Parameter(values.to(weights[0].device, copy=True), requires_grad=trained)
         for layer, weight in zip(members, weights, strict=True):
+            if layer.chain is not None:  # a mask that keeps everything
+                leave(layer.module, "weight", weight.detach())
             enter(layer.module, "weight", Interspace(parameter, _kernel(layer), constraint))
             if inverse is not None:
                 bases.transform_(weight.detach(), inverse)
                 if weight.grad is not None:
                     bases.transform_(weight.grad, filters.mT)
             note_conversion(weight, changed=inverse is not None)
+    add_masks(model)
     watch(model)
     return model if optimizer is None else join_optimizer(model, optimizer)
 
@@ -310,7 +314,7 @@ def _check_layer(layer: TensorRef, owners: Mapping[int, list[str]]) -> None:
         owners: {id of a Parameter: names of the modules that have it}.
     """
     name, pruned_by_host = layer.module_name, "weight" in torch_masks.pruned_names(layer.module)
-    if layer.parametrization is not None or pruned_by_host:
+    if layer.mask is not None or pruned_by_host:
         how = "by torch.nn.utils.prune" if pruned_by_host else "by a mask of ip_plugin"
         raise ConversionError(
             "A weight that moves to the interspace must not be pruned: its mask is one of weights, not coefficients.",
@@ -427,14 +431,16 @@ def prunable(model: nn.Module) -> list[Target]:
         model: not changed.
 
     Returns:
-        (module, tensor name) pairs as `torch.nn.utils.prune` takes them: the coefficients of interspace layers, the
-        ``weight`` of other convolutions and linear layers, in the order of ``named_modules``. A weight that several
-        layers share is listed once. Biases, norms and embeddings are not listed.
+        (module, tensor name) pairs as `torch.nn.utils.prune` takes them, in the order of ``named_modules``: the
+        coefficients of layers in the interspace, the weights of other convolutions and linear layers. In a converted
+        model both are the ``original`` behind a parametrization, which holds the mask; in other models it is the
+        ``weight`` of the layer. A weight that several layers share is listed once. Biases, norms and embeddings are not
+        listed.
 
     >>> from torch.nn.utils import prune
     >>> model = interspace(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10)))
     >>> [tensor_name for _, tensor_name in prunable(model)]
-    ['original', 'weight']
+    ['original', 'original']
     >>> prune.global_unstructured(prunable(model), prune.L1Unstructured, amount=0.9)
     """
     return [ref.target for ref in prunable_tensors(model)]

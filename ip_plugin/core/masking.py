@@ -22,8 +22,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         model: not changed.
 
     Returns:
-        {layer name: bool tensor of the shape of its coefficients}, True = kept; copies. Only of layers that have a
-        mask. Inverse: `set_masks`.
+        {layer name: bool tensor of the shape of its coefficients}, True = kept; copies. Only of layers of
+        which something is pruned. Inverse: `set_masks`.
 
     >>> from torch.nn.utils import prune
     >>> model = prune.l1_unstructured(nn.Linear(2, 2, bias=False), "weight", amount=3)
@@ -31,7 +31,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     1
     """
     by_layer = {layer.module_name: layer.mask for layer in prunable_tensors(model)}
-    return {name: mask.clone() for name, mask in by_layer.items() if mask is not None}
+    return {name: mask for name, mask in by_layer.items() if mask is not None}
 
 
 def set_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:

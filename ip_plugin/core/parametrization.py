@@ -6,25 +6,33 @@ keep the Parameter object of the tensor, so that an existing optimizer goes on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, Constraint
+from ..errors import MaskError
 from . import shared_basis
 from .composed_weight import make_writable
+from .mask_tensor import MaskTensor
 
 
 class Mask(nn.Module):
-    """Multiplies a tensor by a bool mask; the identity without a mask.
+    """Multiplies a tensor by a bool mask; the identity while the mask keeps everything.
+
+    The mask is there before anything is pruned, so pruning changes neither the buffers of a model nor the keys of its
+    ``state_dict``. Nothing is multiplied while it is known to keep everything: since `set_mask`, nobody has written it.
 
     Attributes:
-        mask: bool buffer of the tensor's shape, False = pruned; None = nothing is pruned.
+        mask: bool buffer of the tensor's shape, False = pruned; None until `enter` has registered the parametrization.
+        is_set: whether a mask has been set, even one that keeps everything.
+        is_applied: False while the tensor is wanted without its mask.
     """
 
     mask: Tensor | None
@@ -34,15 +42,77 @@ class Mask(nn.Module):
         self.register_buffer("mask", None)
         self.order: tuple[str, ...] = ()
         self.load_hook: RemovableHandle | None = None
+        self.is_set = False
+        self.is_applied = True
+        self._bools: Tensor | None = None  # the mask as an ordinary tensor, which compilers understand
+        self._seen: tuple[Tensor, int | None, bool] | None = None  # the mask, its version, whether it kept everything
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The mask as an ordinary tensor; None if nobody has set one and it keeps everything."""
+        self._look()
+        return None if self._seen is None or (self._seen[2] and not self.is_set) else self._bools
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor | None, like: Tensor) -> None:
+        """Write the mask, in place where its shape stays; None takes it away: everything is kept.
+
+        Args:
+            mask: bool, of the shape of `like`.
+            like: the masked tensor, in whose memory format a new mask is, so that masking needs no reordering.
+        """
+        if self.mask is None or self.mask.shape != like.shape or self.mask.device != like.device:
+            self.mask = torch.empty_like(like, dtype=torch.bool, requires_grad=False)
+        self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
+        self.is_set = mask is not None
+        self._look()
+
+    def _is_known_to_keep_all(self) -> bool:
+        if self._seen is None or self._seen[0] is not self.mask or _may_receive_masks():
+            return False
+        _, version, all_kept = self._seen
+        return all_kept and version is not None and version == self.mask._version
+
+    def _look(self) -> None:
+        """Remember whether the mask keeps everything."""
+        if self.mask is None or self._seen is None or self._seen[0] is not self.mask:
+            self._bools = self._seen = None
+        if self.mask is None or type(self.mask) not in (Tensor, MaskTensor):  # while torch traces, they are of others
+            self._bools = self.mask
+            return
+        if self._bools is None:
+            self.mask = self.mask.as_subclass(MaskTensor)
+            self._bools = self.mask.as_subclass(Tensor)
+        version = None if self.mask.is_inference() else self.mask._version
+        if self._seen is None or version is None or version != self._seen[1] or _may_receive_masks():
+            self._seen = self.mask, version, self.mask.is_meta or bool(self._bools.all())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mask:
+        was_meta = self.mask is not None and self.mask.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask is not None and was_meta and not self.mask.is_meta:
+            self.mask.fill_(True)  # `to_empty` has left it uninitialised
+        self._look()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bools": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._look()
 
     def forward(self, original: Tensor) -> Tensor:
         """The masked tensor; a masked entry passes no gradient."""
-        if self.mask is None:
+        if self.mask is None or not self.is_applied:
             return original
-        # As int8: on a CPU the product of a float and a bool tensor takes twice as long, unless it is compiled (the
-        # compiler of torch 2.5 cannot view a bool as int8, nor can `torch.jit.trace`).
-        as_it_is = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        return original * (self.mask if as_it_is else self.mask.view(torch.int8))
+        if torch.compiler.is_compiling():  # multiply always, so that the first pruning needs no new compilation
+            return original if self._bools is None else original * self._bools
+        if self._is_known_to_keep_all():
+            return original
+        # On a CPU the product by int8 takes half the time; `torch.jit.trace` cannot view bools as int8.
+        is_tracing = torch._C._get_tracing_state() is not None
+        return original * (self.mask if is_tracing else self.mask.view(torch.int8))
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """The `original` for which `forward` returns `value`, except for pruned entries."""
@@ -50,9 +120,17 @@ class Mask(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of pruned entries, for ``print(model)``."""
-        if self.mask is None:
-            return ""
-        return f"pruned={int(self.mask.numel() - self.mask.sum())}/{self.mask.numel()}"
+        mask = self.kept
+        return "" if mask is None else f"pruned={int(mask.numel() - mask.sum())}/{mask.numel()}"
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._look()
+
+
+def _may_receive_masks() -> bool:
+    """Whether DistributedDataParallel may write into masks: it hides that from the version counters of buffers."""
+    return dist.is_available() and dist.is_initialized()
 
 
 class Interspace(Mask):
@@ -145,10 +223,16 @@ def parametrizations(module: nn.Module) -> Any:
     return module.parametrizations
 
 
-def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
+def enter(module: nn.Module, tensor_name: str, parametrization: Mask, *, hook: bool = True) -> None:
     """Put a Parameter of `module` under `parametrization`: same object, same storage, same values.
 
     Inverse: `leave`.
+
+    Args:
+        module: owner of the Parameter.
+        tensor_name: its name.
+        parametrization: gets a mask that keeps everything if it has none.
+        hook: False if `adapt_loading` has been called for the module before.
     """
     parametrization.order = order(module)
     parametrization.train(module.training)
@@ -163,9 +247,35 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     chain = parametrizations(module)[tensor_name]
     chain.original = parameter
     chain[0] = parametrization
+    if parametrization.mask is None:
+        parametrization.set_mask(None, parameter)
     make_writable(module, tensor_name)
     _make_picklable(type(module))
-    parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
+    if hook:
+        parametrization.load_hook = adapt_loading(module)
+
+
+def _register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Remove a mask that keeps everything when `torch.nn.utils.prune` is called for the layer itself.
+
+    Its functions rename the Parameter, which must be the layer's own for that.
+    """
+    plain_class: Any = type(module).__bases__[0]
+    tensor_name = name.removesuffix("_orig")
+    if name != tensor_name and parametrize.is_parametrized(module, tensor_name):
+        chain: Any = parametrizations(module)[tensor_name]
+        if isinstance(chain[0], Interspace) or chain[0].kept is not None:
+            raise MaskError(
+                "PyTorch's pruning functions act on Parameters.",
+                f"{tensor_name!r} of a {plain_class.__name__}, which is computed from coefficients or a mask",
+                "prune the targets that ip_plugin.prunable(model) lists, or write "
+                "`from ip_plugin.adapters import torch_prune as prune` instead of `from torch.nn.utils import prune`",
+            )
+        chain[0].load_hook = None  # the hook stays, for the state dicts of models in which this layer has its mask
+        parameter = chain.original
+        leave(module, tensor_name, chain.original.detach())
+    plain_class.register_parameter(module, name, parameter)
 
 
 @torch.no_grad()
@@ -245,12 +355,30 @@ def restore_order(module: nn.Module, names: Sequence[str]) -> None:
         module._parameters[name] = module._parameters.pop(name)
 
 
+def adapt_loading(module: nn.Module) -> RemovableHandle:
+    """Let a layer load what any model of the architecture has saved, pruned or not, in either space."""
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(_prepare_loading)
+    return handle
+
+
 def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Adapt a ``state_dict`` to a parametrized layer: allocate masks, convert the weight of a plain model.
+    """Adapt a ``state_dict`` to a layer: convert the weight of a plain model, allocate a mask, or rename tensors.
 
     The plain model may have been pruned by `torch.nn.utils.prune`; its mask is adopted if coefficients equal weights.
     """
     error_messages: list[str] = rest[-1]  # the last argument of torch's hook
+    for name in list(module._parameters):
+        key, tensor_name = f"{prefix}parametrizations.{name.removesuffix('_orig')}", name.removesuffix("_orig")
+        if f"{key}.original" not in state_dict or f"{key}.0.basis" in state_dict:
+            continue
+        if name == tensor_name:  # no mask yet
+            enter(module, name, Mask(), hook=False)
+        else:  # pruned by torch.nn.utils.prune
+            state_dict[f"{prefix}{name}"] = state_dict.pop(f"{key}.original")
+            mask = state_dict.pop(f"{key}.0.mask", getattr(module, f"{tensor_name}_mask"))
+            state_dict[f"{prefix}{tensor_name}_mask"] = mask
+    if not parametrize.is_parametrized(module):
+        return
     for tensor_name, tensors in parametrizations(module).items():
         parametrization = tensors[0]
         if not isinstance(parametrization, Mask):
@@ -270,13 +398,15 @@ def _prepare_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         if f"{key}.0.basis" in state_dict and f"{key}.0._extra_state" not in state_dict:
             # Saved by a version without constraints.
             state_dict[f"{key}.0._extra_state"] = torch.tensor(CONSTRAINTS.index("none"))
-        saved = state_dict.get(f"{key}.0.mask")
-        if parametrization.mask is None and saved is not None and saved.shape == shape:
-            parametrization.mask = torch.ones_like(tensors.original, dtype=torch.bool)
         dense = state_dict.pop(plain, None)
         if dense is None:
+            if f"{key}.original" in state_dict and parametrization.kept is None:  # saved without a mask
+                mask = torch.ones_like(state_dict[f"{key}.original"], dtype=torch.bool)
+                state_dict.setdefault(f"{key}.0.mask", mask)
             continue
         # The plain model has no bases and masks: keep the present ones.
+        if parametrization.mask is not None and parametrization.mask.is_meta:
+            state_dict.setdefault(f"{key}.0.mask", torch.ones_like(dense, dtype=torch.bool))
         for name, tensor in tensors.state_dict(prefix=f"{key}.").items():
             state_dict.setdefault(name, tensor)
         if dense.shape == shape:

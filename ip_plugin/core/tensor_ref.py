@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..errors import ConversionError, SelectionError, listed
 from . import torch_masks
-from .parametrization import Interspace, Mask, enter, parametrizations
+from .parametrization import Interspace, Mask, adapt_loading, enter, parametrizations
 
 Model = TypeVar("Model", bound=nn.Module)
 #: A (module, tensor name) pair, as `torch.nn.utils.prune` takes it.
@@ -91,9 +91,12 @@ class TensorRef:
 
     @property
     def mask(self) -> Tensor | None:
-        """What our mask and that of `torch.nn.utils.prune` keep together; None if there is neither."""
-        parametrization = self.parametrization
-        return combined(None if parametrization is None else parametrization.mask, torch_masks.mask(*self.target))
+        """A copy of what our mask and that of `torch.nn.utils.prune` keep together; None if there is neither."""
+        ours = None if self.parametrization is None else self.parametrization.kept
+        theirs = torch_masks.mask(*self.target)
+        if ours is None or theirs is None:
+            return theirs if ours is None else ours.clone()
+        return ours & theirs
 
     @property
     def is_buffer(self) -> bool:
@@ -118,33 +121,22 @@ class TensorRef:
         parameter = getattr(module, tensor_name, None)
         return isinstance(parameter, nn.Parameter) and not isinstance(parameter, nn.parameter.UninitializedParameter)
 
-    @torch.no_grad()
-    def set_mask(self, mask: Tensor) -> None:
-        """Make `mask` our mask of the tensor, instead of every mask there was.
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Make `mask` our mask of the tensor, instead of every mask there was; None keeps everything.
 
         A tensor without a parametrization of ours gets one.
         """
         torch_masks.take_off(*self.target)
         if self.chain is None:
             enter(self.module, self.tensor_name, Mask())
-        chain: Any = self.chain
-        # In the original's memory format, so that masking needs no reordering.
-        chain[0].mask = torch.empty_like(chain.original, dtype=torch.bool).copy_(mask)
+        assert self.parametrization is not None
+        self.parametrization.set_mask(mask, self.parameter)
 
     def add_mask(self, kept: Tensor) -> None:
         """Prune the entries where `kept` is False, too; a tensor of which nothing is pruned gets no mask."""
         before = self.mask
-        both = combined(before, kept)
-        assert both is not None
         if before is not None or not bool(kept.all()):
-            self.set_mask(both)
-
-
-def combined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """What two masks keep together; None stands for a mask that keeps everything."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
+            self.set_mask(kept if before is None else kept & before)
 
 
 def described(target: Target, like: Tensor) -> str:
@@ -267,6 +259,19 @@ def prunable_tensors(model: nn.Module) -> list[TensorRef]:
         if ref.is_prunable:
             refs.setdefault(id(ref.parameter), ref)
     return list(refs.values())
+
+
+def add_masks(model: nn.Module) -> None:
+    """Give every tensor that can be pruned a mask, so that pruning does not change the keys of the ``state_dict``.
+
+    Tied weights get theirs when they are pruned: a parametrization would be one more name of the Parameter.
+    """
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for ref in prunable_tensors(model):
+        if ref.chain is None and owners[id(ref.parameter)] == 1 and torch_masks.mask(*ref.target) is None:
+            enter(ref.module, ref.tensor_name, Mask())
+        elif ref.chain is None:
+            adapt_loading(ref.module)
 
 
 def parametrized_tensors(model: nn.Module) -> list[TensorRef]:

@@ -114,7 +114,7 @@ def _composed(parts: Mapping[str, Tensor]) -> Tensor:
         parametrization = Interspace(nn.Parameter(parts["0.basis"], requires_grad=False), original.shape[2:])
         if "0._extra_state" in parts:
             parametrization.set_extra_state(parts["0._extra_state"])
-    parametrization.mask = parts.get("0.mask")
+    parametrization.set_mask(parts.get("0.mask"), original)
     composed: Tensor = parametrization(original)
     return composed
 
@@ -153,19 +153,23 @@ def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_masks(model: nn.Module, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """Make model and state have the same masks: the model gets those that it lacks, the state those that it lacks."""
+    """Make model and state have the same masks: the model gets those that it lacks, the state those that it lacks.
+
+    A mask that keeps everything counts as none.
+    """
     modules = dict(model.named_modules())
     for key, value in state.items():
         match = _PART.fullmatch(key)
         module = modules.get(match["layer"].removesuffix(".")) if match else None
         if match and module is not None and match["part"] == "0.mask":
             ref = TensorRef(module, match["tensor"])
-            if ref.mask is None and ref.parameter.shape == value.shape:
-                ref.set_mask(torch.ones_like(value))
+            if ref.chain is None and ref.parameter.shape == value.shape:
+                ref.set_mask(None)
     for ref in parametrized_tensors(model):
         prefix = f"{ref.module_name}.parametrizations.{ref.tensor_name}.".removeprefix(".")
-        if ref.mask is not None and f"{prefix}original" in state:
-            state.setdefault(f"{prefix}0.mask", ref.mask)
+        given = state.get(f"{prefix}0.mask")
+        if ref.mask is not None and f"{prefix}original" in state and (given is None or bool(given.all())):
+            state[f"{prefix}0.mask"] = ref.mask
     return state
 
 

@@ -78,12 +78,12 @@ class _DynamicSparse:
 
     def _sparse(self) -> list[TensorRef]:
         """The layers with pruned entries."""
-        return [ref for ref in prunable_tensors(self._inner) if ref.mask is not None and not bool(ref.mask.all())]
+        return [ref for ref in prunable_tensors(self._inner) if ref.mask is not None]
 
     @torch.no_grad()
     def _drop_and_grow(self, ref: TensorRef, growth: Tensor) -> None:
         """Drop the entries of smallest magnitude, and grow those with the highest scores of the entries pruned then."""
-        mask = None if ref.parametrization is None else ref.parametrization.mask
+        mask = None if ref.parametrization is None else ref.parametrization.kept
         assert mask is not None
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
@@ -203,7 +203,7 @@ class RigL(_DynamicSparse):
         with preserved_state(self._inner, buffers=True, attributes=True), torch.enable_grad():
             for ref in refs:  # without masks: pruned entries are zero, so the network computes the same
                 assert ref.parametrization is not None
-                ref.parametrization.mask = None
+                ref.parametrization.is_applied = False
             self._inner.zero_grad()
             check_loss(loss()).backward()
             gradients = [

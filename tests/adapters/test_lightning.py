@@ -132,7 +132,7 @@ class TestModelPruning:
 
     @pytest.mark.parametrize("permanent", [True, False])
     @pytest.mark.parametrize("space", ["spatial", "interspace"])
-    def test_permanent_checkpoints_load_into_a_model_that_is_not_pruned(
+    def test_checkpoints_load_into_a_model_that_is_not_pruned(
         self, space: str, permanent: bool, tmp_path: Path
     ) -> None:
         module = Module(space)
@@ -143,7 +143,7 @@ class TestModelPruning:
         assert torch_prune.is_pruned(module) != permanent
         state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
         fresh = Module(space)
-        if not permanent:  # the masks of spatial tensors are in it
+        if not permanent and space == "spatial":  # its masks are in it, and nothing has converted the fresh model
             with pytest.raises(RuntimeError, match="parametrizations"):
                 fresh.load_state_dict(state)
             return

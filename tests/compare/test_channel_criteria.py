@@ -55,7 +55,8 @@ class Acted:
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=source) * 0.1)
             for buffer in self.model.buffers():
-                buffer.add_(0.01 if buffer.is_floating_point() else 1)
+                if buffer.dtype is not torch.bool:  # a mask
+                    buffer.add_(0.01 if buffer.is_floating_point() else 1)
         self.ended.append(state(self.model))
 
     finetune = train

@@ -14,7 +14,7 @@ from kinds import backward
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ip_plugin import bake, interspace, prunable, set_masks
+from ip_plugin import bake, interspace, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune
 from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import ConversionError, SelectionError
@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
 
 def spaces(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]
+    return [row.layer for row in report(model).rows if row.space == "interspace"]
 
 
 def test_all_convolutions_larger_than_1x1_are_converted() -> None:
@@ -236,7 +236,8 @@ def test_prunable_lists_targets_in_model_order() -> None:
     plain += [(model.skip, "weight"), (model.head, "weight")]
     assert prunable(model) == plain
     interspace(model, layers=["block.a"])
-    plain[1] = (model.block["a"].parametrizations.weight, "original")
+    assert prunable(model) == [(layer.parametrizations.weight, "original") for layer, _ in plain]
+    bake(model)
     assert prunable(model) == plain
     set_masks(model, {"head": torch.ones(3, 4)})
     plain[4] = (model.head.parametrizations.weight, "original")

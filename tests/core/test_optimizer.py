@@ -219,9 +219,9 @@ def test_bases_that_are_trained_or_held_on_purpose_are_not_warned_of(how: str) -
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     elif how == "frozen":
         for layer in model:
-            basis_of(layer).requires_grad_(False) if hasattr(layer, "parametrizations") else None
+            basis_of(layer).requires_grad_(False) if hasattr(layer, "kernel_size") else None
     elif how == "by another":
-        others = [torch.optim.Adam([basis_of(layer) for layer in model if hasattr(layer, "parametrizations")])]
+        others = [torch.optim.Adam([basis_of(layer) for layer in model if hasattr(layer, "kernel_size")])]
     stepped = torch.compile(optimizer.step, backend="eager") if how == "compiled" else optimizer.step
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

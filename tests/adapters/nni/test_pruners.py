@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ip_plugin import bake, errors, interspace, join_optimizer, masks, param_groups, prunable, report, set_masks
 from ip_plugin.adapters.shared import batch_norms
-from ip_plugin.core.tensor_ref import parametrized_tensors
+from ip_plugin.core.tensor_ref import by_basis, parametrized_tensors
 
 pytest.importorskip("nni")
 
@@ -317,7 +317,7 @@ def moved(model: nn.Sequential) -> nn.Sequential:
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_magnitudes_are_read_in_unit_gauge(name: str, config: str) -> None:
     model = moved(network())
-    values = {n: p.detach().clone() for n, p in model.named_parameters()}
+    values = {n: p.detach().clone() for n, p in by_plain_names(model)}
     reference = network()
     for layer in ("0", "3"):
         chain = model.get_submodule(layer).parametrizations.weight  # type: ignore[union-attr]
@@ -484,11 +484,9 @@ def test_unstructured_masks_leave_biases_and_norms_as_the_host_does() -> None:
     pruner, _ = once("LevelPruner")(nni, model, entries)
     nni.finish(pruner)
     assert not bool(masks(model)["0"][2].any())
-    assert [
-        (each.module_name, each.tensor_name)
-        for each in parametrized_tensors(model)
-        if each.parametrization.mask is not None
-    ] == [("0", "weight")]
+    assert [(each.module_name, each.tensor_name) for each in parametrized_tensors(model) if each.mask is not None] == [
+        ("0", "weight")
+    ]
 
 
 class Branching(nn.Module):
@@ -619,7 +617,7 @@ def test_bases_train_along_wherever_the_optimizer_was_built(built: str, sharing:
         optimizer = traced(param_groups(model, weight_decay=1e-2), momentum=0.9)
     elif built == "by keyword":
         optimizer = nni_host.trace(torch.optim.SGD)(params=[prunable(model)[0][0].original], lr=0.1, momentum=0.9)
-    bases = {id(each.parametrization.basis): each.parametrization.basis for each in parametrized_tensors(model)}  # type: ignore[union-attr]
+    bases = {id(basis): basis for basis in by_basis(parametrized_tensors(model))}
     pruner = nni.TaylorPruner(model, HALF, nni.TorchEvaluator(watching, optimizer, step), training_steps=3)
     pruner.compress()
     params = [p for group in seen[0].param_groups for p in group["params"]]
@@ -877,8 +875,9 @@ def test_masks_of_torch_prune_must_be_taken_over_first() -> None:
 
 
 def test_a_parametrization_of_someone_else_is_left_to_the_host() -> None:
-    model = interspace(network(), layers=["0"])
+    model = network()
     parametrizations.weight_norm(model[3])
+    interspace(model, layers=["0"])
     with pytest.raises(errors.SelectionError):
         nni.config_list(model, [{"op_names": ["3"], "op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     PruningSetting.register("ParametrizationList", {"original1": {"sparse_ratio": 0.5}})

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import ip_plugin
 from ip_plugin.cli import app as command_line
-from ip_plugin.launcher.command import app as run_command
+from ip_plugin.launcher.command import parser as run_options
 
 project, author, copyright = "ip_plugin", "the authors of ip_plugin", "the authors of ip_plugin"  # noqa: A001
 version = release = ip_plugin.__version__
@@ -61,16 +61,18 @@ html_show_sphinx = False
 
 
 class CommandOptions(SphinxDirective):
-    """``command-options``: a definition list of the options of a command of ``ip-plugin``, read from the command."""
+    """``command-options``: the options of a command of ``ip-plugin``, read from the command."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Parse the definitions where the directive stands."""
+        if self.arguments[0] == "run":
+            text = run_options().format_help()
+            return [nodes.literal_block(text, text, language="none")]
         lines = StringList()
         group: Any = get_command(command_line)
-        commands = {**group.commands, "run": get_command(run_command)}
-        for option in commands[self.arguments[0]].params:
+        for option in group.commands[self.arguments[0]].params:
             name = ", ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
             text = (getattr(option, "help", None) or "").replace("`", "``")
             default = "" if option.default in (None, False, "", ...) else f" Default: ``{option.default}``."

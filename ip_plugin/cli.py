@@ -27,7 +27,7 @@ from .compare.engines.nni import NniEngine
 from .compare.engines.processes import Processes
 from .compare.tasks import TASKS
 from .errors import InterspaceError
-from .launcher.command import run as run_script
+from .launcher import command as launcher
 from .utils.atomic import replacing
 
 T = TypeVar("T")
@@ -35,7 +35,6 @@ DEFAULT = Study()
 EXISTING_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command("run", context_settings={"allow_interspersed_args": False})(run_script)
 
 
 def run() -> None:
@@ -53,6 +52,12 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
     if version:
         print(__version__)
         raise typer.Exit
+
+
+@app.command("run", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def run_script(arguments: list[str]) -> None:
+    """Run a script that trains and prunes, as it is, in the interspace."""
+    launcher.main(arguments)
 
 
 def _values(text: str, read: Callable[[str], T], option: str) -> tuple[T, ...]:

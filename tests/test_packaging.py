@@ -75,7 +75,7 @@ def test_the_metadata_name_extras_and_license(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"torch-pruning", "nni", "lightning", "compare", "all", "test"} <= set(metadata.get_all("Provides-Extra"))
     plain = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert sorted(r.split(">")[0] for r in plain) == ["rich", "safetensors[torch]", "torch", "typer"]
+    assert sorted(r.split(">")[0] for r in plain) == ["rich", "safetensors[torch]", "torch"]
 
 
 def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_how_it_ends(folder: Path, end: str, status: int, stderr: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((), "Missing argument"),
+        ((), "required: SCRIPT"),
         (("nothing.py",), "no file 'nothing.py'"),
-        (("--fast", "script.py"), "No such option: --fast"),
+        (("--fast", "script.py"), "unrecognized arguments: --fast"),
         (("--from", "never", "script.py"), "'never'"),
         (("--compare", "--seeds", "0,1", "script.py"), "2 seeds"),
         (("--compare", "--seeds", "one", "script.py"), "'one'"),

@@ -38,8 +38,8 @@ class Trainer(DetectionTrainer):
 
 def draw(folder):
     """Write images with a square each, and where it is: class, centre and size, as shares of the image."""
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir()
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
     for number, (image, box) in enumerate(zip(*squares(12, size=64)[:2], strict=True)):
         save_image(image, folder / "images" / f"{number}.png")
         (folder / "labels" / f"{number}.txt").write_text(f"0 {box[0] / 64 + 0.25} {box[1] / 64 + 0.25} 0.5 0.5\n")
@@ -66,14 +66,13 @@ def main():
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--deploy", type=Path, metavar="FOLDER", help="do not train; load what is there, and export it")
     args = parser.parse_args()
-    if args.deploy is not None:
+    if args.deploy:
         return deploy(args.deploy)
     with tempfile.TemporaryDirectory() as name:
         draw(folder := Path(name))
-        model = YOLO("yolo11n.yaml")
         trainer = partial(Trainer, space="interspace" if args.interspace else "spatial", sparsity=args.sparsity)
         options = {"epochs": 2, "imgsz": 64, "batch": 6, "device": "cpu", "workers": 0, "plots": False}
-        model.train(trainer=trainer, data=folder / "data.yaml", project=name, **options)
+        (model := YOLO("yolo11n.yaml")).train(trainer=trainer, data=folder / "data.yaml", project=name, **options)
         torch.save(outputs(model, folder / "images" / "0.png"), folder / "boxes.pt")
         return subprocess.run([sys.executable, __file__, "--deploy", name]).returncode
 

@@ -60,8 +60,7 @@ class TrainingContext(Protocol):
 class Criterion:
     """A way to prune, as ``ip-plugin compare`` runs it in the spatial domain and in the interspace.
 
-    A package offers criteria in a dict ``CRITERIA`` of one of its modules, and names that module in its
-    ``pyproject.toml``::
+    A package has criteria in a dict ``CRITERIA`` of one of its modules, and names that in its ``pyproject.toml``::
 
         [project.entry-points."ip_plugin.adapters"]
         mine = "my_package.criteria"
@@ -78,8 +77,7 @@ class Criterion:
             ``prunable(model)`` must be pruned, exactly; with `removes_channels` it is the share of the channels to
             remove from every layer but the last. `training` is a `TrainingContext`.
         removes_channels: whether channels are removed; otherwise single entries are masked.
-        trainings, finetunings: how often a criterion of the stage ``"while training"`` calls ``training.train`` and
-            ``training.finetune``.
+        trainings, finetunings: how often `prune` calls ``training.train`` and ``finetune`` (``"while training"``).
 
     >>> from ip_plugin.methods import apply_masks, select, snip
     >>> def prune(model, count, training):
@@ -119,13 +117,9 @@ def with_and_without_variety(
     prune: Callable[[bool, nn.Module, float, TrainingContext], object],
     **repeats: int,
 ) -> dict[str, Criterion]:
-    """A criterion that removes channels, and the same one with filter variety, by name.
+    """A criterion that removes channels, and the same one with filter variety, by name; arguments as for `Criterion`.
 
-    Args:
-        name: of the criterion without variety.
-        title: with ``{}`` where the title of the other one says that it has variety.
-        stage, repeats: see `Criterion`.
-        prune: called with (has variety, model, share of channels, training).
+    `title` has ``{}`` where that of the second says so; `prune` is called with (has variety, model, share, training).
     """
     return {
         name + suffix: Criterion(title.format(also), stage, partial(prune, varied), removes_channels=True, **repeats)

@@ -109,8 +109,7 @@ class ModelPruning(Host):
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Set masked entries to zero and remove the masks, ours and those of `torch.nn.utils.prune`."""
         for ref in parametrized_tensors(module):
-            parametrization = ref.parametrization
-            if parametrization is not None and parametrization.mask is not None:
+            if ref.parametrization is not None and ref.parametrization.mask is not None:
                 torch_prune.remove(ref.module, ref.tensor_name)
         super().make_pruning_permanent(module)
 

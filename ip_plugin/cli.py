@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from typer import Argument, Option
 
 from . import __version__, bake, load
 from .checkpoint import container
@@ -31,8 +32,9 @@ from .launcher import command as launcher
 from .utils.atomic import replacing
 
 T = TypeVar("T")
-DEFAULT = Study()
-EXISTING_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
+CompactFile = Annotated[
+    Path, Argument(help="File written by `ip_plugin.save`.", exists=True, dir_okay=False, readable=True)
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -47,7 +49,7 @@ def run() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def options(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     """Interspace pruning: prune filter coefficients instead of weights."""
     if version:
         print(__version__)
@@ -74,57 +76,51 @@ def _text(values: tuple[Any, ...]) -> str:
 
 @app.command()
 def compare(
-    criteria: Annotated[str, typer.Option(help="Criteria, comma-separated; `ip-plugin criteria` lists them.")] = _text(
-        DEFAULT.criteria
+    criteria: Annotated[str, Option(help="Criteria, comma-separated; `ip-plugin criteria` lists them.")] = _text(
+        Study.criteria
     ),
     sparsities: Annotated[
-        str, typer.Option(help="Fractions of the entries (or channels) to prune, comma-separated.")
-    ] = _text(DEFAULT.sparsities),
-    spaces: Annotated[str, typer.Option(help="spatial, interspace, or both, comma-separated.")] = _text(DEFAULT.spaces),
-    seeds: Annotated[str, typer.Option(help="Random seeds, comma-separated.")] = _text(DEFAULT.seeds),
-    task: Annotated[str, typer.Option(help=f"Data set and network: {', '.join(TASKS)}.")] = DEFAULT.settings.task,
+        str, Option(help="Fractions of the entries (or channels) to prune, comma-separated.")
+    ] = _text(Study.sparsities),
+    spaces: Annotated[str, Option(help="spatial, interspace, or both, comma-separated.")] = _text(Study.spaces),
+    seeds: Annotated[str, Option(help="Random seeds, comma-separated.")] = _text(Study.seeds),
+    task: Annotated[str, Option(help=f"Data set and network: {', '.join(TASKS)}.")] = Settings.task,
     data: Annotated[
-        str | None,
-        typer.Option(help="Data of the cifar10 tasks: torchvision's folder, or an .npz file."),
+        str | None, Option(help="Data of the cifar10 tasks: torchvision's folder, or an .npz file.")
     ] = None,
-    train_images: Annotated[int | None, typer.Option(help="Use only this many training images.")] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of training.")] = DEFAULT.settings.epochs,
+    train_images: Annotated[int | None, Option(help="Use only this many training images.")] = None,
+    epochs: Annotated[int, Option(help="Epochs of training.")] = Settings.epochs,
     finetune_epochs: Annotated[
-        int, typer.Option(help="Epochs of fine-tuning after a trained network was pruned.")
-    ] = DEFAULT.settings.finetune_epochs,
-    basis: Annotated[
-        str, typer.Option(help="Initial filter bases: standard, orthonormal or dct.")
-    ] = DEFAULT.settings.basis,
+        int, Option(help="Epochs of fine-tuning after a trained network was pruned.")
+    ] = Settings.finetune_epochs,
+    basis: Annotated[str, Option(help="Initial filter bases: standard, orthonormal or dct.")] = Settings.basis,
     sharing: Annotated[
-        str, typer.Option(help="layer (one basis for each layer) or model (one for each kernel shape).")
-    ] = DEFAULT.settings.sharing,
+        str, Option(help="layer (one basis for each layer) or model (one for each kernel shape).")
+    ] = Settings.sharing,
     constraint: Annotated[
-        str, typer.Option(help="Constraint on basis filters: unit (norm), orthonormal or none.")
-    ] = DEFAULT.settings.constraint,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULT.settings.lr,
-    basis_lr: Annotated[
-        float, typer.Option(help="Learning rate of the bases, as a multiple of --lr.")
-    ] = DEFAULT.settings.basis_lr,
-    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps.")] = DEFAULT.settings.device,
+        str, Option(help="Constraint on basis filters: unit (norm), orthonormal or none.")
+    ] = Settings.constraint,
+    lr: Annotated[float, Option(help="Peak learning rate.")] = Settings.lr,
+    basis_lr: Annotated[float, Option(help="Learning rate of the bases, as a multiple of --lr.")] = Settings.basis_lr,
+    device: Annotated[str, Option(help="Torch device: cpu, cuda, mps.")] = Settings.device,
     deploy: Annotated[
-        bool,
-        typer.Option("--deploy", help="Also measure the file size and the sparse latency of each pruned network."),
+        bool, Option("--deploy", help="Also measure the file size and the sparse latency of each pruned network.")
     ] = False,
     deploy_threads: Annotated[
-        int | None, typer.Option(help="Threads with which latencies are measured; 1 by default.", min=1)
+        int | None, Option(help="Threads with which latencies are measured; 1 by default.", min=1)
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ip-compare"),
-    engine: Annotated[str, typer.Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
-    jobs: Annotated[int, typer.Option(help="Processes of the local engine; they share the threads.", min=1)] = 1,
+    output: Annotated[Path, Option(help="Folder for the results.")] = Path("ip-compare"),
+    engine: Annotated[str, Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
+    jobs: Annotated[int, Option(help="Processes of the local engine; they share the threads.", min=1)] = 1,
     nni_config: Annotated[
-        Path | None, typer.Option(help="NNI's YAML file, for training service and limits; by default this machine.")
+        Path | None, Option(help="NNI's YAML file, for training service and limits; by default this machine.")
     ] = None,
     nni_port: Annotated[
         int | None,
-        typer.Option(help="Port of NNI's web portal; by default the first free one from 8080.", min=1, max=65535),
+        Option(help="Port of NNI's web portal; by default the first free one from 8080.", min=1, max=65535),
     ] = None,
     nni_concurrency: Annotated[
-        int | None, typer.Option(help="NNI trials at once; by default as the YAML file says, or 1.", min=1)
+        int | None, Option(help="NNI trials at once; by default as the YAML file says, or 1.", min=1)
     ] = None,
 ) -> None:
     """Train and prune a small network in both spaces, and show which one is more accurate.
@@ -171,9 +167,9 @@ def compare(
 
 def _engine(name: str, jobs: int, nni: tuple[Path | None, int | None, int | None], console: Console) -> Engine:
     """The engine that the options name; `nni` are the options of NNI."""
-    if name == "nni" and jobs > 1:
-        raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
     if name == "nni":
+        if jobs > 1:
+            raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
         return NniEngine(*nni, announce=lambda url: console.print(f"NNI's web portal: {url}"))
     if name != "local":
         raise typer.BadParameter(f"{name!r} is neither local nor nni", param_hint="--engine")
@@ -183,23 +179,20 @@ def _engine(name: str, jobs: int, nni: tuple[Path | None, int | None, int | None
 
 
 @app.command("inspect")
-def inspect_file(
-    file: Annotated[Path, typer.Argument(help="File written by `ip_plugin.save`.", **EXISTING_FILE)],
-) -> None:
+def inspect_file(file: CompactFile) -> None:
     """Check a compressed checkpoint and show its contents; the model is not needed."""
     console = Console()
-    contents = inspect(file)
-    (console if console.is_terminal else Console(width=160)).print(contents)
+    (console if console.is_terminal else Console(width=160)).print(inspect(file))
 
 
 @app.command("bake")
 def bake_file(
-    file: Annotated[Path, typer.Argument(help="File written by `ip_plugin.save`.", **EXISTING_FILE)],
+    file: CompactFile,
     model: Annotated[
-        str, typer.Option(help="package.module:function that builds the plain model; it is imported and called.")
+        str, Option(help="package.module:function that builds the plain model; it is imported and called.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="FILE.safetensors for safetensors, any other name for torch.save.")
+        Path, Option("--output", "-o", help="FILE.safetensors for safetensors, any other name for torch.save.")
     ],
 ) -> None:
     """Write the state dict of the plain network in a compressed checkpoint: kernels composed, masks applied."""

@@ -105,4 +105,4 @@ class LayerCollapseWarning(UserWarning):
 
 
 class SparseFallbackWarning(UserWarning):
-    """A network is run sparse layer by layer, because its graph cannot be traced."""
+    """A network is run sparse in parts, because its forward cannot be traced as a whole."""

@@ -40,10 +40,11 @@ def join(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, model: nn.Module, x: torch.Tensor) -> None:
     torch.set_num_threads(1)
     join(rank, folder)
-    found = {"trained": trained(rank), "scores": scores(rank), "masks": sparsely_trained(rank)}
+    output = model(x).detach()
+    found = {"trained": trained(rank), "scores": scores(rank), "masks": sparsely_trained(rank), "output": output}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from ip_plugin.adapters.nni.wrappers import finish, speedup
 from ip_plugin.adapters.torch_pruning.variety import MAKERS
 from ip_plugin.core.convert import prunable
 from ip_plugin.core.tensor_ref import TensorRef, prunable_tensors
+from ip_plugin.methods.selection import rounded
 
 
 def _level(model: nn.Module, ratios: dict[str, float], **setting: Any) -> None:
@@ -75,14 +77,15 @@ def _uniformly(model: nn.Module, count: int) -> None:
     """The level pruner without a group: `count` entries in all, the same share of every layer up to rounding."""
     if not count:
         return
-    kept = {layer.module_name: _kept(layer) for layer in prunable_tensors(model)}
-    sizes = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
-    shares = {name: divmod(count * number, sum(kept.values())) for name, number in kept.items()}
-    counts = {name: whole for name, (whole, _) in shares.items()}
-    for name in sorted(shares, key=lambda name: -shares[name][1])[: count - sum(counts.values())]:
-        counts[name] += 1  # the largest remainders are rounded up
-    pruned = {name: sizes[name] - kept[name] + counts[name] for name in sizes}
-    _level(model, {name: min(1.0, (pruned[name] + 0.5) / sizes[name]) for name in sizes if counts[name]})
+    layers = prunable_tensors(model)
+    kept = [_kept(layer) for layer in layers]
+    counts = rounded([Fraction(count * number, sum(kept)) for number in kept])
+    ratios: dict[str, float] = {}
+    for layer, before, pruned in zip(layers, kept, counts, strict=True):
+        size = layer.parameter.numel()
+        if pruned:
+            ratios[layer.module_name] = min(1.0, (size - before + pruned + 0.5) / size)  # NNI rounds down
+    _level(model, ratios)
 
 
 def _remove(pruner: Any, varied: bool, model: nn.Module, ratio: float, training: TrainingContext) -> None:
@@ -91,32 +94,26 @@ def _remove(pruner: Any, varied: bool, model: nn.Module, ratio: float, training:
     convolutions = [layer for layer in prunable_tensors(model) if isinstance(layer.module, _ConvNd)]
     for layer in convolutions:
         _register(layer.module)
-    groups = _coupled(model, images[:1])
-    entries = [
-        {"op_names": [layer.module_name], "sparse_ratio": ratio}
-        | ({"dependency_group_id": groups[layer.module_name]} if layer.module_name in groups else {})
-        for layer in convolutions
-    ]
-    made = with_variety(pruner) if varied else pruner
-    if pruner is TaylorPruner:
-        host = made(model, entries, _gradients(model, images, labels), training_steps=1)
-    else:
-        host = made(model, entries)
+    coupled = _coupled(model, images[:1])
+    names = [layer.module_name for layer in convolutions]
+    entries = [{"op_names": [name], "sparse_ratio": ratio, **coupled.get(name, {})} for name in names]
+    arguments = (_gradients(model, images, labels), 1) if pruner is TaylorPruner else ()
+    host = (with_variety(pruner) if varied else pruner)(model, entries, *arguments)
     _, masks = host.compress()
     speedup(finish(host), masks, images[:1])
     model.zero_grad()
 
 
-def _coupled(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """Group ids of layers whose outputs are added, by layer: the layers of a group must lose the same channels."""
+def _coupled(model: nn.Module, example: Tensor) -> dict[str, dict[str, str]]:
+    """{layer: NNI's setting} of layers whose outputs are added, so that they must lose the same channels."""
     names = {layer.module: layer.module_name for layer in prunable_tensors(model)}
     graph = torch_pruning.pruner(tp.pruner.BasePruner, model, example, importance=tp.importance.RandomImportance()).DG
-    ids: dict[str, str] = {}
+    settings: dict[str, dict[str, str]] = {}
     for number, group in enumerate(graph.get_all_groups()):
         makers = [names[item.dep.target.module] for item in group.items if item.dep.handler in MAKERS]
         if len(makers) > 1:
-            ids |= dict.fromkeys(makers, str(number))
-    return ids
+            settings |= {name: {"dependency_group_id": str(number)} for name in makers}
+    return settings
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluator:
@@ -126,11 +123,11 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> TorchEvaluat
         model: nn.Module,
         optimizer: Any,
         step: Any,
-        scheduler: object = None,
-        max_steps: int | None = None,
-        max_epochs: int | None = None,
+        scheduler: Any = None,
+        max_steps: Any = None,
+        max_epochs: Any = None,
     ) -> None:
-        del scheduler, max_epochs  # NNI passes them by name
+        del scheduler, max_epochs  # NNI passes them, too
         model.eval()
         for _ in range(max_steps or 1):
             optimizer.zero_grad()

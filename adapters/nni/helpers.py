@@ -7,8 +7,8 @@ names find no convolutions, and do not say so; these expose the model as plain l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from nni.compression import utils as host
@@ -21,15 +21,20 @@ from ip_plugin.adapters.shared.plain_view import plain_layers
 Result = TypeVar("Result")
 
 
-def _on_plain_layers(function: Callable[..., Result]) -> Callable[..., Result]:
-    """NNI's function; while it runs, every model among its arguments is exposed as plain layers."""
+@contextmanager
+def _exposed(*values: object) -> Iterator[None]:
+    """While the block runs, every model among some values is exposed as plain layers."""
+    with ExitStack() as stack:
+        for value in values:
+            if isinstance(value, nn.Module):
+                stack.enter_context(plain_layers(value))
+        yield
 
+
+def _on_plain_layers(function: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
-        with ExitStack() as stack:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, nn.Module):
-                    stack.enter_context(plain_layers(value))
+        with _exposed(*args, *kwargs.values()):
             return function(*args, **kwargs)
 
     return call
@@ -45,16 +50,12 @@ class _OnPlainLayers(host_dependencies.Dependency):  # type: ignore[misc]
     """A dependency class of NNI that looks at plain layers, at construction and in `build_dependency`."""
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as stack:
-            if model is not None:
-                stack.enter_context(plain_layers(model))
+        with _exposed(model):
             super().__init__(model, *args, **kwargs)
 
     def build_dependency(self) -> None:
         """Find the dependencies; see NNI's class."""
-        with ExitStack() as stack:
-            if self.model is not None:
-                stack.enter_context(plain_layers(self.model))
+        with _exposed(self.model):
             super().build_dependency()
 
 

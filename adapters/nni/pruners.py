@@ -12,14 +12,12 @@ The pruners are subclasses of NNI's (the host's) and take their arguments; NNI's
 list means what it means on the plain model: ``op_types: ["Conv2d"]`` with target ``weight`` selects the coefficients of
 convolutions in the interspace, and masks are keyed by the plain model's names. Magnitudes are those of coefficients for
 basis filters of unit norm, with zeros where they are masked; scores computed from gradients do not depend on the filter
-scale. Bases are trained too: a basis that a traced optimizer does not have joins the group of its coefficients. Derive
-pruners of your own from these.
+scale. Bases that a traced optimizer does not have join the groups of their coefficients. Derive your own from these.
 
 NNI's helpers that inspect layers are here too (``auto_set_denpendency_group_ids``, ``count_flops_params``, the
 dependencies of shapes): NNI's own find no convolutions in the interspace. For others there is `plain_layers`.
 
-NNI 3.0 is archived. It needs ``filelock<3.12`` and ``typeguard<4.1.3``, and its Lightning is ``pytorch_lightning``,
-not ``lightning.pytorch``.
+NNI 3.0 is archived. It needs ``filelock<3.12``, ``typeguard<4.1.3`` and the package ``pytorch_lightning``.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ip_plugin.adapters.nni.wrappers import WRAPPER, check_unwrapped, plain_name, put_back, remember
 from ip_plugin.core import torch_masks
@@ -100,23 +99,23 @@ class _AsPlain:
         for name, module in self.model.named_modules(remove_duplicate=remove_duplicate):
             if name not in self.named and any(name == at or name.startswith(at + ".") for at in hidden):
                 continue
-            prefix = f"{name}.parametrizations" if name else "parametrizations"
-            chains = parametrizations(module) if nn.utils.parametrize.is_parametrized(module) else {}
-            of_ours = [tensor for tensor in chains if TensorRef(module, tensor).chain is not None]
-            alone = len(of_ours) == len(chains) > 0
-            hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in of_ours]
+            prefix = f"{name}.parametrizations".removeprefix(".")
+            ours = _of_ours(module)
+            alone = bool(ours) and len(ours) == len(parametrizations(module))
+            hidden += [prefix] if alone else [f"{prefix}.{tensor}" for tensor in ours]
             # NNI asks for the name of the class only.
             yield name, object.__new__(plain_class(module)) if alone else module
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has on the plain model."""
-    return type(module).__bases__[0] if _has_ours(module) else type(module)
+    return type(module).__bases__[0] if _of_ours(module) else type(module)
 
 
-def _has_ours(module: nn.Module) -> bool:
-    parametrized = nn.utils.parametrize.is_parametrized(module)
-    return parametrized and any(TensorRef(module, tensor).chain is not None for tensor in parametrizations(module))
+def _of_ours(module: nn.Module) -> list[str]:
+    """The tensors of a module that are under a parametrization of this package."""
+    tensors = parametrizations(module) if parametrize.is_parametrized(module) else ()
+    return [tensor for tensor in tensors if TensorRef(module, tensor).chain is not None]
 
 
 def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -140,7 +139,7 @@ def _selected(model: nn.Module, entry: dict[str, Any], given: dict[str, Any]) ->
 
 
 def _check_masks(name: str, module: nn.Module) -> None:
-    chains = parametrizations(module).values() if nn.utils.parametrize.is_parametrized(module) else ()
+    chains = parametrizations(module).values() if parametrize.is_parametrized(module) else ()
     if any(torch_masks.pruned_names(holder) for holder in (module, *chains)):
         raise HostError(
             "Masks of torch.nn.utils.prune must be taken over before NNI prunes, or NNI does not train what they mask.",
@@ -165,12 +164,12 @@ def _entries_for(name: str, modules: dict[str, nn.Module], settings: dict[str, A
     targets: dict[str, dict[str, dict[str, Any]]] = {}
     for tensor_name, setting in PruningSetting.get(plain_class(module).__name__, settings).items():
         given = {key: value for key, value in setting.items() if value is not None}
-        if given.get("align") is not None:
-            source = given["align"].get("module_name")
+        align = given.get("align")
+        if align is not None:
+            source, at = align.get("module_name"), align["target_name"]
             source = name if source is None else source
-            at = given["align"]["target_name"]
             source, at = _host_name(source, at, modules[source]) if source in modules else (source, at)
-            given["align"] = {**given["align"], "module_name": source, "target_name": at}
+            given["align"] = {**align, "module_name": source, "target_name": at}
         where, target_name = _host_name(name, tensor_name, module)
         targets.setdefault(where, {})[target_name] = given
     entries = []
@@ -209,8 +208,7 @@ class _InEitherSpace(Pruner):  # type: ignore[misc]
         plain: Masks = defaultdict(dict)
         for module_name, masks in super().get_masks().items():
             for tensor_name, mask in masks.items():
-                module = self._module_wrappers[module_name].module
-                layer, name = plain_name(module_name, tensor_name, module)
+                layer, name = plain_name(module_name, tensor_name, self._module_wrappers[module_name].module)
                 plain[layer][name] = mask
         return plain
 
@@ -257,11 +255,10 @@ class _Configured(_InEitherSpace):
         try:
             super().__init__(model, entries, *args, **kwargs)
         except BaseException:
-            for module in list(model.modules()):
-                if WRAPPER in module._modules:
-                    wrapper: Any = module._modules[WRAPPER]
-                    wrapper.unwrap()
-                    put_back(wrapper, model)
+            wrappers: list[Any] = [m._modules[WRAPPER] for m in model.modules() if WRAPPER in m._modules]
+            for wrapper in wrappers:
+                wrapper.unwrap()
+                put_back(wrapper, model)
             raise
         self._let_bases_train()
 
@@ -282,19 +279,14 @@ class _ByMagnitude(_Configured):
 
     def _collect_data(self) -> Masks:
         data: Masks = super()._collect_data()
-        return {
-            name: {target: self._magnitudes(name, values) for target, values in tensors.items()}
-            for name, tensors in data.items()
-        }
-
-    def _magnitudes(self, module_name: str, values: Tensor) -> Tensor:
-        parametrization = TensorRef(self._module_wrappers[module_name].module, "original").parametrization
-        if parametrization is None:
-            return values
-        if parametrization.mask is not None:
-            # Masked entries rank below zeros, so that they are chosen again first.
-            values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
-        return unit_gauge(values, parametrization)
+        for name, tensors in data.items():
+            parametrization = TensorRef(self._module_wrappers[name].module, "original").parametrization
+            for target, values in tensors.items():
+                if parametrization is not None and parametrization.mask is not None:
+                    # Masked entries rank below zeros, so that they are chosen again first.
+                    values = torch.where(values == 0, torch.finfo(values.dtype).tiny, values) * parametrization.mask
+                tensors[target] = unit_gauge(values, parametrization)
+        return data
 
 
 class LevelPruner(_ByMagnitude, host.LevelPruner):  # type: ignore[misc]

@@ -46,8 +46,7 @@ def with_variety(pruner: P, strength: float = 1.0, similarity: Similarity = "coe
     check_fraction(strength, "strength")
     check_similarity(similarity)
     content = {"variety": strength, "similarity": similarity, "__module__": __name__}
-    made: Any = type(f"Varied{pruner.__name__}", (_Varied, pruner), content)
-    return made  # type: ignore[no-any-return]
+    return type(f"Varied{pruner.__name__}", (_Varied, pruner), content)  # type: ignore[return-value]
 
 
 class _Varied:

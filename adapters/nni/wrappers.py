@@ -21,12 +21,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from ip_plugin.adapters.shared.batch_norms import following
-from ip_plugin.adapters.shared.transaction import transaction
+from ip_plugin.adapters.shared.transaction import check_trained, transaction
 from ip_plugin.core.channels import output_filters
 from ip_plugin.core.masking import warn_of_thin_layers
 from ip_plugin.core.parametrization import restore_order
 from ip_plugin.core.tensor_ref import Model, TensorRef, parametrized_by_another, unknown_layer
-from ip_plugin.errors import HostError, MaskError, OptimizerError, listed
+from ip_plugin.errors import HostError, MaskError, listed
 
 #: NNI's name for the wrapper of a module, among the module's children.
 WRAPPER = "_nni_wrapper"
@@ -35,21 +35,17 @@ WRAPPER = "_nni_wrapper"
 def remember(wrapper: Any) -> None:
     """Keep the Parameters that `wrapper` is going to replace, and their order."""
     module = wrapper.module
-    if WRAPPER in module._modules:
-        return
-    parameters = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
-    wrapper.originals = {name: parameter for name, parameter in parameters.items() if parameter is not None}
-    wrapper.order = tuple(module._parameters)
+    if WRAPPER not in module._modules:
+        parameters = {name: module._parameters.get(name) for name in wrapper.pruning_target_spaces}
+        wrapper.originals = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+        wrapper.order = tuple(module._parameters)
 
 
 @torch.no_grad()
 def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Restore the Parameters that `remember` has kept in an unwrapped module, with the trained values.
 
-    A Parameter that was tied to one outside of the wrapper stays untied, as NNI has left it.
-
-    Returns:
-        {NNI's Parameter: the Parameter that replaces it}.
+    Returns {NNI's Parameter: the one that replaces it}. One tied outside of the wrapper stays untied, as NNI left it.
     """
     module = wrapper.module
     forward = vars(module).get("forward")
@@ -72,19 +68,12 @@ def put_back(wrapper: Any, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]
 
 
 class _Pruned(NamedTuple):
-    """A tensor that NNI has pruned.
-
-    Attributes:
-        ref: the tensor, by its name in the plain model.
-        space: what NNI keeps for it.
-        kept: the mask.
-        factor: by which `SlimPruner` scales its channels, or None.
-    """
+    """A tensor that NNI has pruned, by its name in the plain model; `space` is what NNI keeps for it."""
 
     ref: TensorRef
     space: Any
     kept: Tensor
-    factor: Tensor | None
+    slim_factor: Tensor | None
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -116,13 +105,11 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     Where a pruner with a granularity has masked a whole output channel, the channel's bias is masked too, and its
     weight and bias in the BatchNorm behind the layer (see `ip_plugin.adapters.shared.batch_norms`): the model then
     computes what a network without these channels computes, as long as activations map 0 to 0. Masks of inputs and
-    outputs end with the pruner. The factors by which `SlimPruner` scales channels are multiplied into the values (NNI's
-    ``unwrap_model`` drops them).
+    outputs end with the pruner. The factors of `SlimPruner` (NNI's ``unwrap_model`` drops them) scale the values.
 
     Args:
         pruner: after ``compress()``; of this adapter, or of NNI itself, whose Parameter objects then stay.
-        optimizer: one that trains the model, built before or after the pruner: it keeps its state and goes on with
-            the restored Parameters.
+        optimizer: one that trains the model, built at any time: keeps its state, and trains the restored Parameters.
 
     Returns:
         The model that the pruner was made for.
@@ -130,8 +117,7 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     Raises:
         HostError: not a pruner, or one that was finished before.
         OptimizerError: the optimizer trains none of the pruner's tensors.
-        ConversionError: NNI has pruned below someone else's parametrization.
-            In all cases nothing has changed.
+        ConversionError: NNI has pruned below someone else's parametrization. In all cases nothing has changed.
 
     Warns:
         LayerCollapseWarning: of a global group, layers keep less than a tenth of the share that all keep together.
@@ -159,7 +145,8 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     for tensor in tensors:
         if tensor.ref.is_foreign:
             raise parametrized_by_another(tensor.ref.module_name, "another package")
-    _check_optimizer(optimizer, model, wrappers)
+    theirs = [p for wrapper in wrappers for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())]
+    check_trained(optimizer, [*model.parameters(), *theirs])
     _unwrap(pruner, wrappers)
 
     successors: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(p for w in wrappers for p in w.parameters())
@@ -168,11 +155,10 @@ def finish(pruner: Any, optimizer: Optimizer | None = None) -> nn.Module:
     successors.update({tensor.space.target: tensor.ref.parameter for tensor in tensors})
     if optimizer is not None:
         _replace_parameters(optimizer, successors)
-    for tensor in tensors:
-        if tensor.factor is not None:
-            tensor.ref.parameter.data.mul_(tensor.factor)
     by_group: dict[Any, list[tuple[str, Tensor]]] = {}
-    for ref, space, kept, _ in tensors:
+    for ref, space, kept, factor in tensors:
+        if factor is not None:
+            ref.parameter.data.mul_(factor.detach())
         ref.add_mask(kept)
         by_group.setdefault(space.global_group_id, []).append((ref.module_name, kept))
     weights = [tensor for tensor in tensors if tensor.ref.tensor_name == "weight"]
@@ -193,9 +179,8 @@ def speedup(
 ) -> Model:
     """Remove the channels that NNI's masks have left empty, as NNI's ``ModelSpeedup`` (which fails now) is meant to.
 
-    Needs torch-pruning, which says which channels belong together and removes them (the extra ``torch-pruning``). A
-    channel to which a bias or a norm still contributes stays, except where the mask of a layer is one of whole
-    channels: see `finish`.
+    Needs the extra ``torch-pruning``, which says which channels belong together and removes them. A channel to which a
+    bias or a norm still contributes stays, unless its layer's mask is one of whole channels: see `finish`.
 
     Args:
         model: one that `finish` has returned, or one without wrappers to which the masks belong; changed in place.
@@ -207,11 +192,9 @@ def speedup(
         The model: it computes what it computed with the masks.
 
     Raises:
-        HostError: NNI's wrappers are on the model, or the model's outputs would change, see
-            `ip_plugin.adapters.torch_pruning.cut_masked_channels`.
+        HostError: NNI's wrappers are on the model, or its outputs would change (see `cut_masked_channels`).
         SelectionError, MaskError: masks of another model.
-        BatchError: the model does not run on the example input.
-            In all cases nothing has changed.
+        BatchError: the model does not run on the example input. In all cases nothing has changed.
 
     >>> from ip_plugin import interspace
     >>> from ip_plugin.adapters.nni import L1NormPruner
@@ -268,33 +251,16 @@ def _pruned(wrapper: Any, model: nn.Module) -> Iterator[_Pruned]:
         if space.type is not TargetType.PARAMETER or space.mask is None:
             continue
         factor = getattr(wrapper, SLIM_SCALING_FACTOR_PNAME.format(name), None)
-        if factor is not None:
-            factor = factor.detach()
-            if space._scaler is not None:
-                factor = space._scaler.expand(factor, space.shape, keepdim=True)
+        if factor is not None and space._scaler is not None:
+            factor = space._scaler.expand(factor, space.shape, keepdim=True)
         layer, tensor_name = plain_name(wrapper.name, name, wrapper.module)
         ref = TensorRef(model.get_submodule(layer), tensor_name, layer)
         yield _Pruned(ref, space, space.mask.detach() != 0, factor)
 
 
-def _check_optimizer(optimizer: Optimizer | None, model: nn.Module, wrappers: list[Any]) -> None:
-    if optimizer is None:
-        return
-    known = {id(p) for p in model.parameters()}
-    for wrapper in wrappers:
-        known |= {id(p) for p in (*wrapper.parameters(), *vars(wrapper).get("originals", {}).values())}
-    if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-        raise OptimizerError(
-            "The optimizer must train parameters of the model.",
-            f"a {type(optimizer).__name__} with other parameters only",
-            "pass the optimizer that was built from this model's parameters",
-        )
-
-
 def _unwrap(pruner: Any, wrappers: list[Any]) -> None:
-    evaluator = pruner.evaluator
-    if evaluator is not None and getattr(evaluator, "model", None) is not None:
-        evaluator.unbind_model()  # a training run that broke off has left its hooks
+    if getattr(pruner.evaluator, "model", None) is not None:
+        pruner.evaluator.unbind_model()  # a training run that broke off has left its hooks
     if pruner._is_wrapped:
         pruner.unwrap_model()
     for wrapper in wrappers:
@@ -327,15 +293,12 @@ def _mask_empty_channels(model: nn.Module, layers: set[str]) -> None:
     kept: dict[str, Tensor] = {}
     for name in layers:
         module = model.get_submodule(name)
-        parametrization = TensorRef(module).parametrization if isinstance(module, (_ConvNd, nn.Linear)) else None
-        if parametrization is not None and parametrization.mask is not None:
-            channels = output_filters(module, parametrization.mask).any(1)
-            if not bool(channels.all()):
-                kept[name] = channels
-    for name, channels in kept.items():
-        module = model.get_submodule(name)
-        if module.bias is not None:
-            TensorRef(module, "bias").add_mask(channels)
+        mask = TensorRef(module).mask if isinstance(module, (_ConvNd, nn.Linear)) else None
+        channels = None if mask is None else output_filters(module, mask).any(1)
+        if channels is not None and not bool(channels.all()):
+            kept[name] = channels
+            if module.bias is not None:
+                TensorRef(module, "bias").add_mask(channels)
     if not kept or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     norms = following(model, kept)

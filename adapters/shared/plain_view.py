@@ -2,8 +2,7 @@
 
 While a model is exposed, every tensor under a parametrization of this package is an ordinary Parameter of an ordinary
 module: the very Parameter that holds the coefficients. It shows them masked and scaled as if every basis filter had
-unit norm, and gradients scaled inversely. Afterwards, what the library did not change is bit for bit what it was; what
-it has written is scaled back.
+unit norm, and gradients scaled inversely. Afterwards, what was written is scaled back; the rest is bit-identical.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,16 +87,26 @@ class PlainView:
             previous = [ExposedTensor(ref, ref.chain) for ref in refs if ref.chain is not None]
         unit = self.in_unit_gauge()
         for tensor in previous:
-            tensor.begin(unit)
+            tensor.parameter, tensor.unit = tensor.chain.original, unit  # type: ignore[assignment]
         self.tensors = {(tensor.ref.module, tensor.ref.tensor_name): tensor for tensor in previous}
         for module, tensors in self._by_module().items():
-            _make_plain(module, tensors)
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            for tensor in tensors:
+                module.register_parameter(tensor.ref.tensor_name, tensor.parameter)
+            restore_order(module, tensors[0].parametrization.order)
+            _EXPOSED[module] = tensors
 
     def _restore(self) -> None:
         for tensor in self.tensors.values():
             tensor.hide()
         for module, tensors in self._by_module().items():
-            _make_parametrized(module, tensors)
+            _EXPOSED.pop(module, None)
+            for tensor in tensors:
+                tensor.chain.register_parameter("original", tensor.parameter)
+                module._parameters.pop(tensor.ref.tensor_name, None)
+            module.__class__ = tensors[0].cls
+            module._modules["parametrizations"] = tensors[0].children
         self.tensors, self.shown = {}, False
 
     def show(self) -> None:
@@ -152,17 +161,18 @@ class ExposedTensor:
         ref: the tensor; while it is exposed, its module and names only.
         chain: torch's list of its parametrizations; `parametrization` is the only one.
         parameter: the exposed Parameter; code that lets a library replace it must set this to the new one.
+        unit: whether it is shown as if every basis filter had unit norm.
     """
+
+    parameter: nn.Parameter
+    unit: bool
 
     def __init__(self, ref: TensorRef, chain: parametrize.ParametrizationList) -> None:
         _refuse_foreign(ref)
-        self.ref = ref
-        self.chain: parametrize.ParametrizationList = chain
+        self.ref, self.chain = ref, chain
         self.parametrization: Mask = chain[0]  # type: ignore[assignment]
         self.cls, self.children = type(ref.module), parametrizations(ref.module)
         self.names = tuple(self.children)
-        self.parameter: nn.Parameter
-        self._unit = True
         self._exact: Tensor | None = None
         self._exact_grad: Tensor | None = None
         self._scale: Tensor | None = None
@@ -183,16 +193,14 @@ class ExposedTensor:
         """Whether the module has another Parameter by now."""
         return self.ref.module._parameters.get(self.ref.tensor_name) is not self.parameter
 
-    def begin(self, unit: bool) -> None:
-        """Take the present Parameter; `unit`: whether it is to be shown as if every basis filter had unit norm."""
-        original: Any = self.chain.original
-        self.parameter, self._unit = original, unit
-
     @torch.no_grad()
     def show(self) -> None:
         """Write masked and scaled values into the Parameter; inverse: `hide`."""
-        if self._unit:
-            self._scale = _scale(self.parametrization, self.parameter)
+        if self.unit and isinstance(self.parametrization, Interspace):
+            norms = self.parametrization.filter_norms
+            # Norms that are 1 up to rounding scale nothing.
+            if norms is not None and not bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
+                self._scale = norms.reshape(1, 1, *self.parameter.shape[2:])
         if self._scale is not None or self.parametrization.mask is not None:
             self._exact = self.parameter.data
             self.parameter.data = self._shown(self._exact)
@@ -263,14 +271,6 @@ def _write_back(
             exact[some] = torch.where(values[some] == before, exact[some], inverse(values[some]))
 
 
-def _scale(parametrization: nn.Module, coefficients: Tensor) -> Tensor | None:
-    """The norms of the filters, by which coefficients are multiplied; None where they are 1, to rounding."""
-    norms = parametrization.filter_norms if isinstance(parametrization, Interspace) else None
-    if norms is None or bool(((norms - 1).abs() <= 8 * torch.finfo(norms.dtype).eps).all()):
-        return None
-    return norms.reshape(1, 1, *coefficients.shape[2:])
-
-
 def _adopt_masks(modules: Iterable[nn.Module]) -> None:
     """Replace every mask that `torch.nn.utils.prune` has put on tensors of some modules by one of ours."""
     for module in modules:
@@ -294,21 +294,3 @@ def _refuse_foreign(ref: TensorRef) -> None:
                 "`layer.weight` into a plain model (torch's remove_parametrizations would damage the layer)",
                 tensor_name,
             )
-
-
-def _make_plain(module: nn.Module, tensors: list[ExposedTensor]) -> None:
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    for tensor in tensors:
-        module.register_parameter(tensor.ref.tensor_name, tensor.parameter)
-    restore_order(module, tensors[0].parametrization.order)
-    _EXPOSED[module] = tensors
-
-
-def _make_parametrized(module: nn.Module, tensors: list[ExposedTensor]) -> None:
-    _EXPOSED.pop(module, None)
-    for tensor in tensors:
-        tensor.chain.register_parameter("original", tensor.parameter)
-        module._parameters.pop(tensor.ref.tensor_name, None)
-    module.__class__ = tensors[0].cls
-    module._modules["parametrizations"] = tensors[0].children

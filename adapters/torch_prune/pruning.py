@@ -45,12 +45,7 @@ Amount: TypeAlias = int | float
 
 @contextmanager
 def _host_mask(ref: TensorRef, *, ones: bool = False) -> Iterator[None]:
-    """While the block runs, our mask is a mask of the host; afterwards the host's is ours. If it fails, all is undone.
-
-    Args:
-        ref: the tensor that the host prunes.
-        ones: give the host a mask of ones where there is no mask.
-    """
+    """While the block runs, our mask (or `ones`) is a mask of the host; then the host's is ours. Undone if it fails."""
     if ref.is_foreign:  # the host keeps its mask
         yield
         return
@@ -197,8 +192,7 @@ class CustomFromMask(host.CustomFromMask, BasePruningMethod):
                 f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}",
                 "make it like the tensor that is pruned; 1 keeps an entry",
             )
-        method: host.BasePruningMethod = super().apply(module, name, mask)  # type: ignore[no-untyped-call]
-        return method
+        return super().apply(module, name, mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _expose(module: nn.Module, name: str) -> None:
@@ -350,6 +344,4 @@ def remove(module: M, name: str) -> M:
 
 def is_pruned(module: nn.Module) -> bool:
     """Whether any tensor of a module or of its children has a mask, ours or the host's."""
-    if host.is_pruned(module):
-        return True
-    return any(ref.mask is not None for ref in parametrized_tensors(module))
+    return host.is_pruned(module) or any(ref.mask is not None for ref in parametrized_tensors(module))

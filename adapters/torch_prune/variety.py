@@ -68,10 +68,9 @@ def ln_structured(
             [1., 1.],
             [1., 1.]])
     """
-    ref = _checked(module, name, dim)
-    values = ref.parameter.detach()
+    ref, values = _checked(module, name, dim)
     if importance_scores is None:
-        scores = unit_gauge(_masked(values, ref.mask), ref.parametrization)
+        scores = unit_gauge(values, ref.parametrization)
     else:
         pruning.check_scores(importance_scores, values, name)
         scores = importance_scores.detach()
@@ -93,7 +92,7 @@ def random_structured(
 
     Args, returns, raises: as `ln_structured`.
     """
-    noise = torch.rand(_checked(module, name, dim).parameter.shape[dim])
+    noise = torch.rand(_checked(module, name, dim)[1].shape[dim])
     varied = varied_scores(module, name, noise, dim, strength=strength, similarity=similarity)
     return pruning.ln_structured(module, name, amount, math.inf, dim, varied)
 
@@ -120,41 +119,34 @@ def varied_scores(
     Raises:
         As `ln_structured`, and ScoreError: not one score for each slice.
     """
-    ref = _checked(module, name, dim)
+    ref, values = _checked(module, name, dim)
     check_similarity(similarity)
-    tensor, mask = ref.parameter.detach(), ref.mask
-    if scores.shape != tensor.shape[dim : dim + 1]:
+    if scores.shape != values.shape[dim : dim + 1]:
         raise ScoreError(
             "There must be one score for each slice.",
-            f"scores {tuple(scores.shape)}, {tensor.shape[dim]} slices along {dim}",
+            f"scores {tuple(scores.shape)}, {values.shape[dim]} slices along {dim}",
             "pass a vector of scores",
         )
-    values = compared(_masked(tensor, mask), ref.parametrization, similarity)
-    kept = _slices(torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask, dim).any(dim=1)
-    ranks = torch.ones(len(scores), device=tensor.device)
+    slices = compared(values, ref.parametrization, similarity).movedim(dim, 0).flatten(1)
+    mask = torch.ones_like(values, dtype=torch.bool) if ref.mask is None else ref.mask
+    kept = mask.movedim(dim, 0).flatten(1).any(dim=1)
+    ranks = torch.ones(len(scores), device=values.device)
     if bool(kept.any()):
-        order = removal_order(scores.detach().to(kept.device)[kept], _slices(values, dim)[kept], strength)
+        order = removal_order(scores.detach().to(kept.device)[kept], slices[kept], strength)
         ranks[kept.nonzero().squeeze(1)[order.to(kept.device)]] = torch.arange(2.0, 2 + len(order)).to(ranks)
-    shape = [1] * tensor.dim()
+    shape = [1] * values.dim()
     shape[dim] = -1
-    return ranks.reshape(shape).expand(tensor.shape).contiguous()
+    return ranks.reshape(shape).expand(values.shape).contiguous()
 
 
-def _checked(module: nn.Module, name: str, dim: int) -> TensorRef:
+def _checked(module: nn.Module, name: str, dim: int) -> tuple[TensorRef, Tensor]:
+    """A tensor of which slices can be compared, and its masked values."""
     ref = TensorRef(module, name)
-    shape = ref.parameter.shape
-    if dim not in (0, 1) or len(shape) < 2:
+    values, mask = ref.parameter.detach(), ref.mask
+    if dim not in (0, 1) or values.dim() < 2:
         raise ArgumentError(
             "Slices that are compared must be those along dimension 0 or 1 of a tensor with at least two dimensions.",
-            f"dim {dim!r} of {name!r}, shape {tuple(shape)}",
+            f"dim {dim!r} of {name!r}, shape {tuple(values.shape)}",
             "pass dim=0 for output channels or dim=1 for input channels",
         )
-    return ref
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values * mask
-
-
-def _slices(values: Tensor, dim: int) -> Tensor:
-    return values.movedim(dim, 0).flatten(1)
+    return ref, values if mask is None else values * mask

@@ -35,8 +35,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
 
     Masks may be ours or those of `torch.nn.utils.prune`, in either space; those that prune nothing any more are
     removed. Layers behind norms that mix channels (LayerNorm, GroupNorm) keep theirs, and of a layer with nothing left
-    one channel stays. The groups of a grouped convolution must lose equally many channels, and those of a transposed
-    one none.
+    one channel stays. The groups of a grouped convolution must lose equally many (of a transposed one: no) channels.
 
     Args:
         model: changed in place.
@@ -48,8 +47,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
 
     Raises:
         BatchError: the model does not run on the example inputs, or its outputs are NaN.
-        HostError: the outputs for the example inputs would change (an activation does not take 0 to 0, for example).
-            In both cases the model is as it was.
+        HostError: the outputs would change (an activation may not take 0 to 0). In both cases nothing has changed.
 
     Warns:
         UserWarning: channels stay because of a grouped convolution.
@@ -77,8 +75,7 @@ def cut_masked_channels(model: Model, example_inputs: Any, *, optimizer: Optimiz
             _remove_empty_channels(channel_pruner.DG)
         for ref in parametrized_tensors(model):
             parametrization = ref.parametrization
-            assert parametrization is not None
-            if parametrization.mask is not None and bool(parametrization.mask.all()):
+            if parametrization is not None and parametrization.mask is not None and bool(parametrization.mask.all()):
                 parametrization.mask = None
                 if not isinstance(parametrization, Interspace):
                     leave(ref.module, ref.tensor_name, ref.parameter.detach())
@@ -217,16 +214,11 @@ def _is_grouped(module: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
 
 
-def _nonzero(bias: Tensor | None, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.bool) if bias is None else (bias != 0).cpu()
+def _nonzero(values: Tensor | None, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.bool) if values is None else (values != 0).cpu()
 
 
 def _keeps_zero(norm: _BatchNorm) -> Tensor:
     """The channels at which a norm maps zeros to zeros, in training and in evaluation mode."""
-    kept = torch.ones(norm.num_features, dtype=torch.bool)
-    if norm.running_mean is not None:
-        kept &= (norm.running_mean == 0).cpu()
-    if norm.affine:
-        kept |= (norm.weight == 0).cpu()
-        kept &= (norm.bias == 0).cpu()
-    return kept
+    shifted, scaled, biased = (_nonzero(t, norm.num_features) for t in (norm.running_mean, norm.weight, norm.bias))
+    return ~(shifted & scaled | biased) if norm.affine else ~shifted

@@ -19,7 +19,7 @@ from ip_plugin.core.optimizer import inherit_conversion
 from ip_plugin.core.tensor_ref import Target
 from ip_plugin.errors import HostError
 
-from ..shared.plain_view import ExposedTensor, PlainView
+from ..shared.plain_view import PlainView
 
 
 @torch.no_grad()
@@ -54,11 +54,11 @@ def follow(
     }
     orders = entry_order or {}
     with view.exact(parameters) as tensors:
-        masked = {id(exposed.parameter) for exposed in tensors if exposed.parametrization.mask is not None}
+        masked = {exposed.parameter for exposed in tensors if exposed.parametrization.mask is not None}
         marked = {
             parameter: orders.get(target)
             for target, parameter in parameters.items()
-            if target in orders or id(parameter) in masked or (optimizer and optimizer.state.get(parameter))
+            if target in orders or parameter in masked or (optimizer and optimizer.state.get(parameter))
         }
         with _positions_instead_of_values(marked):
             remove()
@@ -75,38 +75,33 @@ def follow(
             new.requires_grad_(old.requires_grad)
             successors.setdefault(old, []).append((new, kept))
             exposed = view.tensors.get((module, name))
-            if exposed is not None:
-                _inherit(exposed, new, kept)
+            if exposed is not None:  # `new` takes the place of `old` under the parametrization
+                if exposed.parametrization.mask is not None:
+                    assert kept is not None
+                    exposed.parametrization.mask = _select(exposed.parametrization.mask, kept)
+                inherit_conversion(exposed.parameter, new)
+                exposed.parameter = new
         if optimizer is not None:
-            live = {id(parameter) for module in view.model.modules() for parameter in module._parameters.values()}
+            live = {parameter for module in view.model.modules() for parameter in module._parameters.values()}
             for old, new_ones in successors.items():
-                _replace(optimizer, old, new_ones, stays=id(old) in live)
+                _replace(optimizer, old, new_ones, stays=old in live)
 
 
 @contextmanager
 def _positions_instead_of_values(parameters: Mapping[nn.Parameter, Tensor | None]) -> Iterator[None]:
-    """While the block runs, Parameters hold the position of each entry, and no gradient.
-
-    Args:
-        parameters: {Parameter: index of each of its entries, in its shape, if they are not in their own order}.
-    """
+    """While the block runs, Parameters hold the position of each entry (in the given order, if any) and no gradient."""
     values = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:
         for parameter, order in parameters.items():
             parameter.grad = None
-            positions = _positions(parameter)
+            # The smallest floating point type that can represent every position.
+            dtype = torch.float32 if parameter.numel() <= 2**24 else torch.float64
+            positions = torch.arange(parameter.numel(), device=parameter.device, dtype=dtype).reshape(parameter.shape)
             parameter.data = positions if order is None else positions.flatten()[order.to(positions.device)]
         yield
     finally:
         for parameter, data, grad in values:
             parameter.data, parameter.grad = data, grad
-
-
-def _positions(parameter: Tensor) -> Tensor:
-    """The index of every entry, in the smallest floating point type that can represent all of them."""
-    count = parameter.numel()
-    dtype = torch.float32 if count <= 2**24 else torch.float64
-    return torch.arange(count, device=parameter.device, dtype=dtype).reshape(parameter.shape)
 
 
 def _read(new: Tensor, old: Tensor, name: str) -> Tensor:
@@ -132,23 +127,10 @@ def _select(values: Tensor, kept: Tensor) -> Tensor:
     return selected
 
 
-def _inherit(tensor: ExposedTensor, new: nn.Parameter, kept: Tensor | None) -> None:
-    """Put a new Parameter under the parametrization that held the old one."""
-    parametrization = tensor.parametrization
-    if parametrization.mask is not None:
-        assert kept is not None
-        parametrization.mask = _select(parametrization.mask, kept)
-    inherit_conversion(tensor.parameter, new)
-    tensor.parameter = new
-
-
 def _replace(
     optimizer: Optimizer, old: nn.Parameter, successors: list[tuple[nn.Parameter, Tensor | None]], stays: bool
 ) -> None:
-    """Give new Parameters the place and the state of an old one.
-
-    A Parameter that is tied may have several successors, and stay itself.
-    """
+    """Give new Parameters the place and the state of an old one; of a tied one there may be several, and it `stays`."""
     members = [old] * stays + [new for new, _ in successors]
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
@@ -157,12 +139,11 @@ def _replace(
                 if "param_names" in group:
                     group["param_names"][index : index + 1] = [group["param_names"][index]] * len(members)
                 break
-    state = optimizer.state.get(old)
-    if not stays:
-        optimizer.state.pop(old, None)
+    state = optimizer.state.get(old) if stays else optimizer.state.pop(old, None)
     if not state:
         return
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+    scalars = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() <= 1}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in scalars}
     unknown = [name for name, value in tensors.items() if value.shape != old.shape]
     if unknown:
         warnings.warn(
@@ -171,10 +152,6 @@ def _replace(
         return
     for new, kept in successors:
         assert kept is not None
-        optimizer.state[new] = {
-            name: _select(value, kept) if name in tensors else _copy(value) for name, value in state.items()
-        }
-
-
-def _copy(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
+        copies = {name: value.clone() for name, value in scalars.items()}
+        copies |= {name: _select(value, kept) for name, value in tensors.items()}
+        optimizer.state[new] = {**state, **copies}

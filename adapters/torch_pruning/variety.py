@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -44,10 +45,7 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     """
 
     def __init__(
-        self,
-        importance: Callable[..., Tensor | None],
-        strength: float = 1.0,
-        similarity: Similarity = "coefficients",
+        self, importance: Callable[..., Tensor | None], strength: float = 1.0, similarity: Similarity = "coefficients"
     ) -> None:
         check_fraction(strength, "strength")
         check_similarity(similarity)
@@ -56,11 +54,9 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
     def __call__(self, group: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The importances of a group, reassigned by filter variety."""
         scores = self.importance(group, *args, **kwargs)
-        values = kernels if self.similarity == "weights" else _weight
+        values = kernels if self.similarity == "weights" else attrgetter("weight")
         filters = None if scores is None else made_by(group, len(scores), values)
-        if scores is None or filters is None:
-            return scores
-        return varied(scores, filters, self.strength)
+        return scores if scores is None or filters is None else varied(scores, filters, self.strength)
 
     def __getattr__(self, name: str) -> Any:
         """Other attributes of the importance (``accumulate_grad`` of the Hessian one)."""
@@ -70,29 +66,20 @@ class VariedImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
 
 
 def made_by(group: Any, count: int, values: Callable[[nn.Module], Tensor | None]) -> Tensor | None:
-    """Values of all kernels that compute the channels of a group, one row for each channel; None if there are none.
+    """Values of all kernels that compute the `count` channels of a group, one row for each; None if there are none.
 
-    Args:
-        group: a group of Torch-Pruning.
-        count: of its channels.
-        values: of a layer, in the shape of its weight; None for a layer that does not count.
+    `values` returns those of a layer, in the shape of its weight, or None for a layer that does not count.
     """
     rows: list[Tensor] = []
     for item in group.items:
         layer = item.dep.target.module
-        if item.dep.handler not in MAKERS or None in item.root_idxs:
-            continue
-        weight = values(layer)
+        makes = item.dep.handler in MAKERS and None not in item.root_idxs
+        weight = values(layer) if makes else None
         if weight is not None:
-            filters = output_filters(layer, weight)[item.idxs]
+            filters = output_filters(layer, weight.detach())[item.idxs]
             rows.append(filters.new_zeros(count, filters.shape[1]))
             rows[-1][item.root_idxs] = filters
     return torch.cat(rows, dim=1) if rows else None
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach()
 
 
 #: Torch-Pruning's functions that remove output channels.

@@ -12,8 +12,7 @@ groups is pruned, every layer looks like an ordinary module whose ``weight`` hol
 of the basis filters, with the gradients that belong to them. Channels are removed from coefficients, masks and the
 optimizer's state; bases stay whole and shared. A call that fails leaves model, pruner and optimizer as they were.
 
-On a plain model the pruner does what the host does, and besides keeps the optimizer, training modes and
-``requires_grad``.
+On a plain model the pruner does what the host does, and keeps the optimizer, training modes and ``requires_grad``.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from torch_pruning.pruner import BasePruner
 from torch_pruning.utils import count_ops_and_params as host_count
 
 from ip_plugin.core.tensor_ref import TensorRef, parametrized_by_another
-from ip_plugin.errors import BatchError, ConversionError, HostError, InterspaceError, OptimizerError, SelectionError
+from ip_plugin.errors import BatchError, ConversionError, HostError, InterspaceError, SelectionError
 from ip_plugin.utils.example_input import run
 from ip_plugin.utils.preserved_state import preserved_state
 from ip_plugin.utils.validation import check_fraction
 
 from ..shared.plain_view import ExposedTensor, PlainView, plain_layers
-from ..shared.transaction import transaction
+from ..shared.transaction import check_trained, transaction
 from .removal import follow
 from .variety import VariedImportance
 
@@ -67,11 +66,9 @@ def pruner(
     Args:
         cls: a pruner class of Torch-Pruning, a subclass of one's own, or a `functools.partial` of either.
         model: in the interspace, plain, or with layers of both kinds; in training or evaluation mode, which it keeps.
-        example_inputs: as Torch-Pruning takes them: a tensor, a tuple or list of arguments, or a dict of keyword
-            arguments.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
         optimizer: one that trains the model. Pruned Parameters are replaced in it, and their state is pruned with them.
-            Without it, build a new optimizer after every ``step()``: the old one holds Parameters that the model has no
-            more.
+            Without it, build a new one after every ``step()``: the old one holds Parameters that were replaced.
         **host_arguments: all others that `cls` takes. ``ignored_layers`` may hold types, and ``unwrapped_parameters``
             may be a dict, as Torch-Pruning's documentation has it.
 
@@ -108,7 +105,8 @@ def pruner(
             f"{cls!r}",
             "pass for example tp.pruner.BasePruner, and its arguments by name",
         )
-    _check_model(model, optimizer)
+    _check_model(model)
+    check_trained(optimizer, model.parameters())
     arguments = _arguments(host_class, model, host_arguments)
     subclass = _pruner_class(host_class)
     made: Pruner = subclass.__new__(subclass)
@@ -165,8 +163,7 @@ def exposed(
     Args:
         pruner: made by the function `pruner`.
         magnitudes: whether the call may read them. A nested call may, if it or the outer call may.
-        modules: the only ones that the call reads or changes; None if it may be any.
-        nodes: those of the dependency graph that belong to `modules`.
+        modules, nodes: the only modules that the call reads or changes, with their nodes in the graph; None: any.
         previous: what an earlier call exposed; then this one continues it, and changes no module.
     """
     view: PlainView = pruner._ip_view
@@ -193,16 +190,14 @@ def _wrapped(method: Callable[..., Any], pruner_of: Callable[[Any], Any], magnit
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        view = self._ip_view
-        nested = view.depth > 0
-        if nested and (view.shown or not magnitudes):  # most calls, and there are many
+        nested = self._ip_view.depth > 0
+        if nested and (self._ip_view.shown or not magnitudes):  # most calls, and there are many
             return method(self, *args, **kwargs)
         pruner = pruner_of(self)
         with exposed(pruner, magnitudes):
             result = method(self, *args, **kwargs)
-        return (
-            _wrapped_steps(pruner, magnitudes, result) if isinstance(result, GeneratorType) and not nested else result
-        )
+        exposes = isinstance(result, GeneratorType) and not nested
+        return _wrapped_steps(pruner, magnitudes, result) if exposes else result
 
     return call
 
@@ -310,7 +305,7 @@ def _gathers_gradients(importance: object) -> bool:
 # What a user can get wrong -------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
+def _check_model(model: nn.Module) -> None:
     dynamo = sys.modules.get("torch._dynamo")
     for name, module in model.named_modules():
         compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
@@ -323,26 +318,16 @@ def _check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
         prunable = not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or TensorRef(module).is_prunable
         if not prunable and parametrize.is_parametrized(module, "weight"):
             raise parametrized_by_another(name, "another package")
-    if optimizer is not None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in trained for p in model.parameters()):
-            raise OptimizerError(
-                "The optimizer must train parameters of the model.",
-                "none of the model's parameters is in its parameter groups",
-                "pass the optimizer that was built from this model's parameters",
-            )
 
 
 def _arguments(cls: type, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """The host's arguments, checked, and with new dicts where all pruners of the host would share a default."""
     arguments = dict(given)
-    ignored = arguments.get("ignored_layers")
-    if ignored is not None:
-        arguments["ignored_layers"] = [
-            module
-            for layer in ignored
-            for module in ([m for m in model.modules() if isinstance(m, layer)] if isinstance(layer, type) else [layer])
-        ]
+    if arguments.get("ignored_layers") is not None:
+        ignored = list(arguments["ignored_layers"])
+        types = tuple(layer for layer in ignored if isinstance(layer, type))
+        arguments["ignored_layers"] = [layer for layer in ignored if layer not in types]
+        arguments["ignored_layers"] += [module for module in model.modules() if isinstance(module, types)]
     if isinstance(arguments.get("unwrapped_parameters"), Mapping):
         arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"].items())
     for name in _RATIOS:

@@ -93,14 +93,7 @@ def save(model: nn.Module, path: FilePath, *, dtype: torch.dtype | None = None, 
 
 
 def _record(ref: TensorRef, stored: Packed, owner: str, numbers: Mapping[nn.Parameter, int]) -> Record:
-    """The record of a tensor.
-
-    Args:
-        ref: the tensor.
-        stored: what the file holds of it.
-        owner: the name of the tensor that has its values.
-        numbers: of the bases.
-    """
+    """The record of a tensor: `owner` is the name of the one that has its values, `numbers` those of the bases."""
     values, positions, mask = stored.values, stored.positions, stored.mask
     dtype = ref.parameter.dtype
     return Record(

@@ -58,21 +58,14 @@ def native(values: Tensor) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    """Write a compact file atomically.
-
-    Args:
-        path: an existing file is replaced.
-        tensors: by key, as `native` returns them.
-        description: of the tensors.
-    """
+    """Write a compact file, atomically, of tensors by key, as `native` returns them."""
     save_file = safetensors().torch.save_file
     text = json.dumps({"crc32": "0" * _DIGITS, **description.to_json()}, separators=(",", ":"))
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
         storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        apart[name] = tensor if alone else tensor.clone()
+        apart[name] = tensor.clone() if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen else tensor
         seen.add(storage.data_ptr())
     with replacing(path) as temporary:
         save_file(apart, temporary, metadata={_KEY: text})
@@ -111,23 +104,14 @@ def _checksum(file: IO[bytes], start: int) -> bytes:
 
 
 class CompactFile:
-    """An open compact file with a valid checksum, whose description fits its tensors.
-
-    Attributes:
-        description: of the tensors.
-        size: of the file, in bytes.
-    """
+    """An open compact file of `size` bytes, with a valid checksum and a description that fits its tensors."""
 
     def __init__(self, content: Any, size: int) -> None:
         self._content, self.size = content, size
-        self._names = set(content.keys())
+        self._names, expected = set(content.keys()), set()
         self.description = Description.from_json((content.metadata() or {}).get(_KEY, ""))
-        self._check()
-
-    def _check(self) -> None:
-        """Raise CheckpointError if the tensors do not match the description."""
-        expected = {basis_name(i) for i in range(len(self.description.bases))}
         for i in range(len(self.description.bases)):
+            expected.add(basis_name(i))
             dtype, shape = self._header(basis_name(i))
             square = len(shape) == 2 and shape[0] == shape[1]
             require(square and dtype in ("F16", "BF16", "F32", "F64"), f"basis {i}: {dtype} of shape {shape}")

@@ -109,8 +109,7 @@ def nonzero_entries(flat: Tensor, *, signs: bool = False) -> Tensor:
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
-    flat = values.reshape(-1)
-    return as_integers(flat).index_select(0, index).view(flat.dtype).reshape(-1)
+    return as_integers(values.reshape(-1)).index_select(0, index).view(values.dtype).reshape(-1)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -123,23 +122,26 @@ def as_integers(flat: Tensor) -> Tensor:
     return flat.view(_INTEGERS[flat.element_size()])
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, which may be sharded by FSDP2 (a DTensor); every process has to call."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 def packed(model: nn.Module, *, resumable: bool = False) -> Iterator[tuple[TensorRef, Packed]]:
     """Each tensor of a model as a compact file stores it, except bases, which are stored as they are.
 
-    Values of tied tensors are stored with the first of them, masks with each.
-
-    Args:
-        model: not changed.
-        resumable: keep pruned values and the signs of zeros.
+    Values of tied tensors are stored with the first of them, masks with each. `resumable` keeps pruned values and the
+    signs of zeros.
     """
     refs = tensors_of(model)
     owner = owners(refs)
     shared = {first for name, first in owner.items() if name != first}
     sparse = {owner[ref.name] for ref in refs if ref.is_prunable}
     for ref in refs:
-        mask = ref.mask
+        mask = None if ref.mask is None else gathered(ref.mask)
         if owner[ref.name] != ref.name:
             yield ref, Packed(None, None, None if mask is None else encode(mask)[0])
         else:
             whole = resumable or ref.name in shared
-            yield ref, pack(ref.parameter, mask, sparse=ref.name in sparse, whole=whole, signs=resumable)
+            yield ref, pack(gathered(ref.parameter), mask, sparse=ref.name in sparse, whole=whole, signs=resumable)

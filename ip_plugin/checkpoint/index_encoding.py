@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -27,10 +28,7 @@ class Positions(NamedTuple):
 
 
 def encode(kept: Tensor) -> tuple[Positions, Tensor]:
-    """Encode the positions of the True entries in the coding that takes the fewest bytes.
-
-    Args:
-        kept: bools, any shape.
+    """Encode the positions of the True entries, whatever the shape, in the coding that takes the fewest bytes.
 
     Returns:
         The encoded positions, and the positions (int64, 1-D), both on the device of `kept`.
@@ -64,21 +62,14 @@ def _codes(gaps: Tensor, bits: int) -> Tensor:
 
 def _pack(numbers: Tensor, bits: int, fill: int = 0) -> Tensor:
     """Pack numbers of a few bits into bytes, the first in the lowest bits."""
-    numbers = numbers.to(torch.uint8)
     per_byte = 8 // bits
-    missing = -len(numbers) % per_byte
-    if missing:
-        numbers = torch.cat([numbers, numbers.new_full((missing,), fill)])
-    packed = numbers[0::per_byte].clone()
-    for i in range(1, per_byte):
-        packed |= numbers[i::per_byte] << (i * bits)
-    return packed
+    numbers = F.pad(numbers.to(torch.uint8), (0, -len(numbers) % per_byte), value=fill)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
+    return (numbers.reshape(-1, per_byte) << shifts).sum(1, dtype=torch.uint8)
 
 
 def _unpack(data: Tensor, bits: int) -> Tensor:
     """Inverse of `_pack`; includes the numbers that fill up the last byte."""
-    if bits == 8:
-        return data
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     return data[:, None].bitwise_right_shift(shifts).bitwise_and(2**bits - 1).reshape(-1)
 

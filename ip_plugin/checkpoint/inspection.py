@@ -75,12 +75,12 @@ class Inspection:
             table.add_column(header, justify="right")
         shown = [line for line in self.lines if len(line.shape) > 1 or line.positions != "all" or line.masked]
         for line in shown:
-            basis = "" if line.basis is None else str(line.basis)
-            cells = [line.name, "x".join(map(str, line.shape)), line.dtype, *_counts(line.entries, line.nonzeros)]
-            kept = "yes" if line.masked else ""
-            table.add_row(*cells, f"{line.nbytes:,}", f"as {line.tied}" if line.tied else line.positions, kept, basis)
-        names = {line.name for line in shown}
-        others = [line for line in self.lines if line.name not in names]
+            table.add_row(
+                line.name, "x".join(map(str, line.shape)), line.dtype, *_counts(line.entries, line.nonzeros),
+                f"{line.nbytes:,}", f"as {line.tied}" if line.tied else line.positions, "yes" if line.masked else "",
+                "" if line.basis is None else str(line.basis),
+            )  # fmt: skip
+        others = set(self.lines).difference(shown)
         table.add_section()
         if others:
             _sum(table, f"{len(others)} vectors and scalars", others)
@@ -103,10 +103,7 @@ def _sum(table: Any, name: str, lines: Iterable[Line], nbytes: str = "") -> None
 
 
 def inspect(path: Path) -> Inspection:
-    """Read and check a whole compact file.
-
-    Args:
-        path: of a file that `ip_plugin.save` has written.
+    """Read and check a whole file that `ip_plugin.save` has written.
 
     Raises:
         CheckpointError: the file is corrupt, inconsistent, or no compact file.
@@ -121,10 +118,9 @@ def inspect(path: Path) -> Inspection:
     with opened(path) as file:
         records = file.description.tensors
         lines = tuple(_line(file, name) for name in records)
-        bases = [file.basis(number) for number in range(len(file.description.bases))]
-        sizes = tuple(basis.nbytes for basis in bases)
+        bases = tuple(file.basis(number).nbytes for number in range(len(file.description.bases)))
         dense = sum(record.numel * dtype_of(record.dtype).itemsize for record in records.values() if not record.tied)
-        return Inspection(lines, sizes, file.size, dense)
+        return Inspection(lines, bases, file.size, dense)
 
 
 def _line(file: CompactFile, name: str) -> Line:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..basis.bases import Constraint
 from ..core import torch_masks
 from ..core.optimizer import note_conversion
 from ..core.parametrization import Interspace, Mask, enter, leave
-from ..core.tensor_ref import TensorRef, tensors_of
+from ..core.tensor_ref import TensorRef, by_basis, tensors_of
 from ..errors import CheckpointError
 from .container import CompactFile, dtype_name
 from .contents import as_integers, check_modules, not_storable, owners
@@ -23,11 +26,9 @@ from .schema import Record
 
 
 class Plan:
-    """The changes that load a file into a model.
+    """The changes that load a file into a model, which does not change before `carry_out`.
 
-    Args:
-        model: not changed before `carry_out`.
-        file: open until `carry_out` returns: values are copied from its memory.
+    The file must be open until that returns: values are copied from its memory.
 
     Raises:
         InterspaceError: the file does not fit the model, or is inconsistent.
@@ -41,18 +42,18 @@ class Plan:
         self._match()
         self._attributes = self._sizes(file.description.groups)
         self._match_bases(file)
-        self._contents: dict[str, _Content] = {}
+        self._writers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._masks: dict[str, Tensor] = {}
         for name, record in self._records.items():
             index = None if record.tied else file.positions(name)
             if not record.tied:
-                self._contents[name] = _content(file.stored_values(name), index, record, self._refs[name].parameter)
+                self._writers[name] = _writer(file.stored_values(name), index, record, self._refs[name].parameter)
             if record.mask:
                 self._masks[name] = _mask(record, index if record.mask == "positions" else file.kept(name))
         self._bases = [
-            nn.Parameter(file.basis(number), basis.trained) for number, basis in enumerate(file.description.bases)
+            (nn.Parameter(file.basis(number), basis.trained), basis.constraint)
+            for number, basis in enumerate(file.description.bases)
         ]
-        self._constraints = [basis.constraint for basis in file.description.bases]
 
     def _match(self) -> None:
         """Check the names, kinds, dtypes and ties of the tensors."""
@@ -67,9 +68,9 @@ class Plan:
             ref = self._refs[name]
             if is_lazy(ref.parameter):
                 raise not_storable(name, "not initialised yet", "run the model once before")
-            kinds = [_kind(is_buffer) for is_buffer in (record.buffer, ref.is_buffer)]
-            if kinds[0] != kinds[1]:
-                raise _wrong_model(f"{name!r}, {kinds[0]} in the file and {kinds[1]} in the model")
+            if record.buffer != ref.is_buffer:
+                there, here = ("a buffer", "a parameter") if record.buffer else ("a parameter", "a buffer")
+                raise _wrong_model(f"{name!r}, {there} in the file and {here} in the model")
             dtype: torch.dtype = getattr(torch, record.dtype)
             if dtype != ref.parameter.dtype and not (dtype.is_floating_point and ref.parameter.is_floating_point()):
                 raise _wrong_model(f"{name!r}, {record.dtype} in the file and {dtype_name(ref.parameter.dtype)} here")
@@ -87,8 +88,7 @@ class Plan:
             here = tuple(ref.parameter.shape)
             shapes.setdefault(id(ref.module), {})[ref.tensor_name] = record.shape
             if record.shape != here:
-                smaller = len(here) == len(record.shape) and all(map(int.__le__, record.shape, here))
-                if not smaller:
+                if len(here) != len(record.shape) or any(map(int.__gt__, record.shape, here)):
                     raise _wrong_model(f"{name!r} of shape {record.shape} in the file and {here} in the model")
                 smaller_layers.add(id(ref.module))
         known = {self._module_names[id(ref.module)]: ref.module for ref in self._refs.values()}
@@ -98,14 +98,13 @@ class Plan:
         resized_layers = []
         for name, module in known.items():
             parts = groups.get(name, 1)
-            if id(module) not in smaller_layers:
-                if isinstance(module, _ConvNd) and module.groups != parts:
-                    raise _wrong_model(f"{name!r} with {parts} groups in the file and {module.groups} in the model")
-                continue
-            attributes = resized(module, shapes[id(module)], parts)
-            if isinstance(attributes, str):
-                raise _wrong_model(f"layer {name!r}, other sizes in the file: {attributes}")
-            resized_layers.append((module, attributes))
+            if id(module) in smaller_layers:
+                attributes = resized(module, shapes[id(module)], parts)
+                if isinstance(attributes, str):
+                    raise _wrong_model(f"layer {name!r}, other sizes in the file: {attributes}")
+                resized_layers.append((module, attributes))
+            elif isinstance(module, _ConvNd) and module.groups != parts:
+                raise _wrong_model(f"{name!r} with {parts} groups in the file and {module.groups} in the model")
         return resized_layers
 
     def _match_bases(self, file: CompactFile) -> None:
@@ -130,13 +129,13 @@ class Plan:
         tensors: dict[str, Tensor] = {}
         for name, record in self._records.items():
             ref = self._refs[name]
-            tensors[name] = tensors[record.tied] if record.tied else _filled(ref.parameter, self._contents[name])
+            tensors[name] = tensors[record.tied] if record.tied else self._writers[name](ref.parameter)
             if tensors[name] is not ref.parameter:
                 module, key = ref.target
                 owner: dict[str, Any] = module._buffers if ref.is_buffer else module._parameters
                 owner[key] = tensors[name]
-        for number in range(len(self._bases)):
-            self._set_basis(number)
+        for number, (basis, constraint) in enumerate(self._bases):
+            self._set_basis(number, basis, constraint)
         for name in self._records:
             ref = self._refs[name]
             if name in self._masks:
@@ -153,29 +152,21 @@ class Plan:
         if ref.parametrization is not None and type(ref.parametrization) is not wanted:
             leave(ref.module, ref.tensor_name, ref.parameter.detach())
 
-    def _set_basis(self, number: int) -> None:
+    def _set_basis(self, number: int, basis: nn.Parameter, constraint: Constraint) -> None:
         """Set the basis of its layers; the Parameter that they share stays, unless other layers share it, too."""
         members = [self._refs[name] for name, record in self._records.items() if record.basis == number]
-        parameter, values = self._bases[number], self._bases[number].data
-        present = [ref.interspace.basis for ref in members if ref.interspace is not None]
-        others = [
-            ref.interspace.basis
-            for name, ref in self._refs.items()
-            if ref.interspace is not None and self._records[name].basis != number
-        ]
-        like = members[0].parameter
-        values = values.to(like.device)
-        if len(set(present)) == 1 and all(basis is not present[0] for basis in others):
-            parameter = present[0]
-            parameter.requires_grad_(self._bases[number].requires_grad)
-        _replace(parameter, values)
+        shared = by_basis(self._refs.values())
+        present = [parameter for parameter, refs in shared.items() if not set(refs).isdisjoint(members)]
+        values = basis.data.to(members[0].parameter.device)
+        if len(present) == 1 and set(shared[present[0]]) <= set(members):
+            present[0].requires_grad_(basis.requires_grad)
+            basis = present[0]
+        _replace(basis, values)
         for ref in members:
             if ref.interspace is None:
-                space = Interspace(parameter, tuple(like.shape[2:]), self._constraints[number])
-                enter(ref.module, ref.tensor_name, space)
+                enter(ref.module, ref.tensor_name, Interspace(basis, tuple(ref.parameter.shape[2:]), constraint))
             else:
-                ref.interspace.basis = parameter
-                ref.interspace.constraint = self._constraints[number]
+                ref.interspace.basis, ref.interspace.constraint = basis, constraint
             note_conversion(ref.parameter, changed=False)
 
 
@@ -187,55 +178,37 @@ def _wrong_model(found: str) -> CheckpointError:
     )
 
 
-def _kind(is_buffer: bool) -> str:
-    return "a buffer" if is_buffer else "a parameter"
+def _writer(values: Tensor, index: Tensor | None, record: Record, tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor its new values: in its memory if dtype, shape and layout fit, else in new memory.
 
-
-class _Content(NamedTuple):
-    """The new content of a tensor: values for some positions or for all, or a tensor that replaces it."""
-
-    values: Tensor
-    positions: Tensor | None
-    replaces: bool
-
-
-def _content(values: Tensor, index: Tensor | None, record: Record, tensor: Tensor) -> _Content:
-    """The new content of a tensor: written into its memory if dtype, shape and layout fit, else a replacement."""
+    It returns the tensor: the same object, unless that is on the meta device.
+    """
     dtype: torch.dtype = getattr(torch, record.dtype)
     values = values.to(dtype)
     if tensor.dtype == dtype and tensor.shape == record.shape and tensor.is_contiguous() and not tensor.is_meta:
-        return _Content(values.to(tensor.device), None if index is None else index.to(tensor.device), False)
-    whole = torch.empty(record.shape, dtype=dtype)
-    _fill(whole, values, index)
-    return _Content(_like(whole, tensor), None, True)
+        index = None if index is None else index.to(tensor.device)
+        return partial(_fill, values=values.to(tensor.device), index=index)
+    whole = _fill(torch.empty(record.shape, dtype=dtype), values, index)
+    if tensor.is_meta:
+        return lambda old: nn.Parameter(whole, old.requires_grad) if isinstance(old, nn.Parameter) else whole
+    return partial(_replace, values=_like(whole, tensor))
 
 
-def _fill(tensor: Tensor, values: Tensor, index: Tensor | None) -> None:
+def _fill(tensor: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
     """Write values bit for bit into a contiguous tensor, and zeros elsewhere."""
     if index is None:
-        tensor.copy_(values.reshape(tensor.shape))
+        tensor.detach().copy_(values.reshape(tensor.shape))
     else:
-        flat = as_integers(tensor.view(-1).zero_())
-        flat.index_copy_(0, index, as_integers(values))
-
-
-def _filled(tensor: Tensor, content: _Content) -> Tensor:
-    """Write the content into a tensor, and return it: the same object, unless it is on the meta device."""
-    if tensor.is_meta:
-        values = content.values
-        return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
-    if content.replaces:
-        _replace(tensor, content.values)
-    else:
-        _fill(tensor.detach(), content.values, content.positions)
+        as_integers(tensor.detach().view(-1).zero_()).index_copy_(0, index, as_integers(values))
     return tensor
 
 
-def _replace(tensor: Tensor, values: Tensor) -> None:
+def _replace(tensor: Tensor, values: Tensor) -> Tensor:
     """Replace the memory of a tensor; a gradient that does not fit is dropped."""
     if tensor.grad is not None and (tensor.grad.shape != values.shape or tensor.grad.dtype != values.dtype):
         tensor.grad = None
     tensor.data = values
+    return tensor
 
 
 def _mask(record: Record, index: Tensor | None) -> Tensor:
@@ -247,8 +220,6 @@ def _mask(record: Record, index: Tensor | None) -> Tensor:
 
 def _like(values: Tensor, tensor: Tensor) -> Tensor:
     """Values on the device and in the memory format of the tensor that they replace."""
-    if tensor.is_meta:
-        return values
     values = values.to(tensor.device)
     if values.shape == tensor.shape:
         return torch.empty_like(tensor, dtype=values.dtype, requires_grad=False).copy_(values)

@@ -43,8 +43,7 @@ def _convolution(module: Any, shapes: Shapes, groups: int) -> dict[str, Any] | s
     out, inside = (second * groups, first) if isinstance(module, _ConvTransposeNd) else (first, second * groups)
     if out % groups or inside % groups or groups > module.groups:
         return f"{groups} groups of {inside} input and {out} output channels"
-    wrong = _others(shapes, out)
-    return wrong or {"out_channels": out, "in_channels": inside, "groups": groups}
+    return _others(shapes, out) or {"out_channels": out, "in_channels": inside, "groups": groups}
 
 
 def _linear(_layer: Any, shapes: Shapes) -> dict[str, Any] | str:
@@ -71,9 +70,8 @@ def _layer_norm(_layer: Any, shapes: Shapes) -> dict[str, Any] | str:
 
 def _embedding(module: Any, shapes: Shapes) -> dict[str, Any] | str:
     count, size = shapes["weight"]
-    padding = module.padding_idx
-    if padding is not None and padding >= count:
-        return f"{count} embeddings, and the padding is number {padding}"
+    if module.padding_idx is not None and module.padding_idx >= count:
+        return f"{count} embeddings, and the padding is number {module.padding_idx}"
     return {"num_embeddings": count, "embedding_dim": size}
 
 

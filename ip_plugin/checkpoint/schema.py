@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -178,12 +179,9 @@ def _check(name: str, record: Record, description: Description) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise invalid_file(f"{twice!r} twice")
-    return content
+    for name, count in Counter(name for name, _ in pairs).items():
+        require(count == 1, f"{name!r} twice")
+    return dict(pairs)
 
 
 def _no_constant(name: str) -> None:

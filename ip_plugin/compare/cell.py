@@ -8,9 +8,9 @@ channels are removed, both spaces keep equally many; the network of the interspa
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import nn
 
 from ip_plugin import interspace, prunable, report
 from ip_plugin.adapters import Criterion
-from ip_plugin.core.tensor_ref import prunable_tensors
+from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
@@ -74,8 +74,7 @@ def execute(
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
-        cell: which cell.
-        settings: of its study.
+        cell, settings: which cell, and the settings of its study.
         epoch_done: called after each epoch; `epochs_of` says how often.
         cache: of trainings of other cells with the same settings; it changes nothing but the time.
 
@@ -91,7 +90,7 @@ def execute(
     image = train.images[:1]
     with _seeded(cell.seed, settings.device):
         model = task.network().to(settings.device)
-        dense = None if settings.deploy_threads is None else copy.deepcopy(model).eval()
+        dense = copy.deepcopy(model).eval()
         parameters = sum(getattr(*target).numel() for target in prunable(model))
         macs = report(model, image).prunable.macs_dense if criterion.removes_channels else None
         spatial_layers = _convert(model, cell, settings, criterion) if cell.space == "interspace" else ()
@@ -103,9 +102,8 @@ def execute(
     left = report(model, image).prunable
     reached = accuracy(model, test)
     seconds = time.perf_counter() - started
-    deployment = None
-    if dense is not None and settings.deploy_threads is not None:
-        deployment = measure(model, dense, test.images[:1], settings.deploy_threads)
+    threads = settings.deploy_threads
+    deployment = None if threads is None else measure(model, dense, test.images[:1], threads)
     return Result(
         cell=cell,
         accuracy=reached,
@@ -127,15 +125,15 @@ def train_and_prune(criterion: Criterion, amount: float, training: Training, tes
     Returns:
         The accuracy on `test` before pruning, if the network is pruned between training and fine-tuning.
     """
-    before = None
-    if criterion.stage == "after training":
-        training.train()
-        before = accuracy(training.model, test)
+    if criterion.stage != "after training":
+        criterion.prune(training.model, amount, training)
+        if criterion.stage == "at initialisation":
+            training.train()
+        return None
+    training.train()
+    before = accuracy(training.model, test)
     criterion.prune(training.model, amount, training)
-    if criterion.stage == "at initialisation":
-        training.train()
-    elif criterion.stage == "after training":
-        training.finetune()
+    training.finetune()
     return before
 
 
@@ -165,11 +163,8 @@ def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters:
         return cell.sparsity
     kept = round((1 - cell.sparsity) * parameters)
     if kept - basis_parameters < 1:
-        raise StudyError(
-            "A run must keep at least one parameter.",
-            f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases",
-            "compare at a lower sparsity",
-        )
+        found = f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
+        raise StudyError("A run must keep at least one parameter.", found, "compare at a lower sparsity")
     return parameters - kept + basis_parameters
 
 
@@ -179,26 +174,13 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
     A group of layers stays spatial if its basis has more parameters than the sparsity leaves to the group. Where
     channels are removed, bases cost nothing.
     """
-    groups: dict[object, list[tuple[str, int, int]]] = defaultdict(list)
-    for layer in prunable_tensors(model):
-        shape = layer.parameter.shape
-        elements = shape[2:].numel()
-        if elements > 1:
-            key = layer.module_name if settings.sharing == "layer" else shape[2:]
-            groups[key].append((layer.module_name, shape.numel(), elements**2))
     converted: list[str] = []
     spatial: list[str] = []
-    for members in groups.values():
-        budget = (1 - cell.sparsity) * sum(size for _, size, _ in members)
-        pays = criterion.removes_channels or budget > members[0][2]
-        (converted if pays else spatial).extend(name for name, _, _ in members)
+    share = math.inf if criterion.removes_channels else 1 - cell.sparsity
+    for members in groups_of(model, settings.sharing):
+        names = converted if basis_pays(members, share) else spatial
+        names.extend(layer.module_name for layer in members)
     if converted:
-        interspace(
-            model,
-            layers=converted,
-            basis=settings.basis,
-            sharing=settings.sharing,
-            constraint=settings.constraint,
-            seed=cell.seed,
-        )
+        options = {name: getattr(settings, name) for name in ("basis", "sharing", "constraint")}
+        interspace(model, layers=converted, seed=cell.seed, **options)
     return tuple(spatial)

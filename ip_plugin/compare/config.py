@@ -73,13 +73,8 @@ class Settings:
         for name, known in choices.items():
             _require(name, getattr(self, name), getattr(self, name) in known, f"be one of {', '.join(known)}")
         TASKS[self.task].check(self.data)
-        for name, least in {
-            "epochs": 1,
-            "batch_size": 1,
-            "finetune_epochs": 0,
-            "weight_decay": 0,
-            "basis_lr": 0,
-        }.items():
+        lowest = {"epochs": 1, "batch_size": 1, "finetune_epochs": 0, "weight_decay": 0, "basis_lr": 0}
+        for name, least in lowest.items():
             _require(name, getattr(self, name), getattr(self, name) >= least, f"be a number of at least {least}")
         _require("lr", self.lr, self.lr > 0, "be a number above 0")
         if self.train_images is not None:
@@ -89,11 +84,9 @@ class Settings:
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise StudyError(
-                "`device` must be a device that torch can use here.",
-                f"{self.device!r}: {str(error).splitlines()[0]}",
-                "use cpu, or install a build of torch for the device",
-            ) from error
+            rule, found = "`device` must be a device that torch can use here.", str(error).splitlines()[0]
+            remedy = "use cpu, or install a build of torch for the device"
+            raise StudyError(rule, f"{self.device!r}: {found}", remedy) from error
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> 
     """Save a pruned network, prepare it, and time it side by side with a dense one.
 
     Args:
-        model: a pruned network in either space, in evaluation mode; it is moved to the CPU.
-        dense: the network that was not pruned, in evaluation mode; it is moved to the CPU.
+        model: a pruned network in either space; as the other one in evaluation mode, and moved to the CPU.
+        dense: the network that was not pruned.
         image: a batch of one, ``(1, channels, height, width)``.
         threads: number of threads with which both run; torch's own number is restored afterwards.
 
@@ -76,11 +76,8 @@ def check_threads(threads: int) -> None:
     try:
         import ip_plugin.sparse  # noqa: F401
     except ImportError as error:
-        raise StudyError(
-            "To measure latencies, numba must be installed.",
-            str(error.__cause__ or error),
-            "run: pip install 'ip-plugin[sparse]'",
-        ) from error
+        rule, remedy = "To measure latencies, numba must be installed.", "run: pip install 'ip-plugin[sparse]'"
+        raise StudyError(rule, str(error.__cause__ or error), remedy) from error
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS
@@ -90,18 +87,7 @@ def check_threads(threads: int) -> None:
 
 
 def check_alone(threads: int | None, company: str) -> None:
-    """Refuse to measure latencies while other cells may run.
-
-    Args:
-        threads: `deploy_threads` of the settings; with None nothing is measured.
-        company: what else may run, for the message.
-
-    Raises:
-        StudyError: latencies are to be measured.
-    """
+    """Raise StudyError if latencies are to be measured (with so many threads) while other cells, `company`, may run."""
     if threads is not None:
-        raise StudyError(
-            "Latencies must be measured with nothing else running.",
-            company,
-            "leave out --jobs and --engine with --deploy, or leave out --deploy",
-        )
+        rule = "Latencies must be measured with nothing else running."
+        raise StudyError(rule, company, "leave out --jobs and --engine with --deploy, or leave out --deploy")

@@ -155,12 +155,8 @@ def probability(p: float) -> str:
 
 def remarks(analysis: Analysis) -> list[str]:
     """What a reader must know to read the tables rightly, including where interspace pruning loses."""
-    return [
-        *_space_remarks(analysis),
-        *_network_remarks(analysis),
-        *_variety_remarks(analysis),
-        *_cost_remarks(analysis),
-    ]
+    kinds = (_space_remarks, _network_remarks, _variety_remarks, _cost_remarks)
+    return [remark for kind in kinds for remark in kind(analysis)]
 
 
 def _space_remarks(analysis: Analysis) -> Iterable[str]:
@@ -217,10 +213,8 @@ def _cost_remarks(analysis: Analysis) -> Iterable[str]:
     costs = analysis.deployment
     if costs.empty:
         return
-    slower = [
-        f"{criterion} at {sparsity:g}, {space}"
-        for criterion, sparsity, space in costs.index[costs["speedup", "mean"] < 1]
-    ]
+    slow = costs.index[costs["speedup", "mean"] < 1]
+    slower = [f"{criterion} at {sparsity:g}, {space}" for criterion, sparsity, space in slow]
     yield (
         f"Latencies are medians of {ROUNDS} calls: of the pruned network by ip_plugin.sparse, and in turns with it of "
         "the network that was not pruned, by torch as it is. Run sparse, the pruned network is slower in "
@@ -233,25 +227,22 @@ def plot(analysis: Analysis) -> Figure:
     from matplotlib.figure import Figure
 
     study = analysis.study
-    count = len(study.criteria)
-    columns = min(count, 4)
-    rows = -(-count // columns)
+    columns = min(len(study.criteria), 4)
+    rows = -(-len(study.criteria) // columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 3.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for unused in panels[count:]:
+    for unused in panels[len(study.criteria) :]:
         unused.set_axis_off()
     positions = {sparsity: position for position, sparsity in enumerate(sorted(study.sparsities))}
-    style = {"spatial": ("tab:gray", "s", "--"), "interspace": ("tab:blue", "o", "-")}
-    for panel, name in zip(panels[:count], study.criteria, strict=True):
+    style = {"spatial": {"color": "tab:gray", "fmt": "s--"}, "interspace": {"color": "tab:blue", "fmt": "o-"}}
+    for panel, name in zip(panels, study.criteria, strict=False):
         criterion = criteria.load(name)
         for offset, space in zip((-0.03, 0.03), study.spaces, strict=False):
             points = analysis.accuracy.xs((name, space), level=("criterion", "space")).dropna().sort_index()
             if len(points):
-                color, marker, dashes = style[space]
-                panel.errorbar(
-                    [positions[sparsity] + offset for sparsity in points.index], points["mean"], points["std"],
-                    color=color, marker=marker, linestyle=dashes, capsize=3, label=f"{space} ({SHORT[space]})",
-                )  # fmt: skip
+                places = [positions[sparsity] + offset for sparsity in points.index]
+                label = f"{space} ({SHORT[space]})"
+                panel.errorbar(places, points["mean"], points["std"], capsize=3, label=label, **style[space])
         panel.set_title(criterion.title, fontsize="medium")
         panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
         panel.set_xlabel("share of channels removed" if criterion.removes_channels else "sparsity")

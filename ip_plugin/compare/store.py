@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -26,22 +26,24 @@ from .cell import Result
 from .config import SPACES, Cell, Settings
 from .deployment import Deployment
 
-COLUMNS = (
-    "criterion", "sparsity", "space", "seed", "accuracy", "accuracy_before_pruning", "parameters", "parameters_left",
-    "basis_parameters", "spatial_layers", "seconds", "macs", "macs_left",
-    "file_bytes", "latency_ms", "dense_latency_ms",
-)  # fmt: skip
+#: How the value of each column is read: the fields of `Cell`, of `Result` and of `Deployment`, in their order.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "criterion": str, "sparsity": float, "space": str, "seed": int, "accuracy": float, "accuracy_before_pruning": float,
+    "parameters": int, "parameters_left": int, "basis_parameters": int,
+    "spatial_layers": lambda names: tuple(names.split()), "seconds": float, "macs": int, "macs_left": int,
+    "file_bytes": int, "latency_ms": float, "dense_latency_ms": float,
+}  # fmt: skip
+COLUMNS = tuple(_READ)
+#: Columns that are empty, together, where nothing was measured.
+_OPTIONAL = ({"accuracy_before_pruning"}, {"macs"}, {"macs_left"}, set(COLUMNS[-3:]))
 
 
 def to_row(result: Result) -> dict[str, Any]:
     """A result as one flat row, by `COLUMNS`; None where nothing was measured."""
-    deployment = (None, None, None) if result.deployment is None else astuple(result.deployment)
-    values = (
-        *result.cell, result.accuracy, result.accuracy_before_pruning, result.parameters, result.parameters_left,
-        result.basis_parameters, " ".join(result.spatial_layers), round(result.seconds, 3), result.macs,
-        result.macs_left, *deployment,
-    )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+    cell, *measured, deployment = vars(result).values()
+    values = (*cell, *measured, *((None, None, None) if deployment is None else astuple(deployment)))
+    plain = {"spatial_layers": " ".join(result.spatial_layers), "seconds": round(result.seconds, 3)}
+    return dict(zip(COLUMNS, values, strict=True)) | plain
 
 
 def from_row(row: Mapping[str, Any]) -> Result:
@@ -50,28 +52,14 @@ def from_row(row: Mapping[str, Any]) -> Result:
     Raises:
         KeyError, ValueError, TypeError, AttributeError: the row is not that of a result.
     """
-
-    def optional(name: str, kind: type) -> Any:
-        return None if row.get(name) in (None, "") else kind(row[name])
-
     if row["space"] not in SPACES:
         raise ValueError(f"space {row['space']!r}")
-    deployment = None
-    if any(row.get(name) not in (None, "") for name in COLUMNS[-3:]):
-        deployment = Deployment(int(row["file_bytes"]), float(row["latency_ms"]), float(row["dense_latency_ms"]))
-    return Result(
-        cell=Cell(row["criterion"], float(row["sparsity"]), row["space"], int(row["seed"])),
-        accuracy=float(row["accuracy"]),
-        accuracy_before_pruning=optional("accuracy_before_pruning", float),
-        parameters=int(row["parameters"]),
-        parameters_left=int(row["parameters_left"]),
-        basis_parameters=int(row["basis_parameters"]),
-        spatial_layers=tuple(row["spatial_layers"].split()),
-        seconds=float(row["seconds"]),
-        macs=optional("macs", int),
-        macs_left=optional("macs_left", int),
-        deployment=deployment,
-    )
+    empty = {name for name in COLUMNS if row.get(name) in (None, "")}
+    not_measured = {name for names in _OPTIONAL if names <= empty for name in names}
+    values: list[Any] = [None if name in not_measured else read(row[name]) for name, read in _READ.items()]
+    values[-3:] = [None if COLUMNS[-1] in not_measured else Deployment(*values[-3:])]
+    values[:4] = [Cell(*values[:4])]
+    return Result(*values)
 
 
 class Results:

@@ -19,12 +19,7 @@ from .store import Results
 
 
 def compare(
-    study: Study,
-    folder: Path,
-    console: Console,
-    *,
-    command: str = "",
-    engine: Engine = local,
+    study: Study, folder: Path, console: Console, *, command: str = "", engine: Engine = local
 ) -> Mapping[Cell, Exception]:
     """Run a study in a folder and write ``results.csv``, ``accuracy.png``, ``accuracy.svg`` and ``report.html`` there.
 

@@ -66,22 +66,17 @@ class Task:
         train, test = self.read(data)
         if train_images is not None:
             if train_images > len(train.labels):
-                raise StudyError(
-                    "The data must have as many training images as `train_images` asks for.",
-                    f"{len(train.labels)} instead of {train_images}",
-                    "ask for fewer",
-                )
+                rule = "The data must have as many training images as `train_images` asks for."
+                raise StudyError(rule, f"{len(train.labels)} instead of {train_images}", "ask for fewer")
             chosen = torch.randperm(len(train.labels), generator=Generator().manual_seed(0))[:train_images]
             train = Split(train.images[chosen], train.labels[chosen])
         # On a CPU convolutions are faster with channels last.
         layout = torch.channels_last if train.images.shape[1] > 1 else torch.contiguous_format
-        train, test = (
-            Split(split.images.float().contiguous(memory_format=layout), split.labels) for split in (train, test)
-        )
-        std, mean = torch.std_mean(train.images, (0, 2, 3), keepdim=True)
-        for split in (train, test):
-            split.images.sub_(mean).div_(std)
-        return train, test
+        images = [split.images.float().contiguous(memory_format=layout) for split in (train, test)]
+        std, mean = torch.std_mean(images[0], (0, 2, 3), keepdim=True)
+        for values in images:
+            values.sub_(mean).div_(std)
+        return Split(images[0], train.labels), Split(images[1], test.labels)
 
 
 def _digits(data: str | None) -> tuple[Split, Split]:
@@ -109,9 +104,8 @@ def _cifar10(data: str | None) -> tuple[Split, Split]:
             with np.load(data, allow_pickle=False) as file:
                 arrays = [(file[f"{split}_images"], file[f"{split}_labels"]) for split in ("train", "test")]
     except (ImportError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise StudyError(
-            "The data must be CIFAR-10.", f"{data!r}: {type(error).__name__}: {error}", f"give {_CIFAR10}"
-        ) from error
+        reason = f"{data!r}: {type(error).__name__}: {error}"
+        raise StudyError("The data must be CIFAR-10.", reason, f"give {_CIFAR10}") from error
     splits = []
     for images, labels in arrays:
         shapes = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
@@ -174,6 +168,11 @@ def _resnet(inputs: int, *widths: int) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
+def _of_cifar10(network: str, make: Callable[[], nn.Module]) -> Task:
+    title = f"CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small {network}"
+    return Task(title, _cifar10, make, _mirrored, _CIFAR10)
+
+
 TASKS = {
     "digits": Task(
         "scikit-learn's digits: real handwriting, 8x8 pixels, 898 images to train and 899 to test; "
@@ -181,20 +180,13 @@ TASKS = {
         _digits,
         lambda: _vgg(1, 32, 64, "M", 64),
     ),
-    "cifar10": Task(
-        "CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small VGG of six 3x3 convolutions (16, "
-        "32, 64, 64, 128, 128 channels), 8.7 million multiply-adds",
-        _cifar10,
+    "cifar10": _of_cifar10(
+        "VGG of six 3x3 convolutions (16, 32, 64, 64, 128, 128 channels), 8.7 million multiply-adds",
         lambda: _vgg(3, 16, "M", 32, "M", 64, 64, "M", 128, 128),
-        _mirrored,
-        _CIFAR10,
     ),
-    "cifar10-resnet": Task(
-        "CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small ResNet of a 3x3 convolution (32 "
-        "channels) and three residual blocks (32, 64, 128 channels), 12.9 million multiply-adds",
-        _cifar10,
+    "cifar10-resnet": _of_cifar10(
+        "ResNet of a 3x3 convolution (32 channels) and three residual blocks (32, 64, 128 channels), 12.9 million "
+        "multiply-adds",
         lambda: _resnet(3, 32, 64, 128),
-        _mirrored,
-        _CIFAR10,
     ),
 }

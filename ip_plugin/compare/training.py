@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,47 +21,36 @@ from .tasks import Split, Task
 FINETUNING_LR = 0.25
 
 
-class _End(NamedTuple):
-    """The state in which a training ended."""
-
-    tensors: dict[str, Tensor]
-    order: Tensor
-    random_state: Tensor
-
-
 class TrainingCache:
     """The states in which trainings of one study ended, so that no training is done twice.
 
     Criteria that prune a trained network begin with the same training. A training that begins like an earlier one, in
-    every bit of the model and of the random state, ends as that one did. Only trainings without a `begin` callback are
-    kept. A training leaves no gradients and no optimizer state behind, so nothing else needs to be kept.
-
-    Args:
-        size: how many trainings are kept; the one that was not used for the longest time goes first.
+    every bit of the model and of the random state, ends as that one did, and leaves no gradients and no optimizer state
+    behind. Of trainings without a `begin` callback the `size` that were used last are kept.
     """
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
-        self._ends: OrderedDict[str, _End] = OrderedDict()
+        self._ends: OrderedDict[str, tuple[list[Tensor], Tensor, Tensor]] = OrderedDict()
 
     def restore(self, key: str, training: Training) -> bool:
         """Put a training into the state in which one with this key ended; returns whether there was one."""
-        end = self._ends.get(key)
-        if end is None:
+        if key not in self._ends:
             return False
         self._ends.move_to_end(key)
+        values, order, random_state = self._ends[key]
         training.model.train()
         with torch.no_grad():
-            for name, tensor in _tensors(training.model):
-                tensor.copy_(end.tensors[name])
-        training.order.set_state(end.order)
-        torch.set_rng_state(end.random_state)
+            for (_, tensor), value in zip(_tensors(training.model), values, strict=True):
+                tensor.copy_(value)
+        training.order.set_state(order)
+        torch.set_rng_state(random_state)
         return True
 
     def keep(self, key: str, training: Training) -> None:
         """Keep the state in which a training has ended."""
-        tensors = {name: tensor.detach().clone() for name, tensor in _tensors(training.model)}
-        self._ends[key] = _End(tensors, training.order.get_state(), torch.get_rng_state())
+        values = [tensor.detach().clone() for _, tensor in _tensors(training.model)]
+        self._ends[key] = values, training.order.get_state(), torch.get_rng_state()
         if len(self._ends) > self.size:
             self._ends.popitem(last=False)
 
@@ -78,8 +66,7 @@ class Training:
     Args:
         model: the network to train.
         split: training images and labels, on the model's device.
-        task: says how images are augmented.
-        settings: of the study.
+        task, settings: of the study; the task says how images are augmented.
         seed: of the cell, for the order of the images and their augmentation.
         epoch_done: called after each epoch.
         cache: of trainings with the same split, task and settings; without one every training is done.
@@ -160,11 +147,9 @@ class Training:
         model, (images, labels) = self.model, self.split
         groups = param_groups(model, weight_decay=self.settings.weight_decay, basis_lr=lr * self.settings.basis_lr)
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        peaks = [group["lr"] for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            total_steps=epochs * self._steps_per_epoch,
-            pct_start=0.15,
+            optimizer, peaks, total_steps=epochs * self._steps_per_epoch, pct_start=0.15
         )
         after_step = None if begin is None else begin(optimizer)
         model.train()

@@ -54,12 +54,15 @@ class ComposedWeight(Tensor, metaclass=_RelatedToAnyTensor):
             before = [weight._whole.clone() for weight in weights] if _may_write(func, kwargs) else []
             result = func(*args, **kwargs)
             if func == Tensor.data.__set__ and type(args[0]) is cls:  # type: ignore[attr-defined]
-                _write(weights[0]._chain, torch.ones_like(weights[0]._whole, dtype=torch.bool), _plain(args[1]))
+                everything = torch.ones_like(weights[0]._whole, dtype=torch.bool)
+                _warn_of_lost_values(weights[0]._chain, _write(weights[0]._chain, everything, _plain(args[1])))
                 return result
             for weight, values in zip(weights, before, strict=False):
                 written = weight._whole != values
                 if bool(written.any()):
-                    _write(weight._chain, written, weight._whole)
+                    goal = _write(weight._chain, written, weight._whole)
+                    if func.__name__ in _SETS_VALUES:
+                        _warn_of_lost_values(weight._chain, goal)
             if type(result) in (tuple, list):
                 return type(result)(_linked(leaf, weights) for leaf in result)
             return _linked(result, weights)
@@ -113,6 +116,24 @@ def _warn_of_counted_zeros(func: Callable[..., Any], args: tuple[Any, ...]) -> N
         )
 
 
+#: Writes of values that are meant. An initialisation of a pruned layer goes on to leave pruned entries at zero.
+_SETS_VALUES = ("add_", "__iadd__", "sub_", "__isub__", "copy_", "__setitem__", "_foreach_add_", "_foreach_copy_")
+
+
+@torch.no_grad()
+def _warn_of_lost_values(chain: parametrize.ParametrizationList, goal: Tensor, stacklevel: int = 4) -> None:
+    """Warn if a pruned layer cannot have the weight that was written, as when an adapter (LoRA) is merged into it."""
+    mask = getattr(chain[0], "mask", None)
+    if mask is None or mask.shape != goal.shape:
+        return
+    if bool((chain() - goal).norm() > max(1e-3, 100 * torch.finfo(goal.dtype).eps) * goal.norm()):
+        warnings.warn(
+            "values were written into the weight of a pruned layer, and its pruned entries stay zero, so its weight is "
+            "another one. To merge an adapter, as of LoRA, call ip_plugin.bake(model) before",
+            stacklevel=stacklevel,
+        )
+
+
 def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether a function may write: by its name (``mul_``, ``__setitem__``, ``__imul__``), ``out=`` or ``inplace=``."""
     name = getattr(func, "__name__", "")
@@ -144,8 +165,8 @@ def _as_composed(tensor: Tensor, chain: parametrize.ParametrizationList, whole: 
 
 
 @torch.no_grad()
-def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tensor) -> None:
-    """Set the coefficients of kernels that were written.
+def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tensor) -> Tensor:
+    """Set the coefficients of kernels that were written; returns the weight that was asked for.
 
     Args:
         chain: torch's list of the parametrizations of the weight.
@@ -155,12 +176,13 @@ def _write(chain: parametrize.ParametrizationList, written: Tensor, values: Tens
     goal = torch.where(written, values, chain())
     if len(chain) > 1:
         chain.right_inverse(goal)
-        return
+        return goal
     if written.dim() > 2:
         written = written.flatten(2).any(2).reshape(*written.shape[:2], *[1] * (written.dim() - 2))
     original, parametrization = chain.original, chain[0]
     assert isinstance(original, Tensor)
     original.copy_(torch.where(written, parametrization.right_inverse(goal), original))  # type: ignore[operator]
+    return goal
 
 
 def make_writable(module: nn.Module, tensor_name: str) -> None:
@@ -188,7 +210,11 @@ def make_writable(module: nn.Module, tensor_name: str) -> None:
             value = value.detach()
         base.__setattr__(self, name, value)
 
-    setattr(cls, tensor_name, property(get, composed.fset))
+    def set_values(self: Any, value: Tensor) -> None:
+        composed.fset(self, value)
+        _warn_of_lost_values(self.parametrizations[tensor_name], value, stacklevel=6)
+
+    setattr(cls, tensor_name, property(get, set_values))
     cls.__setattr__ = assign
 
 

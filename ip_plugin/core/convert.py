@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Literal, TypeAlias
 
@@ -66,7 +67,9 @@ def interspace(
         sharing: which layers share one basis: ``"layer"`` (none do), ``"model"`` (all of one kernel shape), or a
             callable (name, module) -> hashable; layers with equal values share.
         layers: names of the layers to convert, or a predicate (name, module) -> bool, called for each convolution that
-            can be converted; None converts them all.
+            can be converted. None converts them all, except those whose weight someone else computes (weight norm,
+            spectral norm), and kernels of more than 49 elements whose basis would have at least as many numbers as its
+            coefficients.
         constraint: of the filters during training: ``"unit"`` norm, ``"orthonormal"``, or ``"none"``. With ``"none"``
             the filter scale (see `normalize`) drifts, so magnitudes of coefficients are not comparable.
         train_basis: whether bases require gradients; the basis of frozen coefficients never does.
@@ -84,7 +87,8 @@ def interspace(
         ArgumentError, AmountError, OptimizerError: another argument is invalid. In all cases the model is unchanged.
 
     Warns:
-        UserWarning: later, once, if an optimizer steps coefficients whose trainable bases are in no optimizer.
+        UserWarning: once for each of these two exceptions, with the names of the layers; and later, once, if an
+            optimizer steps coefficients whose trainable bases are in no optimizer.
 
     Note:
         The weight of a layer is computed, but can be written: ``conv.weight = value``, ``nn.init.zeros_(conv.weight)``,
@@ -92,8 +96,8 @@ def interspace(
         Writes through numpy are lost.
 
     Note:
-        ``load_state_dict`` copies into a shared basis and keeps it shared, with ``assign=True`` too. Only on the meta
-        device does ``assign=True`` give every layer a basis of its own.
+        A state dict has a basis once, under the key of the first of the layers that share it. ``load_state_dict``
+        takes it from the key of any of them, and keeps it shared, with ``assign=True`` too.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> x = torch.randn(1, 3, 8, 8)
@@ -143,10 +147,46 @@ def interspace(
 
 
 def groups_of(model: nn.Module, sharing: Sharing, selection: Selection = None) -> list[list[TensorRef]]:
-    """The layers that `interspace` would convert, grouped by shared basis. Raises what `interspace` raises."""
+    """The layers that `interspace` would convert, grouped by shared basis. Raises and warns as `interspace` does."""
     chosen = _select(model, selection)
+    computed: list[TensorRef] = []
+    if selection is None and not all(map(_computed_by, chosen)):
+        computed = [layer for layer in chosen if _computed_by(layer)]
+        chosen = [layer for layer in chosen if layer not in computed]
     _check(model, chosen)
-    return _grouped(chosen, sharing)
+    groups = _grouped(chosen, sharing)
+    costly = [members for members in groups if selection is None and is_costly(members)]
+    if len(costly) == len(groups):
+        raise SelectionError(
+            "A basis should have fewer numbers than the coefficients that it serves.",
+            f"kernels of {_kernel(costly[0][0])}, and no other convolution larger than 1x1",
+            "name the layers in `layers=` to convert them all the same",
+        )
+    if computed:
+        warnings.warn(
+            f"layers {listed(layer.module_name for layer in computed)} stay spatial: their weights are computed by "
+            f"someone else ({', '.join(sorted({str(_computed_by(layer)) for layer in computed}))}). Remove that first "
+            "to convert them",
+            stacklevel=3,
+        )
+    if costly:
+        warnings.warn(
+            f"layers {listed(layer.module_name for members in costly for layer in members)} stay spatial: their "
+            "kernels are so large that a basis would have at least as many numbers as their coefficients. They can be "
+            "pruned all the same; name them in `layers=` to convert them",
+            stacklevel=3,
+        )
+    return [members for members in groups if members not in costly]
+
+
+def is_costly(members: list[TensorRef]) -> bool:
+    """Whether layers that would share a basis stay spatial by default: kernels above 7x7 whose basis does not pay."""
+    return math.prod(_kernel(members[0])) > 49 and not basis_pays(members)
+
+
+def basis_pays(members: list[TensorRef], share: float = 1.0) -> bool:
+    """Whether the basis of layers that share it has less numbers than this share of their coefficients."""
+    return math.prod(_kernel(members[0])) ** 2 < share * sum(layer.parameter.numel() for layer in members)
 
 
 def _basis(
@@ -225,6 +265,15 @@ def _raw_weight(module: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
+def _computed_by(layer: TensorRef) -> str | None:
+    """What someone else's code computes the weight; None if it is a Parameter, or masked."""
+    if layer.chain is not None or "weight" in torch_masks.pruned_names(layer.module):
+        return None
+    if parametrize.is_parametrized(layer.module, "weight"):
+        return ", ".join(type(other).__name__ for other in parametrizations(layer.module).weight)
+    return None if isinstance(layer.parameter, nn.Parameter) else "a hook: it is a plain tensor, not a Parameter"
+
+
 def _check(model: nn.Module, chosen: list[TensorRef]) -> None:
     """Raise unless every chosen layer can be converted."""
     for module in model.modules():
@@ -265,12 +314,10 @@ def _check_layer(layer: TensorRef, owners: Mapping[int, list[str]]) -> None:
             f"layer {name!r}: pruned {how}",
             "convert first and prune then, or make the zeros permanent with ip_plugin.bake(model) before",
         )
-    if parametrize.is_parametrized(layer.module, "weight"):
-        others = parametrizations(layer.module).weight
-        raise parametrized_by_another(name, ", ".join(type(other).__name__ for other in others))
+    computed_by = _computed_by(layer)
+    if computed_by is not None:
+        raise parametrized_by_another(name, computed_by)
     weight = layer.parameter
-    if not isinstance(weight, nn.Parameter):
-        raise parametrized_by_another(name, "a hook: it is a plain tensor, not a Parameter")
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ConversionError(
             "A layer must be initialised before it is converted.",

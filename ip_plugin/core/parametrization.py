@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..basis import bases
 from ..basis.bases import CONSTRAINTS, Constraint
+from . import shared_basis
 from .composed_weight import make_writable
 
 
@@ -119,6 +120,12 @@ class Interspace(Mask):
         basis = f"kernel={kernel}, basis={len(self.basis)} filters{constraint}{frozen}"
         return ", ".join(filter(None, (basis, super().extra_repr())))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        stored = shared_basis.is_stored(self.basis, destination)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if stored:
+            del destination[f"{prefix}basis"]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
@@ -126,7 +133,9 @@ class Interspace(Mask):
         # meta device and has no memory to copy to.
         if not self.basis.is_meta:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        basis, key = self.basis, f"{prefix}basis"
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        shared_basis.note_load(self, basis, key, key in state_dict, args[1])
 
 
 def parametrizations(module: nn.Module) -> Any:
@@ -153,6 +162,7 @@ def enter(module: nn.Module, tensor_name: str, parametrization: Mask) -> None:
     chain.original = parameter
     chain[0] = parametrization
     make_writable(module, tensor_name)
+    _make_picklable(type(module))
     parametrization.load_hook = module.register_load_state_dict_pre_hook(_prepare_loading)
 
 
@@ -186,6 +196,35 @@ def _own_class(module: nn.Module, without: str = "") -> None:
     cls = type(module)
     kept = {k: v for k, v in vars(cls).items() if k not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, kept)
+
+
+def _make_picklable(cls: Any) -> None:
+    """Let modules of a class that torch's `register_parametrization` has made be pickled; torch refuses them.
+
+    Only a computed class cannot be pickled. So a module is pickled as its plain class with all that it has.
+    """
+    if "__getstate__" in vars(cls):  # raises
+        del cls.__getstate__
+    cls.__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:  # noqa: ARG001
+    getstate = getattr(module, "__getstate__", None)  # Python 3.10 has no `object.__getstate__`
+    ours = {name: isinstance(tensors[0], Mask) for name, tensors in parametrizations(module).items()}
+    return _rebuilt, (type(module).__bases__[0], ours), module.__dict__ if getstate is None else getstate()
+
+
+def _rebuilt(plain: type[nn.Module], tensors: dict[str, bool]) -> nn.Module:
+    """A module with computed tensors, {name: whether it is under a parametrization of ours}; still without a state."""
+    module = plain.__new__(plain)
+    nn.Module.__init__(module)
+    for tensor_name, ours in tensors.items():
+        module.register_parameter(tensor_name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(module, tensor_name, nn.Identity(), unsafe=True)
+        if ours:
+            make_writable(module, tensor_name)
+    _make_picklable(type(module))
+    return module
 
 
 def order(module: nn.Module) -> tuple[str, ...]:

@@ -64,7 +64,16 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     for key, value in state.items():
         if match := _PART.fullmatch(key):
             tensors.setdefault(match["layer"] + match["tensor"], {})[match["part"]] = value
-    ours = {name: parts for name, parts in tensors.items() if "0.basis" in parts or "0.mask" in parts}
+    # Layers that share a basis have one kernel shape and dtype; the state dict has it for the first of them.
+    shared = {_kind(parts): parts["0.basis"] for parts in reversed(tensors.values()) if "0.basis" in parts}
+    for parts in tensors.values():
+        if parts.keys() >= {"0._extra_state", "original"} and _kind(parts) in shared:
+            parts.setdefault("0.basis", shared[_kind(parts)])
+    ours = {
+        name: parts
+        for name, parts in tensors.items()
+        if "0.basis" in parts or ("0.mask" in parts and "0._extra_state" not in parts)
+    }
     plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         match = _PART.fullmatch(key)
@@ -78,6 +87,10 @@ def plain_state_dict(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     kept = {name: version for name, version in metadata.items() if "parametrizations" not in name.split(".")}
     plain._metadata = {**kept, METADATA: {"state": dict(state), "metadata": dict(metadata)}}  # type: ignore[attr-defined]
     return plain
+
+
+def _kind(parts: Mapping[str, Tensor]) -> tuple[torch.Size, torch.dtype]:
+    return parts["original"].shape[2:], parts["original"].dtype
 
 
 def _composed(parts: Mapping[str, Tensor]) -> Tensor:
@@ -116,7 +129,7 @@ def loading(session: Session, load: Callable[..., Any]) -> Callable[..., Any]:
             session.convert(self)
             state = _with_masks(self, state)
             present = self.state_dict()
-            if all(key in present for key in state if _PART.fullmatch(key)):
+            if all(key in present or key.endswith(".basis") for key in state if _PART.fullmatch(key)):
                 return load(self, state, *args, **kwargs)
         elif any(isinstance(key, str) and _PART.fullmatch(key) for key in state_dict):
             state_dict = _with_masks(self, OrderedDict(state_dict))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..basis.bases import CONSTRAINTS, BasisSpec, Constraint, make
-from ..core.convert import interspace, obstacle
+from ..core.convert import groups_of, interspace, is_costly, obstacle
 from ..core.optimizer import join_optimizer
 from ..core.parametrization import order
 from ..core.tensor_ref import by_basis, own_tensors, prunable_tensors
-from ..errors import ArgumentError, SelectionError
+from ..errors import ArgumentError, SelectionError, listed
 from ..reporting import report
 
 
@@ -86,6 +86,11 @@ class Session:
             self._remember(model)
             return
         chosen = [name for name, module in model.named_modules() if _can_convert(module) and self._is_selected(name)]
+        costly: list[str] = []
+        if chosen and not self.options.layers:
+            groups = groups_of(model, self.options.sharing, chosen)
+            costly = [layer.module_name for members in groups if is_costly(members) for layer in members]
+            chosen = [name for name in chosen if name not in costly]
         if not chosen:
             if model not in self.models and model not in self._refused:
                 self._refused.add(model)
@@ -98,6 +103,7 @@ class Session:
         self.say(
             f"{_called(model)}: {len(chosen)} layers converted ({options.basis} basis), {len(bases)} bases with "
             f"{sum(basis.numel() for basis in bases):,} numbers added"
+            + (f"; {listed(costly)} stay spatial: a basis would have as many numbers as they" if costly else "")
         )
         self._remember(model)
         for optimizer in _living(Optimizer):

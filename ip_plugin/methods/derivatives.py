@@ -27,11 +27,7 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[TensorRef]]:
-    """The model inside of torch's wrappers, and its prunable layers.
-
-    Raises:
-        SelectionError: it has none.
-    """
+    """The model inside of torch's wrappers, and its prunable layers; raises SelectionError if it has none."""
     model = inner(model)
     refs = prunable_tensors(model)
     if not refs:
@@ -60,17 +56,17 @@ def derive(
     inner, refs = unwrapped(model)
     sums: list[Tensor] = []
     with pure(inner):
-        leaves, tensors = _leaves(inner, refs)
-        for number, (inputs, targets) in enumerate(pairs(batches)):
+        # Leaves share the memory of the Parameters; only they get gradients. Buffers are copies, which may be changed.
+        leaf_of = {id(ref.parameter): ref.parameter.detach().requires_grad_() for ref in refs}
+        tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in inner.named_parameters()}
+        tensors |= {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
+        for inputs, targets in pairs(batches):
             value = check_loss(loss(call(inner, tensors, inputs), targets))
-            derived = derivative(value, leaves)
+            derived = derivative(value, list(leaf_of.values()))
             del value
             derived = [d.detach().to(sum_dtype(d)) for d in derived]
-            if number < 2:  # not in place: a derivative may share memory with something
-                sums = [total + d for total, d in zip(sums, derived, strict=True)] if number else derived
-            else:
-                for total, d in zip(sums, derived, strict=True):
-                    total.add_(d)
+            # Not in place: a derivative may share memory with something.
+            sums = [total + d for total, d in zip(sums, derived, strict=True)] if sums else derived
     for wrapper in model.modules():
         if isinstance(wrapper, DistributedDataParallel):
             sums = [total.clone(memory_format=torch.contiguous_format) for total in sums]
@@ -80,11 +76,7 @@ def derive(
 
 
 def pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
-    """The inputs and the targets of every batch.
-
-    Raises:
-        BatchError: there is no batch, or one is not a pair.
-    """
+    """The inputs and the targets of every batch; raises BatchError if there is none, or one is not a pair."""
     empty = True
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -112,11 +104,7 @@ def call(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
 
 
 def check_loss(value: object) -> Tensor:
-    """The value of a loss function, which must be differentiable to one finite gradient.
-
-    Raises:
-        BatchError: it is not.
-    """
+    """The value of a loss function; raises BatchError unless it is one finite number that can be differentiated."""
     if not isinstance(value, Tensor):
         problem = f"a {type(value).__name__}"
     elif value.numel() != 1:
@@ -132,17 +120,6 @@ def check_loss(value: object) -> Tensor:
         problem,
         "pass for example torch.nn.functional.cross_entropy, and outputs that are not detached",
     )
-
-
-def _leaves(model: nn.Module, refs: list[TensorRef]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The prunable tensors as new leaves, and all tensors of the model by name.
-
-    Leaves share the memory of the Parameters; only they get gradients. Buffers are copies, which the model may change.
-    """
-    leaf_of = {id(ref.parameter): ref.parameter.detach().requires_grad_() for ref in refs}
-    tensors = {name: leaf_of.get(id(p), p.detach()) for name, p in model.named_parameters()}
-    tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    return list(leaf_of.values()), tensors
 
 
 @contextmanager

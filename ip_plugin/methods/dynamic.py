@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ from .selection import Scope, apply_masks, select
 class _DynamicSparse:
     """Common to SET and RigL: every few steps the entries of smallest magnitude are dropped, and as many others grown.
 
-    Pruned entries and their optimizer state are zero, so grown entries start at zero. The number of kept entries never
-    changes.
+    Pruned entries and their optimizer state are zero, so grown ones start at zero. The number of kept entries is fixed.
     """
 
     def __init__(
@@ -84,14 +82,8 @@ class _DynamicSparse:
 
     @torch.no_grad()
     def _drop_and_grow(self, ref: TensorRef, growth: Tensor) -> None:
-        """Drop the entries of smallest magnitude of a layer, and grow those with the highest growth scores.
-
-        Args:
-            ref: the weight of a layer, with a mask of ours.
-            growth: scores of all entries; only entries that are pruned after the drop can grow.
-        """
-        assert ref.parametrization is not None
-        mask = ref.parametrization.mask
+        """Drop the entries of smallest magnitude, and grow those with the highest scores of the entries pruned then."""
+        mask = None if ref.parametrization is None else ref.parametrization.mask
         assert mask is not None
         count = min(int(self.fraction_now * int(mask.sum())), int((~mask).sum()))
         if not count:
@@ -208,7 +200,10 @@ class RigL(_DynamicSparse):
     def _dense_gradients(self, loss: Callable[[], Tensor]) -> list[tuple[TensorRef, Tensor]]:
         """The absolute gradient of every coefficient of every sparse layer, for basis filters of unit norm."""
         refs = self._sparse()
-        with preserved_state(self._inner, buffers=True), _without_masks(refs), torch.enable_grad():
+        with preserved_state(self._inner, buffers=True, attributes=True), torch.enable_grad():
+            for ref in refs:  # without masks: pruned entries are zero, so the network computes the same
+                assert ref.parametrization is not None
+                ref.parametrization.mask = None
             self._inner.zero_grad()
             check_loss(loss()).backward()
             gradients = [
@@ -224,16 +219,3 @@ def _for_unit_norm(ref: TensorRef, gradient: Tensor) -> Tensor:
     """The gradient with respect to the coefficients for basis filters of unit norm."""
     norms = None if ref.interspace is None else ref.interspace.filter_norms
     return gradient if norms is None else gradient / norms.reshape(1, 1, *gradient.shape[2:])
-
-
-@contextmanager
-def _without_masks(refs: list[TensorRef]) -> Iterator[None]:
-    """While the block runs, tensors have no masks; pruned entries are zero, so the network computes the same."""
-    masks = {ref.parametrization: ref.parametrization.mask for ref in refs if ref.parametrization is not None}
-    try:
-        for parametrization in masks:
-            parametrization.mask = None
-        yield
-    finally:
-        for parametrization, mask in masks.items():
-            parametrization.mask = mask

@@ -45,7 +45,19 @@ def removal_order(scores: Tensor, filters: Tensor, strength: float = 1.0) -> Ten
     >>> removal_order(torch.tensor([1.0, 2.0, 0.3]), filters, strength=0)
     tensor([2, 0, 1])
     """
-    _check(scores, filters, strength)
+    if scores.ndim != 1 or len(filters) != len(scores) or not len(scores) or filters.ndim < 2:
+        raise ScoreError(
+            "There must be one score for each filter.",
+            f"scores {tuple(scores.shape)}, filters {tuple(filters.shape)}",
+            "pass scores (filters,) and kernels (filters, ...)",
+        )
+    if bool(scores.isnan().any()) or not bool(filters.isfinite().all()):
+        raise ScoreError(
+            "Scores and filters must be numbers.",
+            "NaN among the scores, or filters that are not finite",
+            "take a model that has not diverged",
+        )
+    check_fraction(strength, "strength")
     count = len(scores)
     values = scores.detach().double().cpu()
     ascending = values.argsort(stable=True)
@@ -148,24 +160,5 @@ def check_similarity(similarity: str) -> None:
     """Raise ArgumentError unless `similarity` is known."""
     known = get_args(Similarity)
     if similarity not in known:
-        raise ArgumentError(
-            f"Filters must be compared by {' or '.join(known)}.",
-            f"{similarity!r}",
-            f"pass {known[0]!r} or {known[1]!r}",
-        )
-
-
-def _check(scores: Tensor, filters: Tensor, strength: float) -> None:
-    if scores.ndim != 1 or len(filters) != len(scores) or not len(scores) or filters.ndim < 2:
-        raise ScoreError(
-            "There must be one score for each filter.",
-            f"scores {tuple(scores.shape)}, filters {tuple(filters.shape)}",
-            "pass scores (filters,) and kernels (filters, ...)",
-        )
-    if bool(scores.isnan().any()) or not bool(filters.isfinite().all()):
-        raise ScoreError(
-            "Scores and filters must be numbers.",
-            "NaN among the scores, or filters that are not finite",
-            "take a model that has not diverged",
-        )
-    check_fraction(strength, "strength")
+        rule = f"Filters must be compared by {' or '.join(known)}."
+        raise ArgumentError(rule, f"{similarity!r}", f"pass {known[0]!r} or {known[1]!r}")

@@ -6,9 +6,8 @@ basis filters of unit norm. Entries that are pruned already, by our mask or by t
 score -inf; all others are finite.
 
 The functions are pure: parameters, buffers (BatchNorm statistics), gradients, modes and the random state of torch are
-afterwards as they were, also if a function fails. The model runs in the mode that it is in. A model that is wrapped in
-DistributedDataParallel gets the same scores in every process: gradients are summed over the processes. A compiled model
-runs uncompiled.
+afterwards as they were, also if a function fails. The model runs in the mode that it is in, uncompiled. A model that is
+wrapped in DistributedDataParallel gets the same scores in every process: gradients are summed over the processes.
 
 Scores can be passed to `torch.nn.utils.prune` as ``importance_scores``. That library ranks by absolute value; `grasp`
 and `movement` have signs, so pass their `ranks`.
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -58,7 +57,7 @@ def random(model: nn.Module, *, generator: torch.Generator) -> Scores:
     [torch.Size([2, 3])]
     """
     _, refs = unwrapped(model)
-    noise = [torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs]
+    noise = (torch.rand(ref.parameter.shape, generator=generator, device=generator.device) for ref in refs)
     return _scores(refs, [n.to(ref.parameter.device) for n, ref in zip(noise, refs, strict=True)])
 
 
@@ -126,8 +125,7 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: there are no batches, or one is no pair; the loss is not one finite number, or does not depend on
-            the prunable tensors.
+        BatchError: no batches, or one that is no pair; a loss that is not one finite number, or depends on no layer.
         ScoreError: NaN or infinity among the gradients.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -137,19 +135,18 @@ def snip(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     tensor([[6., 5.]])
     """
     refs, gradients = derive(model, batches, loss, first_order)
-    return _scores(refs, [_times(ref, g).abs_() for ref, g in zip(refs, gradients, strict=True)])
+    return _scores(refs, [(g * ref.parameter.detach()).abs_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def movement(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """``-t * dL/dt``, summed over the batches (Sanh et al. 2020, arXiv 2005.07683), without training in between.
 
-    Positive where a step of gradient descent moves an entry away from zero. `Movement` accumulates it over a training
-    run.
+    Positive where a step of gradient descent moves an entry away from zero. `Movement` sums it over a training run.
 
     Args, raises: as `snip`.
     """
     refs, gradients = derive(model, batches, loss, first_order)
-    return _scores(refs, [_times(ref, g).neg_() for ref, g in zip(refs, gradients, strict=True)])
+    return _scores(refs, [(g * ref.parameter.detach()).neg_() for ref, g in zip(refs, gradients, strict=True)])
 
 
 def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 200) -> Scores:
@@ -197,7 +194,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss, temperature: float = 2
         return torch.autograd.grad(along, tensors, materialize_grads=True)
 
     refs, products = derive(model, kept, cooled, product_with_hessian)
-    return _scores(refs, [_times(ref, p) for ref, p in zip(refs, products, strict=True)])
+    return _scores(refs, [p * ref.parameter.detach() for ref, p in zip(refs, products, strict=True)])
 
 
 def _over_squared_norms(ref: TensorRef, gradient: Tensor) -> Tensor:
@@ -227,8 +224,7 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
 
     Raises:
         SelectionError: the model has no prunable layer.
-        BatchError: the model does not run on the example input, or no output is a floating point tensor that depends on
-            the prunable tensors.
+        BatchError: the model does not run on the input, or no floating point output depends on the prunable tensors.
         ScoreError: NaN or infinity in the model, or a flow out of the range of float64.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -249,12 +245,10 @@ def synflow(model: nn.Module, example_input: Any) -> Scores:
         for space in inner.modules():
             if isinstance(space, Interspace):  # the signs that count are those of the effective basis
                 tensors[name_of[id(space.basis)]] = _wide(space.effective_basis.detach().abs())
-        for space in inner.modules():
-            if isinstance(space, Interspace):
                 space.constraint = "none"
         leaves = [tensors[name_of[id(ref.parameter)]].requires_grad_() for ref in refs]
         outputs = run(_Substituted(inner, tensors), _ones(example_input))
-        flow = sum(output.double().sum() for output in _floating(outputs))
+        flow = sum(output.double().sum() for output in _leaves(outputs) if output.is_floating_point())
         if not isinstance(flow, Tensor) or not flow.requires_grad:
             raise BatchError(
                 "SynFlow needs a floating point output that depends on the prunable tensors.",
@@ -290,16 +284,13 @@ def _ones(example: Any) -> Any:
     return tuple(_ones(value) for value in example) if isinstance(example, tuple) else example
 
 
-def _floating(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _floating(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from _floating(value)
+def _leaves(outputs: Any) -> list[Tensor]:
+    """The tensors in nested mappings, lists and tuples (torch's pytree knows registered mappings only)."""
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, (list, tuple)):
+        return [leaf for value in outputs for leaf in _leaves(value)]
+    return [outputs] if isinstance(outputs, Tensor) else []
 
 
 class Movement:
@@ -364,8 +355,8 @@ class Movement:
 def check_state(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless tensors of a saved state have the names and shapes of the present ones."""
     shapes, others = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved, present))
-    if shapes != others:
-        differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differing:
         name = differing[0]
         raise CheckpointError(
             "A saved state must have the tensors of this model, in the same shapes.",
@@ -397,13 +388,9 @@ def ranks(scores: Mapping[Target, Tensor]) -> Scores:
 
 
 @torch.no_grad()
-def _times(ref: TensorRef, gradient: Tensor) -> Tensor:
-    return gradient * ref.parameter.detach()
-
-
-@torch.no_grad()
 def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
     """Values by target, checked to be finite, and -inf where an entry is pruned."""
+    scores: Scores = {}
     for ref, value in zip(refs, values, strict=True):
         # One pass computes the sum, which may be infinite without any entry being so.
         if not math.isfinite(value.sum()) and (bad := int((~value.isfinite()).sum())):
@@ -412,7 +399,5 @@ def _scores(refs: list[TensorRef], values: list[Tensor]) -> Scores:
                 f"layer {ref.module_name!r}: {bad} NaN or infinite scores",
                 "score a model that has not diverged, on data and with a loss whose gradients are finite",
             )
-    return {
-        ref.target: (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
-        for ref, value in zip(refs, values, strict=True)
-    }
+        scores[ref.target] = (value if ref.mask is None else value.masked_fill(~ref.mask, -math.inf)).contiguous()
+    return scores

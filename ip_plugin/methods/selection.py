@@ -81,8 +81,7 @@ def select(
     """Masks that keep the entries with the highest scores, and prune exactly the given amount.
 
     Args:
-        scores: {target: scores}, finite; -inf marks entries that are pruned already. They stay pruned, and count as
-            pruned.
+        scores: {target: scores}, finite; -inf marks entries that are pruned already: they stay so, and are counted.
         sparsity: fraction of all entries that the masks prune; rounded to a count.
         count: number of entries that the masks prune, instead of a sparsity.
         scope: ``"global"``: one threshold; ``"layer"``: every layer has the same sparsity; ``"erk"``: densities by
@@ -98,8 +97,7 @@ def select(
     Raises:
         SelectionError: no scores, or layers that the pattern does not fit.
         ScoreError: scores that are NaN or +inf.
-        AmountError: no amount, two, or one out of range; more is pruned already; or `min_per_layer` is no count, or
-            impossible.
+        AmountError: no amount, two, or one out of range; more is pruned already; an impossible `min_per_layer`.
         ArgumentError: of `scope` or `pattern`.
 
     Warns:
@@ -112,7 +110,18 @@ def select(
     >>> select(scores, pattern=NofM(1, 2))[next(iter(scores))]
     tensor([[False,  True, False,  True]])
     """
-    _check(scores)
+    if not any(score.numel() for score in scores.values()):
+        raise SelectionError(
+            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
+        )
+    for where, score in scores.items():
+        bad = int((score.isnan() | (score == math.inf)).sum())
+        if bad:
+            raise ScoreError(
+                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
+                f"{described(where, score)}: {bad} NaN or infinite scores",
+                "score a model that has not diverged",
+            )
     if pattern is not None:
         others = {"sparsity": sparsity, "count": count, "scope": scope, "min_per_layer": min_per_layer}
         _check_pattern(pattern, scores, others)
@@ -135,14 +144,13 @@ def select(
         )
     bounds = least(min_per_layer, left, keep)
     if scope == "global":
-        device = values[0].device
         ranked = [
             v.masked_fill(keep_largest([v], n)[0], math.inf) if n else v for v, n in zip(values, bounds, strict=True)
         ]
-        kept = keep_largest([r.to(device) for r in ranked], keep)
+        kept = keep_largest([value.to(values[0].device) for value in ranked], keep)
     else:
         weights = sizes if scope == "layer" else [sum(score.shape) for score in scores.values()]
-        counts = _whole(_shares(weights, bounds, left, Fraction(keep)))
+        counts = rounded(_shares(weights, bounds, left, Fraction(keep)))
         kept = [keep_largest([value], n)[0] for value, n in zip(values, counts, strict=True)]
     masks = {
         where: mask.reshape(score.shape).to(score.device)
@@ -172,17 +180,14 @@ def apply_masks(model: Model, masks: Mapping[Target, Tensor]) -> Model:
     >>> model = apply_masks(model, {(model, "weight"): torch.tensor([[True, False]])})
     """
     names = {layer.target: layer.module_name for layer in prunable_tensors(model)}
-    by_name: dict[str, Tensor] = {}
-    for where, mask in masks.items():
-        name = names.get(TensorRef(*where).target)
-        if name is None:
+    for module, tensor_name in masks:
+        if TensorRef(module, tensor_name).target not in names:
             raise SelectionError(
                 "Everything in `masks` must be a target of the model, one of `ip_plugin.prunable(model)`.",
-                f"{where[1]!r} of a {type(where[0]).__name__} that is no target of this model",
+                f"{tensor_name!r} of a {type(module).__name__} that is no target of this model",
                 "compute the scores for this model, after it was copied, converted or baked",
             )
-        by_name[name] = mask
-    return set_masks(model, by_name)
+    return set_masks(model, {names[TensorRef(*where).target]: mask for where, mask in masks.items()})
 
 
 def erk(shapes: Iterable[Sequence[int]], density: float) -> list[float]:
@@ -237,12 +242,11 @@ def _shares(weights: Sequence[int], least: Sequence[int], most: Sequence[int], t
     return shares
 
 
-def _whole(shares: Sequence[Fraction]) -> list[int]:
+def rounded(shares: Sequence[Fraction]) -> list[int]:
     """Shares as whole numbers of the same sum: the largest remainders are rounded up, of equal ones the first."""
     counts = [math.floor(share) for share in shares]
     missing = round(sum(shares)) - sum(counts)
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    for i in by_remainder[:missing]:
+    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:missing]:
         counts[i] += 1
     return counts
 
@@ -295,18 +299,3 @@ def _check_pattern(pattern: object, scores: Mapping[Target, Tensor], others: Map
             f"not so in {listed(misfits)}",
             "leave these out: {where: s for where, s in scores.items() if pattern.fits(s.shape)}",
         )
-
-
-def _check(scores: Mapping[Target, Tensor]) -> None:
-    if not any(score.numel() for score in scores.values()):
-        raise SelectionError(
-            "There must be scores to select by.", "an empty mapping", "pass scores of the tensors that are to be pruned"
-        )
-    for where, score in scores.items():
-        bad = int((score.isnan() | (score == math.inf)).sum())
-        if bad:
-            raise ScoreError(
-                "Scores must be finite; only -inf is allowed, and means an entry that is pruned already.",
-                f"{described(where, score)}: {bad} NaN or infinite scores",
-                "score a model that has not diverged",
-            )

@@ -66,12 +66,21 @@ class Report:
         prunable: their sum.
         everything: the sum including biases, norms, other parameters and bases: ``parameters`` is the number of entries
             in ``model.parameters()``, ``bytes_dense`` the size of the state_dict without masks, and ``bytes_sparse``
-            that of a compact file without its header.
+            that of a compact file without its header; multiply-adds are those of all Parameters.
+        outside: what `prunable` and bases do not contain: ``{"LayerNorm.weight": 1536, ...}``, the number of entries by
+            class of module and name, largest first.
     """
 
     rows: tuple[Row, ...]
     prunable: Row
     everything: Row
+    outside: dict[str, int]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters, without bases, that `prunable` contains."""
+        parameters = self.everything.parameters - self.everything.basis_parameters
+        return self.prunable.parameters / parameters if parameters else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers, ready for JSON."""
@@ -79,6 +88,7 @@ class Report:
             "layers": [_plain(row) for row in self.rows],
             "prunable": _plain(self.prunable),
             "everything": _plain(self.everything),
+            "outside": self.outside,
         }
 
     def to_csv(self) -> str:
@@ -93,7 +103,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title="Parameters and non-zeros")
+        table = Table(title="Parameters and non-zeros", caption=self._outside(), caption_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("space")
         prepared = any(row.runs is not None for row in self.rows)
@@ -133,6 +143,13 @@ class Report:
                 cells += [f"{row.mean_similarity:.3f}", f"{row.largest_similarity:.3f}", f"{row.effective_rank:.1f}"]
             table.add_row(*cells)
         return table
+
+    def _outside(self) -> str:
+        """What `prunable` does not contain, in a sentence."""
+        largest = [f"{kind} {count:,}" for kind, count in list(self.outside.items())[:4]]
+        rest = sum(self.outside.values()) - sum(list(self.outside.values())[:4])
+        others = ", ".join([*largest, *([f"others {rest:,}"] if rest else [])])
+        return f"`prunable` holds {self.coverage:.1%} of the parameters" + (f"; outside: {others}" if others else "")
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,26 +15,28 @@ from ..core.tensor_ref import TensorRef
 from .addressing import Window
 from .coefficients import Coefficients
 from .convolution import UNLIMITED, Convolution
-from .nodes import can_be_delayed, module_of, only_user
+from .nodes import called_plainly, can_be_delayed, is_of_torch, module_of, only_user
 
 
-def fuse(traced: fx.GraphModule, sparse: dict[str, TensorRef], shapes: dict[fx.Node, torch.Size]) -> None:
+def fuse(traced: fx.GraphModule, sparse: Mapping[nn.Module, TensorRef], shapes: dict[fx.Node, torch.Size]) -> None:
     """Replace convolutions, and what follows them, by calls of `Convolution`.
 
     Args:
         traced: changed in place; what it no longer calls loses its parameters, so that dense weights can be freed.
-        sparse: tensors of the layers to replace, by the names of the layers.
+        sparse: tensors of the layers to replace.
         shapes: of all values; those of the calls are added.
     """
     replaced: set[str] = set()
     for number, node in enumerate(list(traced.graph.nodes)):
-        if node.op != "call_module" or node.target not in sparse or len(node.args) != 1 or node.kwargs:
+        module = module_of(node)
+        tensor = None if module is None else sparse.get(module)
+        if tensor is None or len(node.args) != 1 or node.kwargs:
             continue
         if len(shapes[node]) != 4 or 0 in shapes[node]:
             continue
-        chain, residual, convolution = _fused(node, sparse[node.target], shapes)
+        chain, residual, convolution = _fused(node, tensor, shapes)
         replaced.update(str(fused.target) for fused in chain if fused.op == "call_module")
-        name = f"{node.target}.call{number}"
+        name = f"convolution{number}"
         traced.add_submodule(name, convolution)
         with traced.graph.inserting_before(chain[-1]):
             call = traced.graph.call_module(name, node.args if residual is None else (*node.args, residual))
@@ -41,7 +44,10 @@ def fuse(traced: fx.GraphModule, sparse: dict[str, TensorRef], shapes: dict[fx.N
         chain[-1].replace_all_uses_with(call)
         for fused in reversed(chain):
             traced.graph.erase_node(fused)
-    for name in replaced - {node.target for node in traced.graph.nodes if node.op == "call_module"}:
+    for node in traced.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            replaced -= {str(node.target), str(node.target).rpartition(".")[0]}
+    for name in replaced:
         traced.set_submodule(name, nn.ModuleDict(dict(traced.get_submodule(name).named_children())))
 
 
@@ -60,7 +66,13 @@ def _fused(
     chain, residual, limits = [node], None, UNLIMITED
     user = only_user(node)
     norm = None if user is None else module_of(user)
-    if user is not None and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+    if (
+        user is not None
+        and isinstance(norm, nn.BatchNorm2d)
+        and is_of_torch(norm)
+        and called_plainly(user)
+        and norm.running_mean is not None
+    ):
         values, bias = _folded(values, bias, norm)
         chain.append(user)
     user, addend = only_user(chain[-1]), _addend(chain[-1])
@@ -75,7 +87,13 @@ def _fused(
         chain.append(user)
     coefficients = Coefficients.of(np.ascontiguousarray(values.flatten(2).numpy()), module.groups, basis)
     convolution = Convolution(
-        str(node.target), _window(module), module.groups, module.in_channels, coefficients, bias.float().numpy(), limits
+        tensor.module_name,
+        _window(module),
+        module.groups,
+        module.in_channels,
+        coefficients,
+        bias.float().numpy(),
+        limits,
     )
     return chain, residual, convolution
 
@@ -114,6 +132,8 @@ def _clamp(node: fx.Node) -> tuple[float, float] | None:
     """The bounds of an activation that is a clamp."""
     if node.op == "call_module":
         module = module_of(node)
+        if not called_plainly(node):
+            return None
         if isinstance(module, nn.ReLU):
             return 0.0, math.inf
         return (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else None  # ReLU6 is one

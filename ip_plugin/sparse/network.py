@@ -2,126 +2,108 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numba
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import SparseExecutionError
-from ..reporting.measure import Prepared
-from ..reporting.table import Row
+from ..reporting.measure import LayerCall
 from .autotune import Chooser
+from .graph import ROOT, Structure, Traced
 from .lowering import lower
 from .program import Program
-from .steps import LayerRun, Run
+from .steps import Run
 
 
-class SparseNetwork(Prepared):
+class SparseNetwork(nn.Module):
     """A network for inference that runs convolutions by their non-zeros where that is faster; `prepare` makes it.
 
-    Its weights are those that the model had then. Inputs are float32 on the CPU; each new shape is prepared for once.
-    Calls from several threads at once work in memory of their own.
+    Its weights are those that the model had then. Floating point inputs are float32 on the CPU; each new shape is
+    prepared for once. Calls from several threads at once work in memory of their own.
 
     Args:
-        plain: what `graph.trace` has made of the model.
+        traced: what `graph.trace` has made of the model.
         choose: how convolutions are run.
+        forward: whose parameters `forward` takes: the model's own forward.
     """
 
-    def __init__(self, plain: fx.GraphModule, choose: Chooser) -> None:
+    def __init__(self, traced: Traced, choose: Chooser, forward: Callable[..., Any] | None = None) -> None:
         super().__init__()
-        self.plain: fx.GraphModule = plain
-        self._choose = choose
+        self.plain, self._structure, self._outputs = traced
+        self._choose, self._signature = choose, inspect.signature(forward) if forward else None
         self._programs: dict[tuple[torch.Size, ...], Program] = {}
         self._lock = threading.Lock()
+        self.noted: list[LayerCall] | None = None
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model; no gradients.
 
         Raises:
-            SparseExecutionError: an input is no float32 tensor on the CPU, or a convolution gets no batch of images.
+            SparseExecutionError: the arguments differ from those prepared for by more than shapes and values of
+                tensors, a floating point tensor is not float32 on the CPU, or a convolution gets no batch of images.
         """
-        for value in inputs:
-            check_input(value)
-        program = self._program(inputs)
+        program, tensors = self._program(args, kwargs)
+        if self.noted is not None:
+            self.noted.extend(_calls(program))
         with _one_at_a_time():
-            return program(inputs)
+            return tree_unflatten(program(tensors), self._outputs)
 
-    def runs(self, *inputs: Tensor) -> list[Run]:
+    def runs(self, *args: Any, **kwargs: Any) -> list[Run]:
         """How each convolution is run for inputs of these shapes, in order."""
-        return [step.layer.run for step in self._program(inputs).steps if step.layer is not None]
+        return [step.layer.run for step in self._program(args, kwargs)[0].steps if step.layer is not None]
 
-    def rows(self, calls: Sequence[tuple[Tensor, ...]]) -> list[Row]:
-        """Rows of the convolutions for `ip_plugin.report`, which itself lists the layers that torch runs.
+    def first_calls(self) -> list[LayerCall]:
+        """Calls of convolutions for the inputs that the network was prepared for, for `ip_plugin.report`."""
+        return _calls(next(iter(self._programs.values())))
 
-        Args:
-            calls: inputs of each call; if there are none, the rows say how the inputs are run that the network was
-                prepared for.
-        """
-        programs = [self._program(inputs) for inputs in calls] or [next(iter(self._programs.values()))]
-        owners: dict[bytes, str] = {}
-        first = _layers(programs[:1])
-        return [
-            _row(runs, sum(record.run.bytes for record in first[name]), bool(calls), owners)
-            for name, runs in _layers(programs).items()
-        ]
+    def layers_by_torch(self) -> dict[str, nn.Module]:
+        """Modules with parameters of which torch runs calls, by their names in the model."""
+        return {
+            name.removeprefix(ROOT).removeprefix("."): module
+            for name, module in self.plain.named_modules()
+            if name.split(".")[0] == ROOT and module._parameters
+        }
 
     def train(self, mode: bool = True) -> SparseNetwork:  # noqa: ARG002
         """Stays in evaluation mode."""
         return super().train(False)
 
-    def _program(self, inputs: tuple[Tensor, ...]) -> Program:
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, tuple[Tensor, ...]]:
+        """The program for a call, and the tensors that it takes."""
+        structure, tensors = Structure.of(args, kwargs)
+        if structure != self._structure and kwargs and self._signature is not None:
+            with suppress(TypeError):  # the same arguments, given by name
+                bound = self._signature.bind(*args, **kwargs)
+                structure, tensors = Structure.of(bound.args, bound.kwargs)
+        if structure != self._structure:
+            raise SparseExecutionError(
+                "A sparse network must be called as it was prepared: tensors of any shape, everything else equal.",
+                f"{structure}; prepared for {self._structure}",
+                "prepare another network with an `example_input` like these arguments",
+            )
+        for value in tensors:
+            check_input(value)
         _share_threads()
-        key = tuple(value.shape for value in inputs)
+        key = tuple(value.shape for value in tensors)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = lower(self.plain, inputs, self._choose)
-            return self._programs[key]
+                with torch.random.fork_rng(devices=[]):  # a trial run, which must leave no trace
+                    self._programs[key] = lower(self.plain, tuple(map(torch.clone, tensors)), self._choose)
+            return self._programs[key], tensors
 
 
-def _layers(programs: Sequence[Program]) -> dict[str, list[LayerRun]]:
-    """Layers that programs run, by name."""
-    layers: dict[str, list[LayerRun]] = {}
-    for record in (step.layer for program in programs for step in program.steps if step.layer is not None):
-        layers.setdefault(record.run.layer, []).append(record)
-    return layers
-
-
-def _row(runs: Sequence[LayerRun], stored: int, counted: bool, owners: dict[bytes, str]) -> Row:
-    """The row of a layer.
-
-    Args:
-        runs: of the layer.
-        stored: bytes of its coefficients and positions.
-        counted: whether `runs` are those of known calls, so that multiply-adds can be counted.
-        owners: of bases: the first layer that uses them; changed in place.
-    """
-    layer, basis = runs[0].layer, runs[0].layer.coefficients.basis
-    parameters, nonzeros = math.prod(layer.shape), len(layer.coefficients.values)
-    owner = "" if basis is None else owners.setdefault(basis.tobytes(), layer.name)
-    transform = 0 if basis is None else basis.size * min(layer.inputs, layer.coefficients.channels)
-    positions = sum(record.positions for record in runs)
-    return Row(
-        layer=layer.name,
-        space="spatial" if basis is None else "interspace",
-        shape=layer.shape,
-        parameters=parameters,
-        nonzeros=nonzeros,
-        sparsity=1 - nonzeros / parameters if parameters else 0.0,
-        basis=owner,
-        basis_parameters=basis.size if basis is not None and owner == layer.name else 0,
-        bytes_dense=4 * parameters,
-        bytes_sparse=stored,
-        macs_dense=positions * parameters if counted else None,
-        macs_nonzero=positions * nonzeros if counted else None,
-        macs_basis=positions * transform if counted else None,
-        runs=", ".join(dict.fromkeys(record.run.how for record in runs)),
-    )
+def _calls(program: Program) -> list[LayerCall]:
+    """The layers that a program runs."""
+    layers = [step.layer for step in program.steps if step.layer is not None]
+    return [LayerCall(layer.run.layer, layer.run.how, layer.run.bytes, layer.positions) for layer in layers]
 
 
 def _share_threads() -> None:
@@ -143,11 +125,11 @@ def _one_at_a_time() -> AbstractContextManager[object]:
         return _SERIAL
 
 
-def check_input(value: Any) -> None:
-    """Raise SparseExecutionError unless a value is a float32 tensor on the CPU."""
-    if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.device.type != "cpu":
+def check_input(value: Tensor) -> None:
+    """Raise SparseExecutionError unless a tensor is on the CPU, and float32 if it is one of floating point numbers."""
+    if value.device.type != "cpu" or (value.is_floating_point() and value.dtype != torch.float32):
         raise SparseExecutionError(
-            "A sparse network must be given float32 tensors on the CPU.",
-            f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__,
+            "A sparse network must be given tensors on the CPU, and floating point numbers as float32.",
+            f"{value.dtype} on {value.device}",
             "move model and inputs to the CPU, and to float32: model.cpu().float()",
         )

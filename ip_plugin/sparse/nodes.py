@@ -28,6 +28,19 @@ def function_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def is_of_torch(module: nn.Module | None) -> bool:
+    """Whether a module's class is one of torch's own."""
+    return type(module).__module__.startswith("torch.nn")
+
+
+def needs_contiguous(node: fx.Node) -> bool:
+    """Whether what a node calls may fail for tensors that lie in memory in an unusual way."""
+    if node.op == "call_module":
+        module = module_of(node)
+        return isinstance(module, nn.Unflatten) or not is_of_torch(module)
+    return function_name(node) in ("view", "view_as", "unflatten")
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node that uses a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from ..core.convert import bake
-from ..errors import ArgumentError, SparseFallbackWarning
-from ..utils.example_input import run
+from ..errors import ArgumentError, SparseExecutionError, SparseFallbackWarning
+from ..reporting.measure import PREPARED, Prepared, measure
+from ..utils.example_input import arguments, run
 from .autotune import Autotuner, Chooser, by_rule
-from .convolution import Convolution, can_run_sparse
-from .graph import UntraceableError, trace
+from .graph import Outputs, Structure, UntraceableError, baked, outputs_of, trace
 from .network import SparseNetwork, check_input
+
+#: How much outputs may differ from the model's, relative to the largest one, by dtype of responses.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def prepare(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Any,
     *,
     deterministic: bool = False,
     response_dtype: torch.dtype = torch.float32,
@@ -31,22 +35,32 @@ def prepare(
     activations between them stay in one memory layout. Autotuning times each layer dense and in several sparse ways.
     3x3 convolutions that are still too dense for the sparse kernels may run dense by Winograd's minimal filtering
     (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or infinity spreads over its tile of 4x4 pixels. Everything
-    else is left to torch. A model whose forward `torch.fx` cannot trace is run layer by layer, with a warning.
+    else is left to torch.
+
+    What is prepared is run on the example input and compared with the model. If `torch.fx` cannot trace the forward, or
+    traces another branch of it, as large parts of the model as possible are prepared instead, down to single
+    convolutions, with a warning.
 
     Args:
         model: pruned, in either space, float32 on the CPU; not changed, and not needed afterwards.
-        example_input: a tensor, or a tuple of arguments. Other shapes are prepared for when they first occur.
+        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments. What is no tensor in it is
+            fixed; other shapes of tensors are prepared for when they first occur.
         deterministic: choose by a rule instead of by timing: slower, but outputs are bit-equal in every process.
         response_dtype: dtype in which basis-filter responses are stored while a layer runs: float32, or bfloat16, which
             halves their cache footprint and rounds them to 8 bits; sums and everything else stay float32.
 
     Returns:
-        A module that takes what the model takes, without gradients.
+        A module that takes what the model takes, without gradients: a `SparseNetwork`, or a copy of the model, parts of
+        which run sparse. It describes itself to `ip_plugin.report`.
 
     Raises:
         BatchError: the model does not run on the example input.
         ArgumentError: `response_dtype` is another type.
-        SparseExecutionError: model or input are not float32 on the CPU.
+        SparseExecutionError: model or input are not float32 on the CPU, or the model cannot be copied, or a baked copy
+            computes something else.
+
+    Warns:
+        SparseFallbackWarning: the model is run in parts.
 
     >>> import torch
     >>> from ip_plugin.methods import prune_fitted
@@ -63,53 +77,169 @@ def prepare(
             f"response_dtype={response_dtype}",
             "leave it out for results that are exact to float32",
         )
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for value in (*inputs, *(parameter.detach() for parameter in model.parameters() if parameter.is_floating_point())):
+    args, kwargs = arguments(example_input)
+    structure, tensors = Structure.of(args, kwargs)
+    for value in (*tensors, *(parameter.detach() for parameter in model.parameters())):
         check_input(value)
-    run(model, inputs)
+    expected = outputs_of(lambda *args, **kwargs: run(model, kwargs or args), structure, tensors)
     choose: Chooser = Autotuner(response_dtype)
     if deterministic:
         choose = partial(by_rule, response_dtype=response_dtype)
+    parts = _Parts(model, choose, _TOLERANCES[response_dtype])
+    prepared: nn.Module
     try:
-        traced = trace(model, inputs)
+        prepared = parts.network(parts.plain, args, kwargs, expected)
+        networks, by_torch = [prepared], prepared.layers_by_torch()
     except UntraceableError as error:
+        prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs, expected)
+        sparse = len({call.layer for network in networks for call in network.first_calls()})
+        how, reason = "in parts, which is slower" if networks else "dense", str(error).rstrip(".")
         warnings.warn(
-            "The network is run sparse layer by layer, which is slower: torch.fx cannot trace its forward. "
-            f"Found: {error}. What to do: keep Python that depends on values out of the forward, or accept the speed",
+            f"The network is run {how}: torch.fx cannot trace its forward as a whole. Found: {reason}. {len(networks)} "
+            f"parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions for which there are loops"
+            f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
+            "forward, or accept the speed",
             SparseFallbackWarning,
             stacklevel=2,
         )
-        return _layer_by_layer(model, inputs, choose)
-    prepared = SparseNetwork(traced, choose).eval()
-    prepared(*inputs)
+    setattr(prepared, PREPARED, Prepared(measure(model, packing=False), by_torch, networks))
     return prepared
 
 
-def _layer_by_layer(model: nn.Module, inputs: tuple[Tensor, ...], choose: Chooser) -> nn.Module:
-    """Make each convolution that is only called with one positional argument a sparse network of its own."""
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
-    names = {name: module for name, module in plain.named_modules(remove_duplicate=False) if can_run_sparse(module)}
-    read: dict[nn.Module, Tensor | None] = {}
+class _Parts:
+    """Makes sparse networks of a model or its parts.
 
-    def record(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        read[module] = None if named or read.get(module, module) is None else arguments[0]
+    Args:
+        model, choose: as of `prepare`.
+        tolerance: how much outputs may differ from the model's, relative to the largest.
 
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in set(names.values())]
-    run(plain, inputs)
-    for hook in hooks:
-        hook.remove()
-    sparse: dict[nn.Module, SparseNetwork] = {}
-    for module, images in read.items():
-        if images is None:
-            continue
-        traced = trace(nn.Sequential(module), (images,))
-        for layer in traced.modules():
-            if isinstance(layer, Convolution):
-                layer.name = ""  # the network is the layer
-        sparse[module] = SparseNetwork(traced, choose).eval()
-        sparse[module](images)
-    bake(plain)
-    for name, module in names.items():
-        if module in sparse:
-            plain.set_submodule(name, sparse[module])
-    return plain
+    Attributes:
+        plain: a baked copy of the model.
+        sparse: its layers that can run sparse.
+        difference: in words, what `assemble` has found different in the outputs of the whole model.
+    """
+
+    def __init__(self, model: nn.Module, choose: Chooser, tolerance: float) -> None:
+        self.plain, self.sparse = baked(model)
+        self.difference = ""
+        self._choose, self._tolerance = choose, tolerance
+
+    def network(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Outputs | None = None
+    ) -> SparseNetwork:
+        """A network that computes what `module` does for these arguments, or `expected`.
+
+        Raises:
+            UntraceableError: there is none.
+        """
+        structure, tensors = Structure.of(args, kwargs)
+        expected = expected or outputs_of(module, structure, tensors)
+        errors = []
+        for opaque in (False, True):
+            try:
+                traced = trace(
+                    module, self.sparse, args, kwargs, expected=expected, opaque=opaque, tolerance=self._tolerance
+                )
+                network = SparseNetwork(traced, self._choose, module.forward).eval()
+                difference = expected.difference(outputs_of(network, structure, tensors), self._tolerance)
+            except UntraceableError as failure:  # noqa: PERF203
+                errors.append(failure)
+            except Exception as failure:
+                errors.append(UntraceableError(f"{type(failure).__name__}: {failure}".splitlines()[0]))
+            else:
+                if not difference:
+                    return network
+                errors.append(UntraceableError(f"run sparse, it computes something else: {difference}"))
+        raise errors[0]
+
+    def assemble(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Outputs
+    ) -> tuple[list[SparseNetwork], dict[str, nn.Module]]:
+        """Let parts of `plain` run sparse where they are called as they were for these arguments.
+
+        Modules keep their classes and attributes, so that a forward that asks for them finds what it expects.
+
+        Args:
+            args, kwargs: of a call.
+            expected: the outputs of the model.
+
+        Returns:
+            The networks, and all modules that torch may run, by name.
+
+        Raises:
+            SparseExecutionError: `plain` computes something else than the model.
+        """
+        structure, tensors = Structure.of(args, kwargs)
+        difference = expected.difference(outputs_of(self.plain, structure, tensors), self._tolerance)
+        if difference:
+            raise SparseExecutionError(
+                "A model that is prepared must compute the same when it is baked.",
+                difference,
+                "do not prune a weight that another layer uses, too, like that of an output layer that is tied to an "
+                "embedding; or untie them",
+            )
+        networks = dict(self._inside(self.plain, args, kwargs))
+        for module, network in networks.items():
+            module.forward = _or_dense(network, module.forward)
+        outputs = outputs_of(self.plain, structure, tensors)
+        self.difference = expected.difference(outputs, self._tolerance)
+        if self.difference:
+            self.difference = (
+                f"; the outputs of each part are the model's, but together {self.difference}, as where a small "
+                "difference decides what is kept (non-maximum suppression): check outputs on your data"
+            )
+        return list(networks.values()), dict(self.plain.named_modules())
+
+    def _inside(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[tuple[nn.Module, SparseNetwork]]:
+        """Networks for the largest parts of a module that there are networks for."""
+        for part, (part_args, part_kwargs) in self._calls_inside(module, args, kwargs).items():
+            try:
+                network = self.network(part, part_args, part_kwargs)
+            except UntraceableError:  # noqa: PERF203
+                yield from self._inside(part, part_args, part_kwargs)
+            else:
+                if network.first_calls():
+                    yield part, network
+
+    def _calls_inside(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The first calls of parts with layers that can run sparse, but not calls from inside of these parts."""
+        calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        inside: list[nn.Module] = []
+
+        def enter(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not inside:
+                calls.setdefault(part, (args, kwargs))
+            inside.append(part)
+
+        def leave(*_: Any) -> None:
+            inside.pop()
+
+        hooks: list[RemovableHandle] = []
+        for part in module.modules():
+            hooked = part._forward_hooks or part._forward_pre_hooks
+            if part is not module and not hooked and not self.sparse.keys().isdisjoint(part.modules()):
+                hooks.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.append(part.register_forward_hook(leave, always_call=True))
+        structure, tensors = Structure.of(args, kwargs)
+        try:
+            outputs_of(module, structure, tensors)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls
+
+
+def _or_dense(network: SparseNetwork, dense: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs a network, or the dense layers for calls that it is not prepared for."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return network(*args, **kwargs)
+        except SparseExecutionError:
+            return dense(*args, **kwargs)
+
+    return forward

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .memory import Workspace
@@ -76,5 +77,5 @@ class Program:
 
 
 def _owned(value: Any) -> Any:
-    """An output that no later call writes to."""
-    return value.clone() if isinstance(value, Tensor) else value
+    """An output that no later call writes to, as ordinary in memory as torch's."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value

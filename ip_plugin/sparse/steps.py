@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..errors import SparseExecutionError
 from .addressing import Window
 from .convolution import Convolution
 from .images import Images, Packing
@@ -21,7 +22,7 @@ from .kernels import nonzero
 from .layout import Layout
 from .loops import Loop
 from .memory import Region, Workspace
-from .nodes import called_plainly, changes_a_value, module_of
+from .nodes import called_plainly, changes_a_value, module_of, needs_contiguous
 from .placement import Placement
 
 Values = dict[fx.Node, Any]
@@ -103,9 +104,13 @@ class Torch(Step):
         call, target = getattr(interpreter, node.op), node.target
         if module is not None:  # looked up once
             call, target = interpreter.call_function, module
+        contiguous = not isinstance(module, Convolution) and needs_contiguous(node)
 
         def run(values: Values) -> None:
-            values[node] = call(target, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
+            arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            if contiguous:
+                arguments = fx.node.map_aggregate(arguments, lambda a: a.contiguous() if isinstance(a, Tensor) else a)
+            values[node] = call(target, *arguments)
 
         return run
 
@@ -115,14 +120,26 @@ class Pack(Step):
     """Copies a value for the convolution of the node, which cannot read it where it is: in `original`, or elsewhere."""
 
     value: fx.Node
+    shape: torch.Size
     packing: Packing
     target: Region
     original: Region | None
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
-        value, pack, target = self.value, self.packing.pack, workspace.buffer(self.target)
+        value, shape, pack, target = self.value, self.shape, self.packing.pack, workspace.buffer(self.target)
         original = None if self.original is None else Images.of(workspace.view(self.original))
-        return lambda values: pack(original or Images.of(values[value]), target)
+
+        def run(values: Values) -> None:
+            images = original or Images.of(values[value])
+            if images.shape != shape:
+                raise SparseExecutionError(
+                    "Shapes must not depend on values of the input.",
+                    f"shape {tuple(images.shape)} instead of {tuple(shape)} before a convolution",
+                    "prepare the parts of the network before and behind separately",
+                )
+            pack(images, target)
+
+        return run
 
 
 @dataclass(eq=False)
@@ -153,11 +170,12 @@ class SparseConvolution(Step):
         steps: list[Step] = []
         if source is None:
             original, source = placement.original(value), placement.place_copy(value, addressing)
-            steps.append(Pack(node, value, Packing.to_read(addressing), source, original))
+            steps.append(Pack(node, value, placement.shapes[value], Packing.to_read(addressing), source, original))
         residual = None if addend is None else placement.regions.get(addend)
         if addend is not None and (residual is None or residual.layout != addressing.target):
             residual = Region(addressing.target, channels)
-            steps.append(Pack(node, addend, Packing.whole(residual.layout), residual, placement.original(addend)))
+            original, shape = placement.original(addend), placement.shapes[addend]
+            steps.append(Pack(node, addend, shape, Packing.whole(residual.layout), residual, original))
         loop = Loop(layer.coefficients, layer.bias, addressing, choice, layer.limits)
         run = Run(layer.name, layer.density, choice.order, choice.width, choice.parts, loop.bytes)
         record = LayerRun(layer, run, images * height * width)

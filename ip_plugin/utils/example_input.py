@@ -12,6 +12,17 @@ from ..errors import BatchError
 from .preserved_state import preserved_state
 
 
+def arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that an example input stands for: a tuple, a mapping, or one argument.
+
+    >>> arguments({"input": 1}), arguments((1, 2)), arguments([1, 2])
+    (((), {'input': 1}), ((1, 2), {}), (([1, 2],), {}))
+    """
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+
+
 @torch.no_grad()
 def run(model: nn.Module, example_input: Any) -> Any:
     """The outputs of a model in evaluation mode, computed without gradients.
@@ -29,9 +40,8 @@ def run(model: nn.Module, example_input: Any) -> Any:
     with preserved_state(model):
         model.eval()
         try:
-            if isinstance(example_input, Mapping):
-                return model(**example_input)
-            return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+            args, kwargs = arguments(example_input)
+            return model(*args, **kwargs)
         except Exception as error:
             shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
             raise BatchError(

@@ -6,13 +6,15 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from kinds import Case, every_kind
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ip_plugin import interspace, masks, set_masks
+from ip_plugin import bake, interspace, masks, set_masks
 from ip_plugin.core.composed_weight import ComposedWeight
 
 pytestmark = pytest.mark.contract
@@ -121,6 +123,50 @@ def test_a_parameter_can_be_assigned(wrapped: bool) -> None:
     torch.testing.assert_close(layer.weight, value)
     assert layer.parametrizations.weight.original is coefficients
     assert not layer.bias.any() and isinstance(layer.bias, nn.Parameter)
+
+
+MERGES: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "in place": lambda layer, delta: layer.weight.data.add_(delta),
+    "data set": lambda layer, delta: setattr(layer.weight, "data", layer.weight.data + delta),
+    "assigned": lambda layer, delta: setattr(layer, "weight", nn.Parameter(layer.weight + delta)),
+}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("basis", [None, "standard", "dct"])
+def test_an_adapter_is_merged_and_a_pruned_layer_that_cannot_take_it_warns(merge: str, basis: Any) -> None:
+    layer, delta = nn.Conv2d(3, 8, 3), torch.randn(8, 3, 3, 3)
+    if basis is not None:
+        interspace(layer, basis=basis)
+    expected = layer.weight.detach() + delta
+    MERGES[merge](layer, delta)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    set_masks(layer, {"": torch.rand(8, 3, 3, 3) < 0.5})
+    MERGES[merge](layer, layer.weight.detach())  # what the coefficients that are left can give
+    with pytest.warns(UserWarning, match="its pruned entries stay zero") as caught:
+        MERGES[merge](layer, delta)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    layer = bake(layer)
+    expected = layer.weight.detach() + delta
+    MERGES[merge](layer, delta)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("basis", [None, "standard", "dct"])
+def test_batch_norm_is_fused(basis: Any, masked: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    if basis is not None:
+        interspace(model, basis=basis)
+    if masked:
+        set_masks(model, {"0": torch.rand(8, 3, 3, 3) < 0.5})
+    model(torch.randn(9, 3, 5, 5) * 3 + 1)
+    nn.init.uniform_(model.eval()[1].weight)
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    fused = fuse_conv_bn_eval(model[0], model[1])
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(x), expected) and masks(fused).keys() == ({""} if masked else set())
 
 
 @pytest.mark.parametrize("read", [lambda w: w, lambda w: w.data, lambda w: w.detach()])

@@ -16,6 +16,9 @@ from torch.nn.utils import parametrizations
 
 from ip_plugin import bake, interspace, prunable, set_masks
 from ip_plugin.adapters import torch_prune
+from ip_plugin.core.tensor_ref import TensorRef
+from ip_plugin.errors import ConversionError, SelectionError
+from ip_plugin.methods import magnitude, prune
 
 pytestmark = pytest.mark.contract
 
@@ -55,6 +58,44 @@ def test_all_convolutions_larger_than_1x1_are_converted() -> None:
 )
 def test_layers_selects(layers: object, expected: list[str]) -> None:
     assert spaces(interspace(Residual(), layers=layers)) == expected  # type: ignore[arg-type]
+
+
+NORMS = {
+    "weight_norm": nn.utils.weight_norm,
+    "weight_norm, parametrized": parametrizations.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm, parametrized": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", NORMS)
+def test_layers_whose_weight_someone_else_computes_are_left_out_by_default_and_refused_by_name(norm: str) -> None:
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(4)))
+    NORMS[norm](model[1]), NORMS[norm](model[2])
+    for layers in (["0", "1"], lambda name, module: True):
+        with pytest.raises(ConversionError, match="layer '1': weight parametrized by"):
+            interspace(model, layers=layers)
+    with pytest.warns(UserWarning, match="layers '1', '2' stay spatial") as caught:
+        interspace(model)
+    assert len(caught) == 1 and [i for i in range(4) if TensorRef(model[i]).interspace] == [0, 3]
+    assert len(prunable(prune(model, magnitude, sparsity=0.5))) == 2
+
+
+def test_large_kernels_whose_basis_would_not_pay_are_converted_only_by_name() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Conv1d(1, 4, 64), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 17, 64))
+
+    with pytest.warns(UserWarning, match="layers '0' stay spatial: .* large") as caught:
+        assert spaces(interspace(model())) == ["1", "2"]
+    assert len(caught) == 1
+    assert spaces(interspace(model(), sharing="model")) == ["0", "1", "2"]  # together they pay for one basis
+    assert spaces(interspace(model(), layers=["0"])) == ["0"]
+    assert spaces(interspace(model(), layers=lambda name, module: True)) == ["0", "1", "2"]
+    with pytest.raises(SelectionError, match="name the layers"):
+        interspace(model()[0])
+    for small in (nn.Conv2d(3, 64, 7), nn.Conv2d(3, 4, 7), nn.Conv2d(1, 6, 5)):
+        assert spaces(interspace(small)) == [""]
 
 
 def test_a_model_that_is_one_convolution() -> None:

@@ -19,12 +19,22 @@ from ip_plugin.errors import ConversionError
 pytestmark = pytest.mark.contract
 
 
+def given() -> tuple[nn.Module, torch.Tensor]:
+    model, x, _ = case_of("conv2d", "model", masked=True)
+    return model, x
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of two processes, see `workers`."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    mp.spawn(worker, args=(str(folder), *given()), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_a_pruned_model_is_handed_to_other_processes(found: list[dict[str, Any]]) -> None:
+    model, x = given()
+    assert all(torch.equal(each["output"], model(x)) for each in found)
 
 
 def test_two_processes_have_the_same_masks_after_every_update(found: list[dict[str, Any]]) -> None:

@@ -199,7 +199,7 @@ def test_two_processes_of_torchrun(folder: Path) -> None:
         [*command, "-m", "ip_plugin", "run", "distributed.py"], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal True") == 2
+    assert done.stdout.count("True") == 2  # the processes may write into each other's lines
     assert done.stderr.count("1 layers converted") == 1
 
 

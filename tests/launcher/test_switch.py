@@ -126,6 +126,16 @@ def test_layers_of_no_model_are_converted_by_themselves_and_cannot_share() -> No
     assert all(type(layer) is nn.Conv2d and not host.is_pruned(layer) for layer in layers)
 
 
+def test_large_kernels_whose_basis_would_not_pay_stay_spatial(capsys: pytest.CaptureFixture[str]) -> None:
+    for layers, converted in (((), [False, True]), (("*",), [True, True])):
+        model = nn.Sequential(nn.Conv1d(1, 4, 64), nn.Conv1d(4, 4, 3))
+        with ip_plugin.switched_on(layers=layers):
+            for _ in range(2):
+                torch.optim.SGD(model.parameters(), lr=0.1)
+        assert [hasattr(layer, "parametrizations") for layer in model] == converted
+    assert capsys.readouterr().err.count("'0' stay spatial") == 1
+
+
 def test_patterns_select_layers() -> None:
     with ip_plugin.switched_on(quiet=True, layers=["3"]):
         model = network()
@@ -167,8 +177,9 @@ def test_a_missed_basis_joins_at_the_first_step_without_its_gradient() -> None:
         assert not torch.equal(basis, before)
 
 
-def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run() -> None:
-    with ip_plugin.switched_on(quiet=True):
+@pytest.mark.parametrize("sharing", ["layer", "model"])
+def test_what_is_saved_loads_into_the_plain_network_and_exactly_into_the_run(sharing: Any) -> None:
+    with ip_plugin.switched_on(quiet=True, basis="dct", sharing=sharing):
         model = script()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         step(model, optimizer)

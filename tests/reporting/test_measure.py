@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kinds import KINDS, every_kind
 from torch import nn
 from torch.nn.utils import prune as host
 
 from ip_plugin import bake, interspace, prunable, report, set_masks
 from ip_plugin.adapters import torch_prune
+from ip_plugin.errors import ArgumentError
 
 
 def network() -> nn.Sequential:
@@ -205,3 +207,89 @@ def test_the_report_prints_exports_and_reads_back() -> None:
         assert sum(int(row[column]) for row in rows[:4]) == int(rows[4][column])
     assert report(nn.ReLU()).prunable.sparsity == 0.0
     assert report(model).rows[0].macs_dense is None and "MACs" not in str(report(model))
+
+
+class Functional(nn.Module):
+    """Weights that functions use, attention, a weight that is computed, and Parameters that are not prunable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 6)
+        self.attention, self.table = nn.MultiheadAttention(6, 2, batch_first=True), nn.Embedding(5, 6)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = (
+            F.conv2d(x, self.conv.weight, padding=1)
+            + F.conv_transpose2d(self.conv(x), self.conv.weight)[:, :1, 1:-1, 1:-1]
+        )
+        tokens = F.linear(h.flatten(2).mT, self.fc.weight) + self.table.weight[0]
+        out: torch.Tensor = self.attention(tokens, tokens, tokens)[0] @ self.fc.weight
+        return out
+
+
+@pytest.mark.parametrize("space", ["spatial", "host", "interspace"])
+def test_multiply_adds_of_weights_that_functions_use(space: str) -> None:
+    model, x = Functional(), torch.randn(3, 2, 4, 4)
+    if space == "interspace":
+        interspace(model, basis="orthonormal")
+    if space == "host":
+        host.l1_unstructured(model.conv, "weight", amount=0.5)
+    else:
+        set_masks(model, {"conv": halves(torch.Size((4, 2, 3, 3)))})
+    found = report(model, x)
+    macs = {row.layer: row.macs_dense for row in found.rows}
+    positions = 3 * 16
+    assert macs == {
+        "conv": 3 * positions * 72, "fc": 2 * positions * 24, "attention.out_proj": positions * 36, "unused": 0,
+    }  # fmt: skip
+    assert found.rows[0].macs_nonzero == macs["conv"] // 2
+    # All of it: in_proj is a Parameter, but not one that can be pruned.
+    assert (found.everything.macs_dense or 0) - (found.prunable.macs_dense or 0) == positions * 108
+    assert torch.backends.mha.get_fastpath_enabled() and not model.conv._forward_hooks
+
+
+def test_what_is_not_prunable_is_named() -> None:
+    model = interspace(Functional())
+    found = report(model)
+    prunable_count, others = 72 + 24 + 36 + 9, {"MultiheadAttention.in_proj_weight": 108, "Embedding.weight": 30}
+    biases = {"MultiheadAttention.in_proj_bias": 18, "Linear.bias": 9, "Conv2d.bias": 4}
+    biases["NonDynamicallyQuantizableLinear.bias"] = 6
+    assert found.outside == {**others, **biases}
+    assert list(found.outside)[:2] == list(others)
+    assert found.coverage == pytest.approx(prunable_count / (prunable_count + 108 + 30 + 37))
+    assert found.to_dict()["outside"] == found.outside
+    text = " ".join(str(found).split())
+    assert "`prunable` holds 44.6% of the parameters; outside: MultiheadAttention.in_proj_weight 108" in text
+    assert "others 10" in text
+    assert report(nn.Linear(2, 2, bias=False)).coverage == 1 and "100.0% of the parameters" in str(
+        report(nn.Linear(2, 2, bias=False))
+    )
+    foreign = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2, bias=False))
+    assert report(nn.Sequential(foreign)).outside == {"Conv1d.weight": 15}
+
+
+@pytest.mark.parametrize("space", ["spatial", "interspace"])
+def test_a_model_that_fsdp_has_sharded(space: str) -> None:
+    distributed = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(distributed, "fully_shard"):
+        pytest.skip("this version has no fully_shard")
+    model = network().eval()
+    if space == "interspace":
+        interspace(model, sharing="model")
+    ours(model)
+    expected = report(model, X)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        assert report(distributed.fully_shard(model, mesh=mesh), X) == expected
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_torchscript_is_refused(inside: bool) -> None:
+    model: nn.Module = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(ArgumentError, match="TorchScript: '0'" if inside else "a model of TorchScript"):
+        report(nn.Sequential(model) if inside else model)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("numba")
 
 from ip_plugin import interspace, report
+from ip_plugin.core.tensor_ref import TensorRef
 from ip_plugin.errors import SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.reporting.measure import Row
@@ -148,4 +151,50 @@ def test_a_sparse_network_inside_of_another_model() -> None:
         ("0.0", "interspace", "fused"), ("1", "spatial", "dense"),
     ]  # fmt: skip
     assert actual.prunable.macs_dense == 2 * 100 * 216 + 2 * 96 * 80
-    assert actual.everything.parameters == 216 + 80 + 81
+    assert actual.everything.parameters == 216 + 8 + 80 + 81
+
+
+class Odd(nn.Module):
+    """Layers that a trace looks into, subclasses among them, and a weight that a function uses."""
+
+    class Conv3d(nn.Conv3d):
+        pass
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2, self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.deep, self.fc, self.late = self.Conv3d(1, 2, 3), self.Linear(8, 4), nn.Linear(4, 3)
+        self.attention, self.tied = nn.MultiheadAttention(4, 1), nn.Linear(4, 3)
+        self.tied.weight = self.late.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x))
+        tokens = self.fc(h.mean((2, 3))) + self.deep(h[:, None]).mean()
+        tokens = self.attention(tokens, tokens, tokens)[0]
+        return F.linear(tokens, self.late.weight) + self.tied(tokens)
+
+
+@pytest.mark.contract
+@SPACES
+@pytest.mark.parametrize("traceable", [True, False])
+def test_counts_of_a_sparse_network_are_those_of_its_model(traceable: bool, space: str) -> None:
+    class Undecided(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    model = pruned(Odd() if traceable else Undecided(), space)
+    TensorRef(model.late).set_mask(torch.ones(3, 4, dtype=torch.bool))  # a mask acts on one of two tied layers only
+    with nullcontext() if traceable else pytest.warns(SparseFallbackWarning):
+        made = prepare(model, X, deterministic=True)
+    for images in (None, X, X[:1, :, :8]):
+        expected, actual = report(model, images), report(made, images)
+        assert [shared(row) for row in actual.rows] == [shared(row) for row in expected.rows]
+        for one, other in ((actual.prunable, expected.prunable), (actual.everything, expected.everything)):
+            assert shared(one) == shared(other)
+        assert actual.outside == expected.outside
+        assert {row.layer: row.runs for row in actual.rows}["a"] == "fused"
+    assert [row.macs_dense for row in actual.rows if row.layer in ("deep", "fc", "late")] == [6 * 6 * 10 * 54, 32, 24]

@@ -24,8 +24,7 @@ class Engine(Protocol):
         """Run cells.
 
         Args:
-            cells: which cells.
-            settings: of their study.
+            cells, settings: which cells, and the settings of their study.
             began: called when a cell begins.
             epoch_done: called after each epoch of each cell.
 

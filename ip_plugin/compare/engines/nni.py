@@ -61,9 +61,8 @@ class NniEngine:
         try:
             import nni  # noqa: F401
         except ImportError as error:
-            raise StudyError(
-                "The engine nni must have NNI.", str(error), 'run: pip install "ip-plugin[nni]"'
-            ) from error
+            remedy = 'run: pip install "ip-plugin[nni]"'
+            raise StudyError("The engine nni must have NNI.", str(error), remedy) from error
         self._configured(["?"], Path.cwd())
 
     def __call__(self, cells: Sequence[Cell], settings: Settings, began: Began, epoch_done: EpochDone) -> Outcomes:
@@ -73,11 +72,8 @@ class NniEngine:
             return
         with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:
             data = None if settings.data is None else str(Path(settings.data).resolve())
-            given = {
-                "settings": asdict(replace(settings, data=data)),
-                "versions": versions(),
-                "threads": torch.get_num_threads(),
-            }
+            values = asdict(replace(settings, data=data))
+            given = {"settings": values, "versions": versions(), "threads": torch.get_num_threads()}
             Path(code, nni_trial.SETTINGS).write_text(json.dumps(given), encoding="utf-8")
             config = self._configured([cell._asdict() for cell in cells], Path(code))
             with running(config, port=self.port) as experiment:
@@ -126,12 +122,11 @@ def _load(path: Path) -> Any:
     finally:
         unset_base_path()  # after a file that it cannot load NNI does not, and then loads no other
     if given:
-        raise StudyError(
+        rule = (
             "The configuration of an experiment must not set what the study sets: search space, tuner, trial code and "
-            "number of trials.",
-            f"{str(path)!r} sets {', '.join(given)}",
-            "remove these lines from the file",
+            "number of trials."
         )
+        raise StudyError(rule, f"{str(path)!r} sets {', '.join(given)}", "remove these lines from the file")
     return config
 
 
@@ -173,17 +168,12 @@ class _Trial:
 
 
 def follow(
-    experiment: Any,
-    cells: Sequence[Cell],
-    began: Began,
-    epoch_done: EpochDone,
-    poll_seconds: float = 0.5,
+    experiment: Any, cells: Sequence[Cell], began: Began, epoch_done: EpochDone, poll_seconds: float = 0.5,
     grace_seconds: float = 10.0,
-) -> Outcomes:
-    """Yield each cell when its trial has ended.
+) -> Outcomes:  # fmt: skip
+    """Yield each cell when its trial in a running `nni.experiment.Experiment` has ended.
 
     Args:
-        experiment: a running `nni.experiment.Experiment`, whose trials run the cells.
         cells, began, epoch_done: see `ip_plugin.compare.engines.Engine`.
         poll_seconds: time between two looks at the experiment.
         grace_seconds: time for the result of a trial that has succeeded to arrive.

@@ -94,8 +94,7 @@ def portal(experiment: Any) -> str:
 def request(experiment: Any, path: str) -> bytes:
     """What the manager of a running experiment answers to a request of its REST interface."""
     with urllib.request.urlopen(f"{portal(experiment)}api/v1/nni/{path}", timeout=20) as answer:
-        content: bytes = answer.read()
-    return content
+        return bytes(answer.read())
 
 
 def _start(experiment: Any, port: int | None, preload: Path) -> None:
@@ -104,12 +103,12 @@ def _start(experiment: Any, port: int | None, preload: Path) -> None:
     failures: list[Exception] = []
     for candidate in ports:
         if not _is_free(candidate):
-            if port is not None:
-                raise EngineError(
-                    f"Port {port} for NNI's web portal is in use by another process. Choose another one with "
-                    "--nni-port, or leave it out to take the first free one."
-                )
-            continue
+            if port is None:
+                continue
+            raise EngineError(
+                f"Port {port} for NNI's web portal is in use by another process. Choose another one with --nni-port, "
+                "or leave it out to take the first free one."
+            )
         options = f"{os.environ.get('NODE_OPTIONS', '')} --require {json.dumps(str(preload))}".strip()
         try:
             with _environment(NODE_OPTIONS=options), interrupts_delayed():

@@ -35,11 +35,11 @@ def main() -> None:
     try:
         given = json.loads(Path(SETTINGS).read_text(encoding="utf-8"))
         if versions() != given["versions"]:
-            raise StudyError(
+            rule, found = (
                 "A trial must have the versions of the study.",
                 f"{versions()} here, {given['versions']} there",
-                "install the same versions on every machine",
             )
+            raise StudyError(rule, found, "install the same versions on every machine")
         torch.set_num_threads(given["threads"])
         result = execute(cell, Settings(**given["settings"]), report)
     except Exception as error:

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -41,7 +40,7 @@ class Processes:
         try:
             while waiting or workers:
                 while waiting and len(workers) < self.jobs:
-                    worker = _Worker.start(settings, threads)
+                    worker = _Worker(settings, threads)
                     workers[worker.pipe] = worker
                     worker.begin(waiting.popleft(), began)
                 for pipe in wait(list(workers)):
@@ -64,16 +63,11 @@ class Processes:
 class _Worker:
     """A process that runs one cell after the other."""
 
-    def __init__(self, process: BaseProcess, pipe: Connection) -> None:
-        self.process, self.pipe = process, pipe
-
-    @classmethod
-    def start(cls, settings: Settings, threads: int) -> _Worker:
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_work, args=(theirs, settings, threads), daemon=True)
-        process.start()
+    def __init__(self, settings: Settings, threads: int) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_work, args=(theirs, settings, threads), daemon=True)
+        self.process.start()
         theirs.close()
-        return cls(process, ours)
 
     def begin(self, cell: Cell, began: Began) -> None:
         self.cell = cell

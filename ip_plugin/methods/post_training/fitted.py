@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ...core.convert import Sharing, bake, groups_of, interspace
@@ -21,8 +21,6 @@ from ..selection import least, pruned
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
 from .refinement import refine
 
-#: Rounds of pruning where there is data.
-_ROUNDS = 4
 #: Elements of the largest kernel that gets a basis (11x11 has 121); the time of a fit grows with the third power.
 _LARGEST = 128
 
@@ -57,8 +55,7 @@ def prune_fitted(
     BatchNorms are re-estimated at the end (`reestimate_batch_norm`).
 
     Args:
-        model: changed in place. Plain, or in the interspace: then its bases are replaced, and its masks are applied to
-            the weights first.
+        model: changed in place. In the interspace, its masks are applied to the weights, and its bases are replaced.
         sparsity: of all prunable entries. Bases are not counted; `ip_plugin.report` lists their size.
         sharing: which layers share a basis, as in `ip_plugin.interspace`; None keeps the sharing of a model in the
             interspace, and is ``"model"`` for a plain one.
@@ -98,17 +95,21 @@ def prune_fitted(
         batches = list(batches)
         estimates(model, [inputs for inputs, _ in pairs(batches)])  # fails if the model does not run on them
         dense = copy.deepcopy(model)
-    bases = _fitted_bases(model, groups, 1 - sparsity, scope, seed, progress)
+    names = [[ref.module_name for ref in members] for members in groups]
+    group_of = {name: number for number, members in enumerate(names) for name in members}
+    keep = largest(1 - sparsity) if scope == "global" else _in_each_layer(largest(1 - sparsity))
+    with _progress_bar(progress, "fitting bases") as round_done:
+        kernels = (_kernels(ref, group_of.get(ref.module_name)) for ref in prunable_tensors(model))
+        bases = fit(list(kernels), keep, seed=seed, round_done=round_done).bases
     bake(model)
-    for number, members in enumerate(groups):
-        names = [ref.module_name for ref in members]
-        interspace(model, basis=bases[number], sharing=lambda *_: 0, layers=names, train_basis=train_basis)
+    for number, layers in enumerate(names):
+        interspace(model, basis=bases[number], sharing=lambda *_: 0, layers=layers, train_basis=train_basis)
 
     def rebuild() -> None:
         if dense is not None and batches is not None:
             reconstruct(model, dense, batches)
 
-    rounds = rounds or (1 if dense is None else _ROUNDS)
+    rounds = rounds or (1 if batches is None else 4)
     prune(model, score, sparsity=sparsity, rounds=rounds, scope=scope, min_per_layer=min_per_layer, after_round=rebuild)
     if not orthonormal:
         with _progress_bar(progress, "refining bases") as round_done:
@@ -151,17 +152,6 @@ def _of_moderate_size(groups: list[list[TensorRef]]) -> list[list[TensorRef]]:
     if large:
         warnings.warn(f"{rule} Larger ones are pruned as weights: {listed(large)}", stacklevel=4)
     return moderate
-
-
-def _fitted_bases(
-    model: nn.Module, groups: list[list[TensorRef]], density: float, scope: str, seed: int, progress: bool
-) -> dict[int, Tensor]:
-    """{number of a group: basis fitted to its kernels}."""
-    group_of = {ref.module_name: number for number, members in enumerate(groups) for ref in members}
-    kernels = [_kernels(ref, group_of.get(ref.module_name)) for ref in prunable_tensors(model)]
-    keep = largest(density) if scope == "global" else _in_each_layer(largest(density))
-    with _progress_bar(progress, "fitting bases") as round_done:
-        return fit(kernels, keep, seed=seed, round_done=round_done).bases
 
 
 def _kernels(ref: TensorRef, group: int | None) -> Kernels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,12 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ...core.tensor_ref import TensorRef
 from ..derivatives import call, pure, sum_dtype
 
-_FORWARDS = [
-    cls.forward
-    for cls in (
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    )
-]  # fmt: skip
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = [cls.forward for cls in _LAYERS]
 
 
 def multiplies(ref: TensorRef) -> bool:
@@ -71,9 +68,8 @@ def patches(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
         x = x.unfold(axis + 2, span + 1, step)[..., ::dilation]
     if isinstance(module, _ConvTransposeNd):
         x = x.flip(tuple(range(-len(kernel), 0)))
-    parts = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
-    rows: Tensor = parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
-    return rows
+    parts: Tensor = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -len(kernel) - 1))
+    return parts.reshape(module.groups, -1, parts.shape[-len(kernel) - 1], math.prod(kernel))
 
 
 class Moments:
@@ -133,16 +129,12 @@ def observe(
 
     def of_layer(ref: TensorRef, watcher: Callable[[Tensor], object]) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
             last[:] = [(ref.module_name, y)]
-            size: tuple[int, ...] = ()
-            if not isinstance(module, _ConvNd):
-                x, numbers = x.reshape(-1, x.shape[-1]), x.shape[-1]
-            else:
-                dimensions = len(module.kernel_size)
-                x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a single input may come without a batch
-                size = tuple(y.shape[-dimensions:])
-                numbers = x.shape[1] * math.prod(module.kernel_size) * math.prod(size)
+            kernel = module.kernel_size if isinstance(module, _ConvNd) else ()
+            x = args[0] if args else kwargs["input"]
+            x = x.reshape(-1, *x.shape[-len(kernel) - 1 :])  # a single input may come without a batch
+            size = y.shape[y.dim() - len(kernel) :]
+            numbers = x.shape[1] * math.prod(kernel) * math.prod(size)
             for part in x.split(max(1, patches_at_once // max(1, numbers))):
                 watcher(patches(module, part, size))
 
@@ -154,23 +146,18 @@ def observe(
 
         return called
 
-    handles = [ref.module.register_forward_hook(of_layer(ref, w), with_kwargs=True) for ref, w in watchers.items()]
-    handles += [
-        module.register_forward_pre_hook(of_norm(name))
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for ref, watcher in watchers.items():
+            hooks.enter_context(ref.module.register_forward_hook(of_layer(ref, watcher), with_kwargs=True))
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm):
+                hooks.enter_context(module.register_forward_pre_hook(of_norm(name)))
         with pure(model), torch.no_grad():
             model.eval()
             for batch in inputs:
                 call(model, {}, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     norms: dict[str, list[str]] = {}
-    for name, layers in sources.items():
-        [layer, *others] = layers
+    for name, (layer, *others) in sources.items():
         if layer is not None and not others:
             norms.setdefault(layer, []).append(name)
     return norms

@@ -1,8 +1,7 @@
 """Layer-wise least-squares reconstruction after pruning, on a few batches, without training.
 
 The remaining entries of each layer are fitted so that for the dense network's inputs they give the dense network's
-outputs (after He, Zhang and Sun 2017, arXiv 1707.06168, who do so after channel pruning; here for any mask, in either
-space).
+outputs: after He, Zhang and Sun 2017 (arXiv 1707.06168: channel pruning), here for any mask, in either space.
 """
 
 from __future__ import annotations
@@ -36,15 +35,13 @@ def reconstruct(
     into the layer's bias, or into the running mean of the BatchNorm that it feeds. Pruning in rounds, each followed by
     a reconstruction, is far more accurate than pruning at once. Call `reestimate_batch_norm` last.
 
-    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are.
-    Parameters keep their identity, and values behind masks stay. With DistributedDataParallel pass the same batches in
-    every process.
+    Layers without a mask, layers that get no input, and classes with a forward of their own stay as they are. So do
+    values behind masks, and Parameter objects. With DistributedDataParallel pass the same batches in every process.
 
     Args:
         model: changed in place; with masks of any kind, in either space.
         dense: the same network before it was pruned; not changed.
-        batches: pairs (inputs, targets) on the model's device, as for scores; targets are ignored. A few: they are held
-            in memory.
+        batches: a few pairs (inputs, targets) on the model's device, held in memory; targets are ignored.
         ridge: penalty for changing an entry, relative to the energy that the entry alone adds to the outputs. With 0
             only the fit to these batches counts.
         moments_at_once: how many numbers in second moments of inputs are held in memory together (those of one layer at
@@ -134,11 +131,7 @@ def estimates(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Ten
 
 
 def reference_layers(refs: Sequence[TensorRef], dense_refs: Sequence[TensorRef]) -> dict[str, TensorRef]:
-    """{layer name: the layer in the dense network}.
-
-    Raises:
-        SelectionError: the dense network lacks a layer, or has it in another shape.
-    """
+    """{layer name: the layer in the dense network}; raises SelectionError if one is missing, or has another shape."""
     references = {ref.module_name: ref for ref in dense_refs}
     for ref in refs:
         other, shape = references.get(ref.module_name), tuple(ref.parameter.shape)
@@ -174,13 +167,9 @@ def _means(
     """The tensors that shift the mean of a layer's outputs: (tensor, its value in the dense network, sign)."""
     if isinstance(ref.module.bias, Tensor) and isinstance(reference.module.bias, Tensor):
         return [(ref.module.bias.detach(), reference.module.bias.detach(), 1)]
-    modules, dense_modules = dict(model.named_modules()), dict(dense.named_modules())
-    means = []
-    for name in norms:
-        mean, dense_mean = (getattr(named.get(name), "running_mean", None) for named in (modules, dense_modules))
-        if isinstance(mean, Tensor) and isinstance(dense_mean, Tensor):
-            means.append((mean, dense_mean, -1))
-    return means
+    buffers, dense_buffers = (dict(network.named_buffers(remove_duplicate=False)) for network in (model, dense))
+    names = [f"{norm}.running_mean".removeprefix(".") for norm in norms]
+    return [(buffers[name], dense_buffers[name], -1) for name in names if name in buffers and name in dense_buffers]
 
 
 def _fitted(
@@ -207,13 +196,11 @@ def least_squares(second: Tensor, goal: Tensor, start: Tensor, mask: Tensor, bas
     """Coefficients `C` on a support that minimise ``(W - C G) M (W - C G)^T + ridge * |C - start|^2`` for every output.
 
     The ridge weighs each entry by the diagonal of the quadratic form, so the result does not depend on the filter
-    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error is above
-    that of `start`.
+    scale. Conjugate gradients, preconditioned by that diagonal, for all outputs at once. No output's error rises.
 
     Args:
         second: `M`, ``(groups, D, D)``, ``D = in / groups * N``.
-        goal: `W`, ``(groups, out / groups, in / groups, N)``.
-        start, mask: of the shape of `goal`.
+        goal, start, mask: ``(groups, out / groups, in / groups, N)``; `goal` is `W`.
         basis: `G`, ``(N, N)``.
         ridge: at least 0.
     """

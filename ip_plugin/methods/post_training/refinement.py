@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...basis.bases import check_regular, compose
 from ...basis.dictionary import Dictionary, learn
@@ -35,8 +35,7 @@ def refine(
     (``requires_grad_(False)``, or `ip_plugin.param_groups` with ``basis_lr=0``), or train it slowly.
 
     Args:
-        model: changed in place: bases, coefficients and masks. Masked-out coefficients are zero afterwards. Build a new
-            optimizer.
+        model: its bases, coefficients (zero where masked) and masks are changed in place. Build a new optimizer.
         dense: the same network before it was pruned; not changed. None: the model's own kernels without masks, which
             are the same if nothing was trained since.
         seed: of the sample of kernels with which fitting begins.
@@ -60,51 +59,36 @@ def refine(
     True
     """
     refs = unwrapped(model)[1]
-    references = None if dense is None else reference_layers(refs, unwrapped(dense)[1])
-    changes = []
-    for members in by_basis(refs).values():
-        if any(ref.mask is not None for ref in members):
-            goals = [_unmasked(ref) if references is None else references[ref.module_name].composed for ref in members]
-            kernels = [Kernels(kernel_rows(goal), 0) for goal in goals]
-            changes.append((members, _refined(members, kernels, seed, round_done)))
-    for members, dictionary in changes:
-        if dictionary is not None:
-            _write(members, dictionary)
+    references = {} if dense is None else reference_layers(refs, unwrapped(dense)[1])
+    groups = [members for members in by_basis(refs).values() if any(ref.mask is not None for ref in members)]
+    dictionaries = [_refined(members, references, seed, round_done) for members in groups]
+    for members, dictionary in zip(groups, dictionaries, strict=True):
+        if dictionary is None:
+            continue
+        norm = float(torch.linalg.matrix_norm(dictionary.basis, 2))
+        for ref, (coefficients, mask) in zip(members, dictionary.codes, strict=True):
+            assert ref.interspace is not None
+            ref.interspace.constraint = "none"
+            ref.interspace.basis.copy_(dictionary.basis / norm)
+            ref.parameter.copy_((coefficients * norm).reshape(ref.parameter.shape))
+            if ref.mask is not None:
+                ref.set_mask(mask.reshape(ref.parameter.shape))
     return model
 
 
 def _refined(
-    members: Sequence[TensorRef], kernels: Sequence[Kernels], seed: int, round_done: Callable[[int, float], None]
+    members: list[TensorRef], references: dict[str, TensorRef], seed: int, round_done: Callable[[int, float], None]
 ) -> Dictionary | None:
     """A basis and coefficients with a smaller error for the layers that share a basis, or None."""
-    check_regular(_basis(members[0]), members[0].module_name)
-    counts, before = [], 0.0
-    for ref, goal in zip(members, kernels, strict=True):
-        check_finite(ref.module_name, goal.rows)
-        counts.append(ref.parameter.numel() if ref.mask is None else int(ref.mask.sum()))
-        before += float((goal.rows - kernel_rows(ref.composed)).square_().sum(dtype=torch.float64))
-    dictionary = learn(kernels, counts, _basis(members[0]), seed=seed, round_done=round_done)
-    return dictionary if dictionary.error < before else None
-
-
-def _write(members: Sequence[TensorRef], dictionary: Dictionary) -> None:
-    norm = float(torch.linalg.matrix_norm(dictionary.basis, 2))
+    assert members[0].interspace is not None
+    basis = members[0].interspace.effective_basis.detach()
+    check_regular(basis, members[0].module_name)
+    kernels, counts, before = [], [], 0.0
     for ref in members:
-        assert ref.interspace is not None
-        ref.interspace.constraint = "none"
-        ref.interspace.basis.copy_(dictionary.basis / norm)
-    for ref, (coefficients, mask) in zip(members, dictionary.codes, strict=True):
-        shape = ref.parameter.shape
-        ref.parameter.copy_((coefficients * norm).reshape(shape))
-        if ref.mask is not None:
-            ref.set_mask(mask.reshape(shape))
-
-
-def _unmasked(ref: TensorRef) -> Tensor:
-    """The kernels composed without the mask."""
-    return compose(ref.parameter.detach(), _basis(ref))
-
-
-def _basis(ref: TensorRef) -> Tensor:
-    assert ref.interspace is not None
-    return ref.interspace.effective_basis.detach()
+        dense = references.get(ref.module_name)
+        kernels.append(Kernels(kernel_rows(compose(ref.parameter, basis) if dense is None else dense.composed), 0))
+        check_finite(ref.module_name, kernels[-1].rows)
+        counts.append(ref.parameter.numel() if ref.mask is None else int(ref.mask.sum()))
+        before += float((kernels[-1].rows - kernel_rows(ref.composed)).square_().sum(dtype=torch.float64))
+    dictionary = learn(kernels, counts, basis, seed=seed, round_done=round_done)
+    return dictionary if dictionary.error < before else None

@@ -38,10 +38,11 @@ class Trainer(DetectionTrainer):
 
 def draw(folder):
     """Write images with a square each, and where it is: class, centre and size, as shares of the image."""
+    (folder / "drawn").mkdir()
     for number, (image, box) in enumerate(zip(*squares(12, size=64)[:2], strict=True)):
-        save_image(image, folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"0 {box[0] / 64 + 0.25} {box[1] / 64 + 0.25} 0.5 0.5\n")
-    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: .\nval: .\nnames: [square]\n")
+        save_image(image, folder / "drawn" / f"{number}.png")
+        (folder / "drawn" / f"{number}.txt").write_text(f"0 {box[0] / 64 + 0.25} {box[1] / 64 + 0.25} 0.5 0.5\n")
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: drawn\nval: drawn\nnames: [square]\n")
 
 
 def outputs(model, images):
@@ -50,7 +51,7 @@ def outputs(model, images):
 
 def deploy(folder):
     """Load the checkpoint in a process that knows nothing of the training."""
-    image, weights = folder / "0.png", folder / "train" / "weights" / "best.pt"
+    image, weights = folder / "drawn" / "0.png", folder / "train" / "weights" / "best.pt"
     model, boxes = YOLO(weights), torch.load(folder / "boxes.pt")
     print(f"loaded:   {report(model.model).prunable.sparsity:.1%} zeros")  # before predicting, which merges layers
     print(f"loaded:   {len(boxes)} boxes, equal:", torch.equal(outputs(model, image), boxes))
@@ -71,7 +72,7 @@ def main():
         trainer = partial(Trainer, space="interspace" if args.interspace else "spatial", sparsity=args.sparsity)
         options = {"epochs": 2, "imgsz": 64, "batch": 6, "device": "cpu", "workers": 0, "plots": False}
         (model := YOLO("yolo11n.yaml")).train(trainer=trainer, data=folder / "data.yaml", project=name, **options)
-        torch.save(outputs(model, folder / "0.png"), folder / "boxes.pt")
+        torch.save(outputs(model, folder / "drawn" / "0.png"), folder / "boxes.pt")
         return subprocess.run([sys.executable, __file__, "--deploy", name]).returncode
 
 

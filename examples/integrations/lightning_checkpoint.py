@@ -47,7 +47,7 @@ class Classifier(LightningModule):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interspace", action="store_true", help="prune coefficients of filters instead of weights")
-    parser.add_argument("--amount", type=float, default=0.5, help="share of what is left, pruned after an epoch")
+    parser.add_argument("--amount", type=float, default=0.5, help="of the remaining entries, pruned after an epoch")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
 

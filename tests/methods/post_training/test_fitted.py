@@ -116,18 +116,18 @@ def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_large_kernels_are_pruned_as_weights_in_the_same_budget(converted: bool) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 8, (129, 1)), nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(nn.Conv2d(4, 40, (129, 1)), nn.Conv2d(40, 4, 3))
     if converted:
         interspace(model)
     with pytest.warns(UserWarning, match="at most 128 elements.*weights: '0'"):
         prune_fitted(model, sparsity=0.8)
     assert [layer.module_name for layer in prunable_tensors(model) if layer.interspace] == ["1"]
     assert masks(model).keys() == {"0", "1"}
-    assert report(model).prunable.nonzeros == 1608 - round(0.8 * 1608)
+    assert report(model).prunable.nonzeros == 22080 - round(0.8 * 22080)
 
 
 def test_large_kernels_alone_are_refused() -> None:
-    model = nn.Sequential(nn.Conv1d(1, 2, 129))
+    model = nn.Sequential(nn.Conv1d(4, 40, 129))
     with pytest.raises(SelectionError, match="only larger ones: '0'"):
         prune_fitted(model, sparsity=0.8)
     assert not masks(model)

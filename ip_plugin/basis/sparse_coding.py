@@ -110,27 +110,30 @@ class _AllSubsets:
 
 
 class _Greedy:
-    """Adds one filter after the other, and eliminates it from the products and the Gram matrix."""
+    """Adds one filter after the other; `factor` is each kernel's Cholesky factor of the Gram matrix, pivoted so."""
 
     def __init__(self, gram: Tensor, like: Tensor) -> None:
         self.gram = gram.to(like)
 
     def candidates(self, products: Tensor) -> tuple[Tensor, Tensor]:
         count, n = products.shape
-        left, grams = products.clone(), self.gram.repeat(count, 1, 1)
+        left, own = products.clone(), self.gram.diagonal().repeat(count, 1)
+        factor = products.new_zeros(count, n, n)
         place = torch.full_like(products, n, dtype=torch.int16)
         energies = products.new_zeros(count, n + 1)
         kernels = torch.arange(count, device=products.device)
         for number in range(n):
-            own = grams.diagonal(dim1=1, dim2=2)
             adds = torch.where(own > _DEPENDENT * self.gram.diagonal(), left.square() / own, 0)
             gain, chosen = adds.masked_fill(place < n, -1).max(1)
             place[kernels, chosen] = number
             energies[:, number + 1] = energies[:, number] + gain
-            row = grams[kernels, chosen]
-            share = torch.where(gain > 0, row[kernels, chosen].reciprocal(), 0)[:, None] * row
-            left -= left[kernels, chosen, None] * share
-            grams -= share[:, :, None] * row[:, None]
+            before = factor[:, :number]
+            row = self.gram[chosen] - (before[kernels, :, chosen][:, None] @ before)[:, 0]
+            scale = torch.where(gain > 0, own[kernels, chosen].rsqrt(), 0)[:, None]
+            row *= scale
+            left -= left[kernels, chosen, None] * scale * row
+            own -= row.square()
+            factor[:, number] = row
         return energies, place
 
     def code(self, products: Tensor, chosen: Tensor, sizes: Tensor) -> Code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -12,13 +13,16 @@ from torch import nn
 from ...basis.fitting import Keep, Kernels, fit, kernel_rows, largest
 from ...core.convert import Sharing, bake, groups_of, interspace
 from ...core.tensor_ref import Model, TensorRef, by_basis, check_finite, prunable_tensors
-from ...errors import ArgumentError
+from ...errors import ArgumentError, SelectionError, listed
 from ..derivatives import Batches, pairs
 from ..schedules import Score, check_whole, prune
 from ..scores import magnitude
 from ..selection import least, pruned
 from .reconstruction import estimates, reconstruct, reestimate_batch_norm
 from .refinement import refine
+
+#: Elements of the largest kernel that gets a basis (11x11 has 121); the time of a fit grows with the third power.
+_LARGEST = 128
 
 
 def prune_fitted(
@@ -39,8 +43,9 @@ def prune_fitted(
     """Fit bases to the kernels of a trained network, and prune its coefficients in them; see `ip_plugin.basis.fitting`.
 
     The squared error of all weights together is never above that of magnitude pruning of the same count in the same
-    scope (without `min_per_layer`, by `magnitude`). 1x1 convolutions and linear layers have no basis; they are pruned
-    within the same total. The result is ready for inference, or for fine-tuning with a new optimizer.
+    scope (without `min_per_layer`, by `magnitude`). 1x1 convolutions and linear layers have no basis, and kernels of
+    more than 128 elements get none; they are pruned within the same total. The result is ready for inference, or for
+    fine-tuning with a new optimizer.
 
     Bases are orthonormal while the number of coefficients that each layer keeps is chosen. Then the bases are fitted
     again without that constraint, together with the choice of coefficients (`refine`).
@@ -71,8 +76,12 @@ def prune_fitted(
         The model, in the interspace and masked.
 
     Raises:
-        ArgumentError: of `scope` or `rounds`. BatchError: no batches, or one that is no pair. And as
-            `ip_plugin.interspace` and `select`. In all cases the model is as it was.
+        ArgumentError: of `scope` or `rounds`. BatchError: no batches, or one that is no pair. SelectionError: all
+            kernels have more than 128 elements. And as `ip_plugin.interspace` and `select`. In all cases the model is
+            as it was.
+
+    Warns:
+        UserWarning: which kernels are too large for a basis.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> model = prune_fitted(model, sparsity=0.8)
@@ -126,7 +135,23 @@ def _checked_groups(
     groups = list(converted.values()) if converted and sharing is None else groups_of(model, sharing or "model")
     for ref in refs:
         check_finite(ref.module_name, ref.parameter)
-    return groups
+    return _of_moderate_size(groups)
+
+
+def _of_moderate_size(groups: list[list[TensorRef]]) -> list[list[TensorRef]]:
+    """The groups without those whose kernels are too large to fit a basis, which a warning names."""
+    moderate, large = [], []
+    for members in groups:
+        if members[0].parameter[0, 0].numel() <= _LARGEST:
+            moderate.append(members)
+        else:
+            large += [ref.module_name for ref in members]
+    rule = f"Bases are fitted to kernels of at most {_LARGEST} elements."
+    if not moderate:
+        raise SelectionError(rule, f"only larger ones: {listed(large)}", "prune with `ip_plugin.methods.prune`")
+    if large:
+        warnings.warn(f"{rule} Larger ones are pruned as weights: {listed(large)}", stacklevel=4)
+    return moderate
 
 
 def _kernels(ref: TensorRef, group: int | None) -> Kernels:

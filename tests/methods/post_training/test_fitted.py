@@ -24,6 +24,7 @@ from ip_plugin.errors import (
     ArgumentError,
     BatchError,
     ConversionError,
+    SelectionError,
 )
 from ip_plugin.methods import (
     apply_masks,
@@ -111,6 +112,25 @@ def test_a_model_in_the_interspace_gets_new_bases_where_it_has_some() -> None:
     assert model[0].parametrizations.weight[0].basis is model[3].parametrizations.weight[0].basis
     apply_masks(reference, select(magnitude(reference), sparsity=0.8))
     assert error(model, original) < 0.95 * error(reference, original)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_large_kernels_are_pruned_as_weights_in_the_same_budget(converted: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 40, (129, 1)), nn.Conv2d(40, 4, 3))
+    if converted:
+        interspace(model)
+    with pytest.warns(UserWarning, match="at most 128 elements.*weights: '0'"):
+        prune_fitted(model, sparsity=0.8)
+    assert [layer.module_name for layer in prunable_tensors(model) if layer.interspace] == ["1"]
+    assert masks(model).keys() == {"0", "1"}
+    assert report(model).prunable.nonzeros == 22080 - round(0.8 * 22080)
+
+
+def test_large_kernels_alone_are_refused() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 40, 129))
+    with pytest.raises(SelectionError, match="only larger ones: '0'"):
+        prune_fitted(model, sparsity=0.8)
+    assert not masks(model)
 
 
 def test_masks_of_a_model_in_the_interspace_are_applied_before() -> None:

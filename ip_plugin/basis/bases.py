@@ -203,13 +203,13 @@ def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
     n = basis.shape[0]
     if coefficients.stride(1) == 1:  # channels_last: (out, *kernel, in) in memory
         last = coefficients.movedim(1, -1)
-        composed = basis.mT @ last.reshape(last.shape[0], n, last.shape[-1])
+        composed = basis.T @ last.reshape(last.shape[0], n, last.shape[-1])
         return composed.reshape(last.shape).movedim(-1, 1)
     if coefficients.device.type == "cpu" and coefficients.dtype == torch.float32:
         # The same product as below, as a 1x1 convolution: on a CPU six times faster than a matrix product with so few
         # columns (benchmarks/training_step.py).
         pixels = coefficients.reshape(1, 1, -1, n).permute(0, 3, 1, 2)
-        composed = F.conv2d(pixels, basis.mT.reshape(n, n, 1, 1)).permute(0, 2, 3, 1)
+        composed = F.conv2d(pixels, basis.T.reshape(n, n, 1, 1)).permute(0, 2, 3, 1)
     else:
         composed = coefficients.reshape(-1, n) @ basis
     return composed.reshape(coefficients.shape)

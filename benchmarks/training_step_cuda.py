@@ -3,7 +3,7 @@
     python benchmarks/training_step_cuda.py
 
 A step is zero_grad, forward, backward and SGD with momentum, as `training_step.py` has it for CPUs. Steps of the
-variants take turns; times are of CUDA events over ten steps. "no masks" is the interspace without the masks of ones
+variants take turns; times are of CUDA events over six steps. "no masks" is the interspace without the masks of ones
 that a converted model has from the start: what they cost. Exit status 1 if the plain network's time moved by over 10 %.
 """
 
@@ -67,11 +67,11 @@ def stepper(name: str, pixels: int, batch: int, mixed: bool, compiled: bool, var
     return step
 
 
-def times(steps: dict[str, Callable[[], None]], rounds: int = 15, at_once: int = 10) -> dict[str, list[float]]:
+def times(steps: dict[str, Callable[[], None]], rounds: int = 14, at_once: int = 6) -> dict[str, list[float]]:
     """Milliseconds of a step, for each variant and round."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
-        for name, step in steps.items():
+        for name, step in sorted(steps.items(), reverse=bool(number % 2)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(at_once):

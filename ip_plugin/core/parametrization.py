@@ -68,10 +68,10 @@ class Mask(nn.Module):
         self._look()
 
     def _is_known_to_keep_all(self) -> bool:
-        if self._seen is None or self._seen[0] is not self.mask or _may_receive_masks():
+        if self._seen is None or self._bools is None or self._seen[0] is not self._buffers["mask"]:
             return False
         _, version, all_kept = self._seen
-        return all_kept and version is not None and version == self.mask._version
+        return all_kept and version is not None and version == self._bools._version and not _may_receive_masks()
 
     def _look(self) -> None:
         """Remember whether the mask keeps everything."""

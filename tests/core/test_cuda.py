@@ -53,7 +53,7 @@ def test_mixed_precision_rigl_and_an_average(dtype: torch.dtype) -> None:
         with torch.autocast("cuda", dtype):
             return nn.functional.cross_entropy(model(x), target)
 
-    first, before = float(loss()), masks(model)
+    first, before = float(loss().detach()), masks(model)
     for _ in range(12):
         optimizer.zero_grad()
         scaler.scale(loss()).backward()
@@ -61,10 +61,11 @@ def test_mixed_precision_rigl_and_an_average(dtype: torch.dtype) -> None:
         scaler.update()
         schedule.step(loss)
         average.update_parameters(model)
-    assert float(loss()) < first
+    assert float(loss().detach()) < first
     assert any(not torch.equal(mask, before[name]) for name, mask in masks(model).items())
     assert all(torch.equal(mask, masks(average.module)[name]) for name, mask in masks(model).items())
-    assert report(model).prunable.nonzeros == round(0.5 * report(model).prunable.parameters)
+    kept = sum(int(mask.sum()) for mask in masks(model).values())
+    assert kept == pytest.approx(0.5 * report(model).prunable.parameters, abs=len(masks(model)))
 
 
 def test_a_captured_graph_computes_the_same_with_masks_of_ones_and_others() -> None:

@@ -411,6 +411,7 @@ def bake(model: Model) -> Model:
     check_not_sharded(model)
     refs = parametrized_tensors(model)
     check_no_other(refs)
+    _warn_of_tied_masks(model, refs)
     with torch.no_grad():
         for module in model.modules():
             for tensor_name in torch_masks.pruned_names(module):
@@ -422,6 +423,22 @@ def bake(model: Model) -> Model:
                 ref.parameter.grad = None
             leave(ref.module, ref.tensor_name, ref.composed)
     return model
+
+
+def _warn_of_tied_masks(model: nn.Module, refs: Iterable[TensorRef]) -> None:
+    """Warn if a mask has zeros and other modules use the same Parameter without it."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append(f"{name}.{parameter_name}")
+    for ref in refs:
+        others = [name for name in users[id(ref.parameter)] if ".parametrizations." not in f".{name}"]
+        if others and ref.mask is not None and not bool(ref.mask.all()):
+            warnings.warn(
+                f"the zeros of {ref.name!r} are written into a Parameter that {listed(others)} uses without a mask: "
+                "outputs change. To keep them, give the pruned layer a Parameter of its own before it is pruned",
+                stacklevel=3,
+            )
 
 
 def prunable(model: nn.Module) -> list[Target]:

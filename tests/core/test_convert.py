@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,23 @@ def test_hooks_of_parameters_stay(basis: str) -> None:
     model(x).sum().backward()
     bake(model)(x).sum().backward()
     assert sorted(called) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_zeros_that_reach_a_tied_weight_are_warned_of() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.out.weight = self.embed.weight
+
+    for pruned in (True, False):
+        model = Tied()
+        if pruned:
+            set_masks(model, {"out": torch.rand(6, 4) < 0.5})
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            bake(model)
+        assert [("'out.weight'" in str(w.message), "'embed.weight'" in str(w.message)) for w in seen] == [
+            (True, True)
+        ] * pruned
+        assert model.out.weight is model.embed.weight

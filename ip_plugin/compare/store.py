@@ -22,7 +22,7 @@ import pandas as pd
 from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
-from .config import AXES, DENSE, Cell, Study
+from .config import AXES, Cell, Study
 from .record import Record, Result, versions
 
 if TYPE_CHECKING:
@@ -264,8 +264,13 @@ def _read_old(folder: Path, there: dict[str, Any]) -> Results:
         values = {name: row.get(name) for name in COLUMNS[4:]}
         values["spatial_layers"] = (values["spatial_layers"] or "").split()
         records[cell] = Record.from_json({"cell": cell, "result": values})
-    axes = (list(dict.fromkeys(values)) for values in zip(*(c for c in records if c.criterion != DENSE), strict=True))
-    return Results(study.changed(dict(zip(AXES[1:], axes, strict=True))), records, folder, there["versions"])
+    axes = dict(zip(AXES[1:], map(set, zip(*records, strict=True)), strict=True))
+    spaces = [space for space in study.spaces if space in axes["spaces"]]
+    grown = study.changed(
+        {"criteria": list(dict.fromkeys(cell.criterion for cell in records)), "spaces": spaces},
+        sparsities=sorted(axes["sparsities"]), seeds=sorted(axes["seeds"]),
+    )  # fmt: skip
+    return Results(grown, records, folder, there["versions"])
 
 
 def _same(there: dict[Path, dict[str, Any]], here: dict[str, Any], name: str = "here") -> None:

@@ -49,7 +49,6 @@ class Dask:
         if not cells:
             return
         topic = f"ip-plugin-{uuid4().hex}"
-        here = {"n_workers": self.jobs, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": 50}
         news: Queue[tuple[str, Any]] = Queue()
         with ExitStack() as stack:
             try:

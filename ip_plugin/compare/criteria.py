@@ -33,8 +33,7 @@ def survey() -> tuple[dict[str, Criterion], dict[str, str]]:
         except ModuleNotFoundError:  # the adapter is there, its pruning library is not installed
             continue
         except Exception as error:  # code of other people
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            broken[host] = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+            broken[host] = _reason(error)
             continue
         for name, criterion in offered.items():
             if isinstance(criterion, Criterion):
@@ -63,9 +62,19 @@ def load(name: str) -> Criterion:
         offered = _offered(host) if host in hosts() else {}
     except ImportError as error:
         raise StudyError(rule, f"{name!r}: {error}", f"install the pruning library of the adapter {host!r}") from error
+    except Exception as error:  # code of other people
+        raise StudyError(
+            "The adapter of a criterion must be one that can be imported.", _reason(error), "correct it"
+        ) from error
     if criterion in offered:
         return offered[criterion]
     raise StudyError(rule, f"{name!r}", f"use one of {', '.join(available())}")
+
+
+def _reason(error: Exception) -> str:
+    """An error with file and line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def _offered(host: str) -> dict[str, Criterion]:

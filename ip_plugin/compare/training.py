@@ -168,25 +168,33 @@ class Training:
         )
         after_step = None if begin is None else begin(optimizer)
         model.train()
+        outputs: Tensor
         for _ in range(epochs):
-            total = torch.zeros((), device=labels.device)
+            total, hits = torch.zeros(2, device=labels.device)
             for batch in torch.randperm(len(labels), generator=self.order).split(self.settings.batch_size):
                 batch = batch.to(labels.device)
                 seen, truth = self.task.augment(images[batch], self.order), labels[batch]
 
                 def loss(seen: Tensor = seen, truth: Tensor = truth) -> Tensor:
-                    return self.loss(model(seen), truth)
+                    nonlocal outputs
+                    outputs = model(seen)
+                    return self.loss(outputs, truth)
 
                 optimizer.zero_grad()
                 value = loss()
                 value.backward()
                 total += value.detach() * len(truth)
+                hits += (outputs.detach().argmax(1) == truth).sum()
                 optimizer.step()
                 schedule.step()
                 if after_step is not None:
                     after_step(loss)
-            note = Epoch(0, self._phase, float(total) / len(labels), optimizer.param_groups[0]["lr"], None, 0.0)
-            self.note(note)
+            mean, share, last_lr = (
+                float(total) / len(labels),
+                float(hits) / len(labels),
+                optimizer.param_groups[0]["lr"],
+            )
+            self.note(Epoch(0, self._phase, mean, last_lr, None, 0.0, 100 * share))
         optimizer.zero_grad()
 
 

@@ -2,8 +2,8 @@
 
 NNI starts it in a folder with the ``study.json`` that `ip_plugin.compare.engines.nni` has written there. Every report
 names the cell: NNI 3.0 shows trials that start at the same time under each other's parameters. Its portal draws
-``default``: the accuracy on the validation images after each epoch, where there are any, and on the test images at the
-end.
+``default``: the accuracy, after each epoch on the validation images or without any on the training images, and at the
+end on the test images.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main() -> None:
     nni.report_intermediate_result({"default": 0.0, **cell._asdict()})
 
     def on_epoch(epoch: Epoch) -> None:
-        told = {"epoch": vars(epoch), **cell._asdict()}
-        nni.report_intermediate_result({"default": epoch.accuracy or 0.0} | told)
+        accuracy = epoch.train_accuracy if epoch.accuracy is None else epoch.accuracy
+        nni.report_intermediate_result({"default": accuracy, "epoch": vars(epoch), **cell._asdict()})
 
     given = json.loads(Path(STUDY).read_text(encoding="utf-8"))
     sys.path += given["path"]

@@ -9,7 +9,9 @@ end on the test images.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import Cell
@@ -32,6 +34,8 @@ def main() -> None:
 
     given = json.loads(Path(STUDY).read_text(encoding="utf-8"))
     sys.path += given["path"]
+    with suppress(OSError):  # on another machine it may not be there
+        os.chdir(given["folder"])  # paths of the study are relative to it
     record = attempt_elsewhere(cell, given["study"], given["versions"], on_epoch)
     accuracy = 0.0 if record.result is None else record.result.accuracy
     nni.report_final_result({"default": accuracy, "record": record.to_json(), **cell._asdict()})

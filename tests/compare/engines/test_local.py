@@ -102,7 +102,7 @@ def test_a_study_has_its_number_of_threads_here_and_leaves_that_of_the_process()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 def test_an_interrupt_leaves_no_process_and_what_has_finished(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ip_plugin", "compare", "--jobs", "2", "--epochs", "2", "--train-images", "300"]
+    command = [sys.executable, "-m", "ip_plugin", "compare", "--jobs", "2", "--epochs", "1", "--train-images", "100"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
         stdout=subprocess.PIPE,

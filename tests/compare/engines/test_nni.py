@@ -256,7 +256,7 @@ def reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
 
 def study_of(changes: dict[str, Any] | None = None, made_with: dict[str, str] | None = None) -> str:
     study = STUDY.changed(changes).model_dump_json()
-    return json.dumps({"study": study, "versions": made_with or versions(), "path": []})
+    return json.dumps({"study": study, "versions": made_with or versions(), "path": [], "folder": os.getcwd()})
 
 
 def test_a_trial_reports_every_epoch_and_the_whole_result(

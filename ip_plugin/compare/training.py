@@ -176,11 +176,11 @@ class Training:
         self.curve.append(replace(epoch, epoch=len(self.curve) + 1, seconds=time.perf_counter() - self._began))
         self._on_epoch(self.curve[-1])
 
-    def note_epoch(self, loss: float, lr: float) -> None:
+    def note_epoch(self, loss: float, lr: float, train_accuracy: float | None = None) -> None:
         """Measure the accuracy on the validation images, if there are any, and note an epoch."""
         reached = None if self.images.validation is None else accuracy(self.model, self.images.validation)
         self.model.train()
-        self.note(Epoch(0, self.phase, loss, lr, reached, 0.0))
+        self.note(Epoch(0, self.phase, loss, lr, reached, 0.0, train_accuracy))
 
     def fit(self, epochs: int, lr: float, begin: Begin | None = None) -> None:
         """Train with a new optimizer and a whole schedule of learning rates that peaks at `lr`."""
@@ -195,25 +195,29 @@ class Training:
         after_step = None if begin is None else begin(optimizer)
         model.train()
         forward = torch.compile(model) if settings.compile else model
+        outputs: Tensor
         for _ in range(epochs):
-            total = torch.zeros((), device=settings.device)
+            total, hits = torch.zeros(2, device=settings.device)
             for images, labels in self.images.train.shuffled(settings.batch_size, self.order):
                 if settings.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
 
                 def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    nonlocal outputs
                     with self._precision():
-                        return self.loss(forward(images), labels)
+                        outputs = forward(images)
+                        return self.loss(outputs, labels)
 
                 optimizer.zero_grad()
                 value = loss()
                 value.backward()
                 total += value.detach() * len(labels)
+                hits += (outputs.detach().argmax(1) == labels).sum()
                 optimizer.step()
                 schedule.step()
                 if after_step is not None:
                     after_step(loss)
-            self.note_epoch(float(total) / number, optimizer.param_groups[0]["lr"])
+            self.note_epoch(float(total) / number, optimizer.param_groups[0]["lr"], 100 * float(hits) / number)
         optimizer.zero_grad()
 
     def _precision(self) -> AbstractContextManager[object]:

@@ -17,7 +17,6 @@ from . import criteria
 from .analysis import Analysis, mean, p_value, std
 from .deployment import ROUNDS
 from .record import versions
-from .tasks import task_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -271,7 +270,7 @@ def page(analysis: Analysis, svg: str, command: str) -> str:
     template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        task=task_of(study)[0].title,
+        task=f"{study.data.source}, {study.model.name}",
         seeds=study.seeds,
         tables=tables(analysis),
         svg=svg[svg.index("<svg") :],

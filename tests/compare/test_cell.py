@@ -14,7 +14,7 @@ from ip_plugin import interspace, masks, report
 from ip_plugin.adapters import torch_prune
 from ip_plugin.compare import Cell, Epoch, Study, criteria
 from ip_plugin.compare.cell import epochs_of, execute
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.errors import StudyError
 
 #: Criteria as they are: some leave layers almost empty.
@@ -32,7 +32,7 @@ def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: floa
     study = QUICK.changed({"training.epochs": 1, "data.train_images": 200})
     spaces = "spatial", f"interspace(sharing={sharing})"
     spatial, inter = (result_of(Cell(criterion, sparsity, space, 0), study) for space in spaces)
-    total = sum(p.numel() for n, p in TASKS["digits"].network().named_parameters() if p.ndim > 1)
+    total = sum(p.numel() for n, p in NETWORKS["convnet"](1, 10).named_parameters() if p.ndim > 1)
     assert spatial.parameters == inter.parameters == total == 56224
     assert spatial.parameters_left == inter.parameters_left == round((1 - sparsity) * total)
     assert spatial.basis_parameters == 0
@@ -87,7 +87,7 @@ def test_criteria_prune_in_either_space() -> None:
         for convert in (False, True):
             if criterion.stage == "while training":  # see test_builtin_criteria.py, test_channel_criteria.py
                 continue
-            model = TASKS["digits"].network()
+            model = NETWORKS["convnet"](1, 10)
             model = interspace(model) if convert else model
             criterion.prune(model, 0.5 if criterion.removes_channels else 50000, context)
             if criterion.removes_channels:
@@ -110,7 +110,7 @@ def test_both_spaces_keep_equally_many_channels(name: str) -> None:
 
 
 def test_magnitude_pruning_of_the_study_is_the_adapters() -> None:
-    model, reference = (TASKS["digits"].network() for _ in range(2))
+    model, reference = (NETWORKS["convnet"](1, 10) for _ in range(2))
     reference.load_state_dict(model.state_dict())
     criteria.load("torch:l1").prune(model, 1000)
     pairs = [(m, "weight") for m in reference.modules() if hasattr(m, "weight") and m.weight.ndim > 1]

@@ -18,8 +18,8 @@ pytest.importorskip("numba")
 
 from ip_plugin import interspace, report
 from ip_plugin.compare import Cell, Study, criteria, deployment
-from ip_plugin.compare.deployment import check_threads, measure
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.deployment import check_threads, latencies, saved
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.errors import StudyError
 from ip_plugin.sparse import SparseNetwork
 
@@ -37,7 +37,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def side_by_side(calls: Mapping[str, Callable[[], object]], **options: int) -> dict[str, list[float]]:
         observed.update(calls, threads=torch.get_num_threads(), options=options)
-        return {"pruned": [0.001, 0.009, 0.002], "dense": [0.004, 0.003, 0.008]}
+        return {"latency_ms": [0.001, 0.009, 0.002], "dense_latency_ms": [0.004, 0.003, 0.008]}
 
     monkeypatch.setattr(deployment, "side_by_side", side_by_side)
     return observed
@@ -52,21 +52,21 @@ def test_the_pruned_network_is_run_sparse_and_the_dense_one_by_torch(
 
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("numba has one thread here")
-    model, dense = TASKS["digits"].network().eval(), TASKS["digits"].network().eval()
+    model, dense = NETWORKS["convnet"](1, 10).eval(), NETWORKS["convnet"](1, 10).eval()
     if space == "interspace":
         interspace(model)
     criteria.load("torch:l1").prune(model, 50000, None)  # type: ignore[arg-type]
     image = torch.randn(1, 1, 8, 8)
     expected = model(image).detach()
     before = torch.get_num_threads()
-    measured = measure(model, dense, image, threads)
+    measured = latencies(model, dense, image, threads)
     assert torch.get_num_threads() == before and timed["threads"] == threads
-    assert (measured.latency_ms, measured.dense_latency_ms) == (2.0, 4.0)
-    assert isinstance(timed["pruned"].func, SparseNetwork) and timed["dense"].func is dense
-    torch.testing.assert_close(timed["pruned"](), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(timed["dense"](), dense(image))
+    assert measured == {"latency_ms": 2.0, "dense_latency_ms": 4.0}
+    assert isinstance(timed["latency_ms"].func, SparseNetwork) and timed["dense_latency_ms"].func is dense
+    torch.testing.assert_close(timed["latency_ms"](), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(timed["dense_latency_ms"](), dense(image))
     stored = report(model).everything.bytes_sparse
-    assert stored < measured.file_bytes < stored + 4000  # the header
+    assert stored < len(saved(model)) < stored + 4000  # the header
 
 
 @pytest.mark.parametrize("criterion", ["torch:l1", "ip:rigl", "tp:l1", "tp:ticket", "nni:l1_norm"])
@@ -81,14 +81,14 @@ def test_the_network_of_any_criterion_is_measured_and_nothing_else_changes(
     result = result_of(cell, DEPLOYED)
     assert torch.equal(torch.get_rng_state(), state)
     plain = result_of(cell, QUICK)
-    costs = ("file_bytes", "latency_ms", "dense_latency_ms")
+    costs = ("latency_ms", "dense_latency_ms")
     assert plain.latency_ms is None and None not in (result.file_bytes, result.latency_ms)
     assert replace(result, **{name: getattr(plain, name) for name in costs}) == plain
-    channels = [layer.out_channels for layer in timed["dense"].func if isinstance(layer, nn.Conv2d)]
+    channels = [layer.out_channels for layer in timed["dense_latency_ms"].func if isinstance(layer, nn.Conv2d)]
     assert channels == [32, 64, 64]
-    assert timed["pruned"]().shape == (1, 10)
+    assert timed["latency_ms"]().shape == (1, 10)
     # Of 56,224 parameters a half is left, of channels a quarter: values of 4 bytes, positions and the header besides.
-    share = 0.25 if result.macs_left else 0.5
+    share = 0.25 if criteria.load(criterion).removes_channels else 0.5
     assert 0.9 * share < (result.file_bytes or 0) / (4 * 56224) < share + 0.12
 
 
@@ -99,7 +99,7 @@ def test_a_failure_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(deployment, "side_by_side", broken)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="out of time"):
-        measure(TASKS["digits"].network().eval(), TASKS["digits"].network().eval(), torch.randn(1, 1, 8, 8), 1)
+        latencies(NETWORKS["convnet"](1, 10).eval(), NETWORKS["convnet"](1, 10).eval(), torch.randn(1, 1, 8, 8), 1)
     assert torch.get_num_threads() == before
 
 

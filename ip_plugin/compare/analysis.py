@@ -12,13 +12,12 @@ import pandas as pd
 
 from ip_plugin.adapters import VARIED
 
+from .config import DENSE
 from .statistics import ENOUGH_SEEDS, LEVEL, bootstrap, family_weights, holm, mean, paired, std
 
 #: What identifies a cell of the grid, and a run.
 KEYS = ["criterion", "sparsity", "space"]
 RUN = [*KEYS, "seed"]
-#: The criterion whose cells are networks that are not pruned.
-DENSE = "dense"
 SPATIAL = "spatial"
 #: Suffixes of criteria that are no proposal but a control, and all that make a pair with the criterion without them.
 CONTROLS = ("+shuffled", "+reinit")
@@ -37,8 +36,9 @@ class Analysis:
 
     Accuracies are in percent, differences in points. ``count`` is the number of seeds or of pairs; ``std`` the sample
     standard deviation over seeds, NaN for one; ``low`` and ``high`` a 95 % t interval of the mean; ``p`` of a two-sided
-    paired t-test; ``p_holm`` the same, corrected for all tests of the study by Holm's method: the overall effects, the
-    cells, and the controls share the level of 5 % equally. ``significant`` is ``p_holm <= 0.05``, and nothing else.
+    paired t-test; ``p_holm`` the same, corrected for all tests of the study by Holm's method: overall effects, cells,
+    controls overall, and cells of controls (``family``) share the level of 5 % equally. ``significant`` is
+    ``p_holm <= 0.05``, and nothing else.
 
     Comparisons, each a second run minus a first one of equal seed:
     ``space``, an interspace minus spatial; ``shuffled``, ``reinit`` and ``variety``, a criterion with that suffix minus
@@ -142,7 +142,7 @@ class Analysis:
         by_cell = pd.DataFrame(vars(paired(matrix.to_numpy(float))), index=matrix.index)
         arms = self.pairs.groupby(keys, sort=False)[["first", "second"]].agg(mean)
         by_cell = arms.reindex(by_cell.index).join(by_cell)
-        by_cell["family"] = ["cells" if _is_cell(*key) else "controls" for key in by_cell.index]
+        by_cell["family"] = ["cells" if _is_cell(*key) else "control cells" for key in by_cell.index]
         by_cell[_BEYOND] = _beyond_dense(matrix)
 
         used = [key for key in matrix.index if (_is_cell(*key) and key[1] != DENSE) or key[0] != "space"]
@@ -284,8 +284,10 @@ def _pooled(matrix: pd.DataFrame, dense: pd.DataFrame, means: pd.Series, margin:
         for frame in (effect, share)
     ]
     counts = [(means > margin).sum(), (means.abs() <= margin).sum(), (means < -margin).sum()]
-    return [*vars(paired(by_seed)).values(), *_interval(beyond), len(complete), *intervals[0], share.mean().mean(), *intervals[1],
-            *counts]  # fmt: skip
+    return [
+        *vars(paired(by_seed)).values(), *_interval(beyond), len(complete), *intervals[0], share.mean().mean(),
+        *intervals[1], *counts,
+    ]  # fmt: skip
 
 
 def _interval(differences: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:

@@ -52,6 +52,8 @@ class Analysis:
         density: share of entries kept, one row for each run and layer.
         bases: of each run (criterion, sparsity, space, seed), the bases after training by the first layer's name.
         margin: points of accuracy; a cell whose mean difference is within it counts as a tie.
+        made: versions and machine with which the results were made.
+        failures: tracebacks of the runs that failed.
 
     Attributes:
         results: one row for each cell that has been run, in the order of the study.
@@ -66,7 +68,7 @@ class Analysis:
             ``wins``, ``ties`` and ``losses`` count cells by their mean difference and `margin`.
         costs: bytes, multiply-adds, parameters and latencies over the seeds, by criterion, sparsity and space;
             ``speedup`` is that of each run, dense latency over pruned.
-        curves, density, bases: as given; empty where there are none.
+        curves, density, bases, made, failures: as given; empty where there are none.
 
     >>> rows = [("torch:l1", 0.9, space, seed, 90.0 + (space == "interspace") * (1 + seed % 2))
     ...         for space in ("spatial", "interspace") for seed in range(6)]
@@ -84,9 +86,12 @@ class Analysis:
         bases: Mapping[tuple[str, float, str, int], Mapping[str, Any]] | None = None,
         *,
         margin: float = 0.5,
+        made: Mapping[str, str] | None = None,
+        failures: Mapping[Any, str] | None = None,
     ) -> None:
         self.study = study
         self.margin = margin
+        self.made, self.failures = dict(made or {}), dict(failures or {})
         axes = {name: getattr(study, plural, ()) for name, plural in zip(RUN, _PLURAL, strict=True)}
         self.results = runs = _ordered(results, axes)
         self.criteria = [c for c in _axis(axes["criterion"], runs["criterion"]) if c != DENSE]

@@ -84,10 +84,13 @@ def _probability(analysis: Analysis) -> str:
     texts = []
     for space, row in overall.iterrows():
         text = f"{100 * row['better']:.0f} %"
-        if pd.notna(row["better_low"]):
+        if row["better_low"] < row["better_high"]:
             text += f" (bootstrap interval {100 * row['better_low']:.0f} to {100 * row['better_high']:.0f} %)"
         texts.append(text if len(overall) == 1 else f"{analysis.label(str(space))} {text}")
-    return f"Probability that IP is more accurate in a pair of runs: {'; '.join(texts)}." if texts else ""
+    if not texts:
+        return ""
+    pairs = count(int((overall["cells"] * overall["count"]).max()), "pair")
+    return f"Probability that IP is more accurate in a pair of runs, estimated from {pairs}: {'; '.join(texts)}."
 
 
 def _dense(analysis: Analysis) -> str:
@@ -146,7 +149,8 @@ def _control_remarks(analysis: Analysis) -> Iterable[str]:
         if comparison == "space" or pd.isna(row["mean"]):
             continue
         shown = "a difference is shown" if row["significant"] else "no difference is shown"
-        yield f"{COMPARISONS.get(comparison, comparison)}, {analysis.label(space)}: {_effect(row)}; {shown}."
+        name = COMPARISONS.get(comparison, comparison)
+        yield f"{name[:1].upper()}{name[1:]}, {analysis.label(space)}: {_effect(row)}; {shown}."
 
 
 def _network_remarks(analysis: Analysis) -> Iterable[str]:
@@ -157,7 +161,8 @@ def _network_remarks(analysis: Analysis) -> Iterable[str]:
     for (criterion, sparsity), texts in unpaid.groupby(["criterion", "sparsity"], sort=False)["spatial_layers"]:
         names = dict.fromkeys(" ".join(texts).split())
         yield (
-            f"{criterion} at {100 * sparsity:g} %: {', '.join(names)} stayed spatial in the interspace runs, as the "
+            f"{criterion} at {100 * sparsity:g} %: layer {', '.join(names)} stayed spatial in the interspace runs, "
+            "as the "
             "budget would not pay for the basis."
         )
 

@@ -70,7 +70,7 @@ def accuracy_table(analysis: Analysis) -> Table:
     for criterion, sparsity in dict.fromkeys((c, s) for c, s, _ in analysis.accuracy.index):
         left = analysis.costs.loc[(criterion, sparsity), ("parameters_left", "mean")]
         for space in analysis.interspaces if compares else analysis.spaces:
-            row = [Entry(criterion), percent(sparsity), *[Entry(analysis.label(space))] * names_space]
+            row = [Entry(criterion), *[Entry(analysis.label(space))] * names_space, percent(sparsity)]
             row += [accuracy(analysis.accuracy.loc[criterion, sparsity, SPATIAL])] * compares
             row.append(accuracy(analysis.accuracy.loc[criterion, sparsity, space]))
             if compares:
@@ -79,8 +79,8 @@ def accuracy_table(analysis: Analysis) -> Table:
             row.append(Entry("–" if pd.isna(left[space]) else f"{left[space]:,.0f}", left[space]))
             rows.append(row)
     headers = [
-        "criterion", "sparsity", *["interspace" if compares else "space"] * names_space,
-        *(["SP %", "IP %", "IP − SP", "95 % interval", "p", "beyond dense"] if compares else ["accuracy %"]),
+        "criterion", *["interspace" if compares else "space"] * names_space, "sparsity",
+        *(["SP %", "IP %", "IP − SP", "95 % interval", "p (Holm)", "beyond dense"] if compares else ["accuracy %"]),
         "parameters left",
     ]  # fmt: skip
     text = "Accuracies: mean ± standard deviation over the seeds."
@@ -107,7 +107,7 @@ def overall_table(analysis: Analysis) -> Table:
     ]  # fmt: skip
     return Table(
         "overall", "All cells together",
-        ("comparison", "space", "difference", "95 % interval", "p", "bootstrap", "more accurate",
+        ("comparison", "space", "difference", "95 % interval", "p (Holm)", "bootstrap", "more accurate",
          "wins / ties / losses", "seeds"), rows,
         "Mean over the criteria of the mean over their sparsities, for each seed that has every cell; interval and "
         "test are those of Student's t over these seeds. Bootstrap: 95 % interval by drawing seeds anew within each "
@@ -121,15 +121,16 @@ def control_table(analysis: Analysis) -> Table:
     """One row for each criterion, sparsity and space that was run with a suffix (or a frozen basis) and without."""
     frame = analysis.differences[analysis.differences.index.get_level_values("comparison") != "space"]
     rows = [
-        [Entry(COMPARISONS.get(comparison, comparison)), Entry(criterion), percent(sparsity),
-         Entry(analysis.label(space)),
+        [Entry(COMPARISONS.get(comparison, comparison)), Entry(criterion), Entry(analysis.label(space)),
+         percent(sparsity),
          Entry(f"{row['first']:.1f}", row["first"]), Entry(f"{row['second']:.1f}", row["second"]),
          *difference_entries(row)]
         for (comparison, criterion, sparsity, space), row in frame.iterrows()
     ]  # fmt: skip
     return Table(
         "controls", "Controls and variety: with and without, accuracy in %",
-        ("what changes", "criterion", "sparsity", "space", "without", "with", "difference", "95 % interval", "p"), rows,
+        ("what changes", "criterion", "space", "sparsity", "without", "with", "difference", "95 % interval",
+         "p (Holm)"), rows,
         "Means over pairs of runs with the same seed; difference, interval and p as in the table of accuracies.",
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def cost_table(analysis: Analysis) -> Table:
     if len(measured) == 1:
         measured = {}
     rows = [
-        [Entry(key[0]), percent(key[1]), Entry(analysis.label(key[2])),
+        [Entry(key[0]), Entry(analysis.label(key[2])), percent(key[1]),
          *(_cost(scale * row[name], spec) for name, (_, scale, spec) in measured.items())]
         for key, row in analysis.costs.iterrows() if measured
     ]  # fmt: skip
@@ -150,7 +151,8 @@ def cost_table(analysis: Analysis) -> Table:
         "ip_plugin.sparse, and in turns with it of the network that was not pruned, by torch."
     )
     return Table(
-        "costs", "Costs", ["criterion", "sparsity", "space", *(title for title, _, _ in measured.values())], rows,
+        "costs", "Parameters, multiply-adds and files",
+        ["criterion", "space", "sparsity", *(title for title, _, _ in measured.values())], rows,
         "Mean ± standard deviation over the seeds; one number where all are equal. 1 KB are 1,000 bytes of the compact "
         "checkpoint; multiply-adds are those of one image." + latency * timed,
     )  # fmt: skip

@@ -31,15 +31,14 @@ def headline(analysis: Analysis) -> str:
         return "One kind of space was run alone, so there is nothing to compare: these are accuracies."
     if overall.empty or not (overall["count"] > 0).any():
         return "No seed has every cell of the study in both spaces yet, so there is no overall answer."
-    best = overall.loc[overall["mean"].idxmax()]
-    name = analysis.label(str(best.name))
+    best = _best(overall)
     if len(overall) > 1:
-        better = [analysis.label(space) for space in overall.index[overall["significant"] & (overall["mean"] > 0)]]
-        worse = [analysis.label(space) for space in overall.index[overall["significant"] & (overall["mean"] < 0)]]
-        shown = [f"{listed(better)} {_are(better)} more accurate than SP"] * bool(better)
-        shown += [f"{listed(worse)} {_are(worse)} less accurate"] * bool(worse)
-        text = " and ".join(shown) or "No setting of the interspace is shown to differ from spatial pruning (SP)"
-        return f"{text} overall; the largest mean difference is that of {name}: {_effect(best)}."
+        better, worse = ((overall["significant"] & (sign * overall["mean"] > 0)).sum() for sign in (1, -1))
+        return (
+            f"Of {len(overall)} interspace settings {better} {_are(better)} more accurate than spatial pruning (SP) "
+            f"overall and {worse} {_are(worse)} less accurate; the largest mean difference is that of "
+            f"{analysis.label(str(best.name))}: {_effect(best)}."
+        )
     if best["significant"]:
         word = "more" if best["mean"] > 0 else "less"
         return f"Interspace pruning (IP) is {word} accurate than spatial pruning (SP): {_effect(best)}."
@@ -80,36 +79,34 @@ def _by_cell(analysis: Analysis) -> str:
 
 
 def _probability(analysis: Analysis) -> str:
-    overall = spaces(analysis).dropna(subset="better")
-    texts = []
-    for space, row in overall.iterrows():
-        text = f"{100 * row['better']:.0f} %"
-        if row["better_low"] < row["better_high"]:
-            text += f" (bootstrap interval {100 * row['better_low']:.0f} to {100 * row['better_high']:.0f} %)"
-        texts.append(text if len(overall) == 1 else f"{analysis.label(str(space))} {text}")
-    if not texts:
+    overall = spaces(analysis)
+    if not (overall["count"] >= 2).any():
         return ""
-    pairs = count(int((overall["cells"] * overall["count"]).max()), "pair")
-    return f"Probability that IP is more accurate in a pair of runs, estimated from {pairs}: {'; '.join(texts)}."
+    best = _best(overall)
+    text = f"{100 * best['better']:.0f} %"
+    if best["better_low"] < best["better_high"]:
+        text += f" (bootstrap interval {100 * best['better_low']:.0f} to {100 * best['better_high']:.0f} %)"
+    pairs = count(int(best["cells"] * best["count"]), "pair")
+    name = analysis.label(str(best.name))
+    return f"Probability that {name} is more accurate in a pair of runs, estimated from {pairs}: {text}."
 
 
 def _dense(analysis: Analysis) -> str:
-    if DENSE not in analysis.differences.index.get_level_values("criterion"):
+    overall = spaces(analysis)
+    if not overall["beyond_dense"].notna().any():
         return ""
-    texts = []
-    for space in analysis.interspaces:
-        key = ("space", DENSE, 0.0, space)
-        if key not in analysis.differences.index or pd.isna(analysis.differences.loc[key, "mean"]):
-            continue
-        dense = analysis.differences.loc[key]
-        text = f"{points(dense['mean'])}{_brackets(dense)}"
-        overall = spaces(analysis)
-        if space in overall.index and pd.notna(overall.loc[space, "beyond_dense"]):
-            row = overall.loc[space]
-            beyond = {"low": row["beyond_low"], "high": row["beyond_high"]}
-            text += f", and pruned networks {points(row['beyond_dense'])}{_brackets(beyond)} beyond that"
-        texts.append(text if len(analysis.interspaces) == 1 else f"{analysis.label(space)} {text}")
-    return f"Networks that are not pruned differ, IP − SP, by {'; '.join(texts)}." if texts else ""
+    best = _best(overall)
+    dense, name = analysis.differences.loc["space", DENSE, 0.0, best.name], analysis.label(str(best.name))
+    beyond = {"low": best["beyond_low"], "high": best["beyond_high"]}
+    return (
+        f"Networks that are not pruned differ, {name} − SP, by {points(dense['mean'])}{_brackets(dense)} points; pruned "
+        f"networks by {points(best['beyond_dense'])}{_brackets(beyond)} more than that."
+    )
+
+
+def _best(overall: pd.DataFrame) -> pd.Series:
+    """The interspace value with the largest mean difference."""
+    return overall.loc[overall["mean"].idxmax()]
 
 
 def caution(analysis: Analysis) -> str:
@@ -234,5 +231,5 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def _are(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"

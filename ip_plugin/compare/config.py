@@ -474,4 +474,3 @@ def described(path: str) -> tuple[str, Any]:
         model = type(model.model_fields[table].default)
     field = model.model_fields[key]
     return field.description or "", field.default
-

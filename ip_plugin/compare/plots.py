@@ -36,7 +36,8 @@ MOST_PANELS = 8
 _STYLE = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5,
     "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.8,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.linewidth": 0.8,
     "grid.color": FAINT, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
     "lines.linewidth": 1.6, "lines.markersize": 5, "axes.titlelocation": "left", "axes.facecolor": "none",
 }  # fmt: skip
@@ -115,7 +116,7 @@ def difference_plot(analysis: Analysis) -> Plot | None:
     if many:
         text = (
             "Mean paired difference in points of accuracy. Blue: the interspace is more accurate; orange: spatial is. "
-            "The colour is full from a tenth of the largest difference on. * p at most 0.05 after Holm's correction."
+            f"The colour is full from {_full(rows):.1f} points on. * p at most 0.05 after Holm's correction."
         )
         return Plot(
             "differences",
@@ -231,6 +232,11 @@ def _forest(analysis: Analysis, rows: pd.DataFrame, overall: pd.DataFrame, width
     return figure
 
 
+def _full(rows: pd.DataFrame) -> float:
+    """The difference from which on a heat map has its full colour."""
+    return max(0.5, float(np.nanquantile(rows["mean"].abs(), 0.9)))
+
+
 def _heat_map(analysis: Analysis, rows: pd.DataFrame, width: float) -> Figure:
     """Criteria by sparsities, a panel for each interspace value."""
     from matplotlib.colors import LinearSegmentedColormap
@@ -244,7 +250,7 @@ def _heat_map(analysis: Analysis, rows: pd.DataFrame, width: float) -> Figure:
     lines = -(-len(spaces) // columns)
     figure = Figure(figsize=(width, lines * (0.7 + 0.24 * len(names))), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    top = max(0.5, float(np.nanquantile(rows["mean"].abs(), 0.9)))
+    top = _full(rows)
     for panel, space in zip(panels, spaces, strict=False):
         part = rows.xs(space, level="space").droplevel("comparison")
         table, shown = (
@@ -283,7 +289,7 @@ def accuracy_plot(analysis: Analysis) -> Plot | None:
     positions = {sparsity: number for number, sparsity in enumerate(sorted(analysis.sparsities))}
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels(analysis.criteria, width)
+        figure, panels = _panels(analysis.criteria, width, "test accuracy in %")
         for panel, criterion in panels:
             for space in analysis.spaces:
                 rows = frame[(frame["criterion"] == criterion) & (frame["space"] == space)].sort_values("sparsity")
@@ -296,8 +302,8 @@ def accuracy_plot(analysis: Analysis) -> Plot | None:
                     panel.axhline(dense.iloc[0], color=color, linewidth=1, linestyle=(0, (2, 2)))
             panel.set_xticks(list(positions.values()), [f"{100 * s:.4g} %" for s in positions])
             panel.margins(x=0.08)
+            panel.set_ylim(max(panel.get_ylim()[0], -2), min(panel.get_ylim()[1], 102))
         figure.supxlabel("sparsity", fontsize=9)
-        figure.supylabel("test accuracy in %", fontsize=9)
         _legend(figure, analysis, analysis.spaces)
         return figure
 
@@ -335,7 +341,7 @@ def _trade_off(analysis: Analysis, column: str, scale: float, title: str, label:
     criteria = [c for c in analysis.criteria if c in set(frame["criterion"])][:MOST_PANELS]
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels(criteria, width)
+        figure, panels = _panels(criteria, width, "test accuracy in %")
         for panel, criterion in panels:
             for space in analysis.spaces:
                 rows = frame[(frame["criterion"] == criterion) & (frame["space"] == space)].sort_values("cost")
@@ -345,7 +351,6 @@ def _trade_off(analysis: Analysis, column: str, scale: float, title: str, label:
             panel.set_xscale("log")
             _plain_log_ticks(panel.xaxis, frame["cost"], "{:g}")
         figure.supxlabel(label, fontsize=9)
-        figure.supylabel("test accuracy in %", fontsize=9)
         _legend(figure, analysis, analysis.spaces)
         return figure
 
@@ -387,7 +392,7 @@ def density_plot(analysis: Analysis) -> Plot | None:
     criteria = criteria[:MOST_PANELS]
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels(criteria, width)
+        figure, panels = _panels(criteria, width, "entries kept")
         for panel, criterion in panels:
             for space in analysis.spaces:
                 color, marker = _look(analysis, space)
@@ -407,7 +412,6 @@ def density_plot(analysis: Analysis) -> Plot | None:
                 panel.set_xticks(range(len(layers)), layers, **turn)
             else:
                 panel.set_xlabel("number of the layer")
-        figure.supylabel("entries kept", fontsize=9)
         if len(layers) <= 12:
             figure.supxlabel("layer", fontsize=9)
         styles = [(f"{100 * s:.4g} %", style) for s, style in zip(sparsities, ("-", "--", ":"), strict=False)]
@@ -504,7 +508,7 @@ def singular_plot(analysis: Analysis) -> Plot | None:
     criteria = [c for c in [DENSE, *analysis.criteria] if c in set(means["criterion"])][:MOST_PANELS]
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels(criteria, width)
+        figure, panels = _panels(criteria, width, "singular value")
         for panel, criterion in panels:
             inside = means[means["criterion"] == criterion]
             for space in analysis.interspaces:
@@ -515,7 +519,6 @@ def singular_plot(analysis: Analysis) -> Plot | None:
                     panel.plot(part["number"], part["mean"], style, color=color, marker=marker, markersize=4)
             panel.set_ylim(bottom=0)
         figure.supxlabel("number of the singular value", fontsize=9)
-        figure.supylabel("singular value", fontsize=9)
         few = _few(sorted(set(means.loc[means["criterion"] != DENSE, "sparsity"])), 3)
         styles = [(f"{100 * s:.4g} %", style) for s, style in zip(few, ("-", "--", ":"), strict=False)]
         _legend(figure, analysis, analysis.interspaces, styles)
@@ -551,7 +554,8 @@ def curve_plot(analysis: Analysis) -> Plot | None:
     over = over.reset_index()
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels([(c, name) for name in names for c in criteria], width, 1.8, 1.9, len(criteria))
+        pairs = [(c, name) for name in names for c in criteria]
+        figure, panels = _panels(pairs, width, "", 1.8, 1.9, new_line=len(criteria))
         for number, (panel, (criterion, name)) in enumerate(panels):
             inside = over[over["criterion"] == criterion]
             for space in analysis.spaces:
@@ -605,7 +609,12 @@ def _few(values: Sequence[float], most: int) -> list[float]:
 
 
 def _panels(
-    names: Sequence[Any], width: float, height: float = 2.1, narrowest: float = 2.3, new_line: int | None = None
+    names: Sequence[Any],
+    width: float,
+    label: str = "",
+    height: float = 2.1,
+    narrowest: float = 2.3,
+    new_line: int | None = None,
 ) -> tuple[Figure, Iterator[tuple[Axes, Any]]]:
     """A figure with a panel for each name, as many in a line as fit; titles are the names."""
     from matplotlib.figure import Figure
@@ -627,6 +636,8 @@ def _panels(
     for panel, name in zip(used, names, strict=True):
         if isinstance(name, str):
             panel.set_title(name)
+    for panel in grid[:, 0]:
+        panel.set_ylabel(label)
     return figure, zip(used, names, strict=True)
 
 
@@ -647,5 +658,6 @@ def _legend(
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="-" if lines else "", label=name))
     if len(styles) > 1:
         handles += [Line2D([], [], color=INK, linestyle=style, linewidth=1.2, label=label) for label, style in styles]
-    columns = max(1, int(figure.get_figwidth() / (1.35 if styles else 1.9)))
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() / (0.55 + 0.066 * longest)))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(columns, len(handles)), fontsize=8.5)

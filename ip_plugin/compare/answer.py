@@ -99,7 +99,8 @@ def _dense(analysis: Analysis) -> str:
     dense, name = analysis.differences.loc["space", DENSE, 0.0, best.name], analysis.label(str(best.name))
     beyond = {"low": best["beyond_low"], "high": best["beyond_high"]}
     return (
-        f"Networks that are not pruned differ, {name} − SP, by {points(dense['mean'])}{_brackets(dense)} points; pruned "
+        f"Networks that are not pruned differ, {name} − SP, by {points(dense['mean'])}{_brackets(dense)} points; "
+        "pruned "
         f"networks by {points(best['beyond_dense'])}{_brackets(beyond)} more than that."
     )
 

@@ -124,11 +124,11 @@ class Analysis:
         """The short name of a space: SP and IP, and IP with its settings where there are several.
 
         >>> Analysis(None, pd.DataFrame(columns=RUN)).label("interspace(basis=dct)")
-        'IP (basis=dct)'
+        'IP(basis=dct)'
         """
         if space == SPATIAL:
             return "SP"
-        return "IP" if len(self.interspaces) == 1 else f"IP {space.removeprefix('interspace')}".strip()
+        return "IP" if len(self.interspaces) == 1 else space.replace("interspace", "IP")
 
     def missing(self) -> int:
         """How many cells of the study have no result."""

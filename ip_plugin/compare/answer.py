@@ -10,11 +10,11 @@ from .analysis import DENSE, Analysis
 from .statistics import ENOUGH_SEEDS
 
 COMPARISONS = {
-    "space": "interspace against spatial",
-    "shuffled": "mask shuffled within each layer",
-    "reinit": "values drawn anew under the same mask",
-    "variety": "with filter variety",
-    "frozen": "with a frozen basis",
+    "space": "IP − SP",
+    "shuffled": "shuffled mask",
+    "reinit": "values drawn anew",
+    "variety": "filter variety",
+    "frozen": "frozen basis",
 }
 
 

@@ -36,24 +36,39 @@ def write(analysis: Analysis, folder: Path, command: str = "") -> None:
 
 
 def show(analysis: Analysis, console: Console) -> None:
-    """Print the answer in at most five lines, and the tables."""
+    """Print the tables, and the answer in at most five lines below them."""
     from rich import box
     from rich.table import Table as Grid
 
-    for table in reversed(tables(analysis)):
-        hidden = set(table.extra) if console.width < 110 else set()
-        columns = [i for i, header in enumerate(table.headers) if header not in hidden]
-        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=table.title, title_justify="left")
-        for i in columns:
-            text = i < table.texts
-            header = table.headers[i].replace("s left", "s\nleft")
-            grid.add_column(header, justify="left" if text else "right", overflow="fold", no_wrap=not text)
-        for number, row in enumerate(table.rows):
-            after = table.rows[number + 1 : number + 2]
-            grid.add_row(*(row[i].text for i in columns), end_section=bool(after) and after[0][0] != row[0])
+    timed = analysis.costs["latency_ms", "mean"].notna().any()
+    wanted = {"accuracy": True, "overall": len(analysis.overall) > 1, "controls": True, "costs": timed}
+    for table in (table for table in reversed(tables(analysis)) if wanted[table.name]):
+        grid = Grid(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=table.title, title_justify="left",
+            title_style="bold",
+        )  # fmt: skip
+        widths = _widths(table, console.width)
+        for i, width in widths.items():
+            grid.add_column(table.headers[i], justify="left" if i < table.texts else "right", overflow="fold", width=width)
+        for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
+            grid.add_row(*(row[i].text for i in widths), end_section=after is not None and after[0] != row[0])
         console.print(grid)
     for line in answer(analysis):
-        console.print(f"- {line}", markup=False)
+        console.print(f"- {line}", markup=False, highlight=False)
+
+
+def _widths(table: Table, width: int) -> dict[int, int]:
+    """The columns that fit a console and their widths: extra ones go first, then names are folded."""
+    sizes = {
+        i: max(*(len(row[i].text) for row in table.rows), *map(len, header.split()))
+        for i, header in enumerate(table.headers)
+    }
+    for header in table.extra:
+        if sum(sizes.values()) + 2 * len(sizes) > width:
+            del sizes[table.headers.index(header)]
+    for i in sorted(range(table.texts), key=sizes.__getitem__, reverse=True):
+        sizes[i] = max(min(sizes[i], 8), sizes[i] - max(0, sum(sizes.values()) + 2 * len(sizes) - width))
+    return sizes
 
 
 def inline(plot: Plot, width: float) -> Markup:

@@ -71,7 +71,8 @@ def accuracy_table(analysis: Analysis) -> Table:
         left = analysis.costs.loc[(criterion, sparsity), ("parameters_left", "mean")]
         for space in analysis.interspaces if compares else analysis.spaces:
             row = [Entry(criterion), *[Entry(analysis.label(space))] * names_space, percent(sparsity)]
-            row += [accuracy(analysis.accuracy.loc[criterion, sparsity, SPATIAL])] * compares
+            if compares:
+                row.append(accuracy(analysis.accuracy.loc[criterion, sparsity, SPATIAL]))
             row.append(accuracy(analysis.accuracy.loc[criterion, sparsity, space]))
             if compares:
                 change = analysis.differences.loc["space", criterion, sparsity, space]

@@ -42,8 +42,8 @@ def results(
             "accuracy_before_pruning": 98.6 if criterion.startswith("torch:l1") else None, "parameters": total,
             "parameters_left": kept, "basis_parameters": 81 * inter,
             "spatial_layers": "0" if inter and sparsity == 0.98 else "", "seconds": 4.2, "macs": 1788544,
-            "macs_left": round(1788544 * (1 - sparsity) * (1.3 if inter else 1.0)), "file_bytes": 4 * kept + 900 + 400 * inter,
-            "lr": 0.15,
+            "macs_left": round(1788544 * (1 - sparsity) * (1.3 if inter else 1.0)),
+            "file_bytes": 4 * kept + 900 + 400 * inter, "lr": 0.15,
         })  # fmt: skip
         for epoch in range(1, 9):
             curves.append((*key, epoch, "train" if epoch < 6 else "finetune", 2.3 * 0.6**epoch + 0.01 * random.random(),

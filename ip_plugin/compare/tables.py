@@ -68,7 +68,6 @@ def accuracy_table(analysis: Analysis) -> Table:
     names_space = not compares or len(analysis.interspaces) > 1
     rows = []
     for criterion, sparsity in dict.fromkeys((c, s) for c, s, _ in analysis.accuracy.index):
-        left = analysis.costs.loc[(criterion, sparsity), ("parameters_left", "mean")]
         for space in analysis.interspaces if compares else analysis.spaces:
             row = [Entry(criterion), *[Entry(analysis.label(space))] * names_space, percent(sparsity)]
             if compares:
@@ -77,7 +76,8 @@ def accuracy_table(analysis: Analysis) -> Table:
             if compares:
                 change = analysis.differences.loc["space", criterion, sparsity, space]
                 row += [*difference_entries(change), Entry(points(change["beyond_dense"]), change["beyond_dense"])]
-            row.append(Entry("–" if pd.isna(left[space]) else f"{left[space]:,.0f}", left[space]))
+            left = analysis.costs["parameters_left"].loc[criterion, sparsity, space]["mean"]
+            row.append(Entry("–" if pd.isna(left) else f"{left:,.0f}", left))
             rows.append(row)
     headers = [
         "criterion", *["interspace" if compares else "space"] * names_space, "sparsity",
@@ -105,7 +105,7 @@ def overall_table(analysis: Analysis) -> Table:
          Entry(f"{100 * row['better']:.0f} %" if pd.notna(row["better"]) else "–", row["better"]),
          Entry(f"{row['wins']:.0f} / {row['ties']:.0f} / {row['losses']:.0f}", row["wins"]),
          Entry(f"{row['count']:.0f}", row["count"])]
-        for (comparison, space), row in analysis.overall.iterrows()
+        for (comparison, space), row in analysis.overall.iterrows() if row["count"]
     ]  # fmt: skip
     return Table(
         "overall", "All cells together",

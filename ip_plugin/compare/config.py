@@ -445,6 +445,10 @@ def read(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> 
         line = None if given else line_of(text, error.where)
         if line is None:
             raise
+        for number, content in enumerate(text.splitlines()[line - 1 :], start=line):  # the value in a list of lines
+            if error.found.strip("'") in content:
+                line = number
+                break
         raise StudyError(error.rule, f"{error.found} ({path}, line {line})", error.remedy) from None
 
 

@@ -77,7 +77,11 @@ class Results:
         try:
             there = _read(folder) if "study.json" in names else None
             if there is not None:
-                _same({folder: there.study.common() | {"versions": there.versions}}, _description(study))
+                differences = _differences(
+                    there.study.common() | {"versions": there.versions}, study.common() | {"versions": versions()}
+                )
+                if differences:
+                    raise _foreign(folder, f"a study of other settings: {differences}")
                 grown = there.study.changed({axis: _union(there.study, study, axis) for axis in AXES[1:]})
             results = cls(study, there.records if there else {}, folder, versions())
             if there is None or grown != there.study:
@@ -100,7 +104,11 @@ class Results:
         parts = [_read(Path(folder)) for folder in folders]
         first = parts[0]
         for part in parts[1:]:
-            _same({first.folder: first.study.common()}, part.study.common(), str(part.folder))
+            differences = _differences(first.study.common(), part.study.common())
+            if differences:
+                rule = "Folders that are shown together must hold results of one study, with any axes."
+                found = f"between {str(first.folder)!r} (there) and {str(part.folder)!r} (here): {differences}"
+                raise StudyError(rule, found, "show them one by one")
             axes = {axis: _union(first.study, part.study, axis) for axis in AXES[1:]}
             done = {cell: record for cell, record in first.records.items() if record.result is not None}
             versions = dict(first.versions)
@@ -209,10 +217,6 @@ def _key(cell: Cell) -> str:
     return f"{re.sub(r'[^a-zA-Z0-9.]+', '-', text)}-{hashlib.sha256(repr(tuple(cell)).encode()).hexdigest()[:8]}"
 
 
-def _description(study: Study) -> dict[str, Any]:
-    return study.common() | {"versions": versions()}
-
-
 def _union(first: Study, second: Study, axis: str) -> list[Any]:
     return list(dict.fromkeys([*getattr(first, axis), *getattr(second, axis)]))
 
@@ -276,17 +280,14 @@ def _read_old(folder: Path, there: dict[str, Any]) -> Results:
     return Results(grown, records, folder, there["versions"])
 
 
-def _same(there: dict[Path, dict[str, Any]], here: dict[str, Any], name: str = "here") -> None:
-    """Raise StudyError unless two descriptions are equal."""
-    ((folder, values),) = there.items()
-    differences = [
-        f"{part}.{key} is {values.get(part, {}).get(key)!r} there and {value!r} {name}"
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two descriptions, in words; empty if nothing does."""
+    return "; ".join(
+        f"{part}.{key} is {there.get(part, {}).get(key)!r} there and {value!r} here"
         for part, table in here.items()
         for key, value in table.items()
-        if values.get(part, {}).get(key) != value
-    ]
-    if differences:
-        raise _foreign(folder, f"a study of other settings: {'; '.join(differences)}")
+        if there.get(part, {}).get(key) != value
+    )
 
 
 def _foreign(folder: Path, found: str, remedy: str = "choose another folder with --output") -> StudyError:

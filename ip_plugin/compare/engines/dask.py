@@ -26,6 +26,7 @@ class Dask:
     Attributes:
         scheduler: its address, as ``tcp://host:8786``; None starts a cluster on this machine.
         jobs: workers of the cluster on this machine.
+        timeout: seconds to wait for the scheduler's answer.
 
     Raises:
         StudyError: distributed is not installed.
@@ -33,6 +34,7 @@ class Dask:
 
     scheduler: str | None = None
     jobs: int = 1
+    timeout: float = 10
 
     def __post_init__(self) -> None:
         try:
@@ -57,7 +59,7 @@ class Dask:
                         n_workers=self.jobs, threads_per_worker=1, dashboard_address=None, silence_logs=50
                     )
                 )
-                client = stack.enter_context(dask.Client(address, timeout=10, set_as_default=False))
+                client = stack.enter_context(dask.Client(address, timeout=self.timeout, set_as_default=False))
             except (OSError, TimeoutError) as error:
                 raise EngineError(f"The Dask scheduler at {self.scheduler} does not answer: {error}") from error
             client.subscribe_topic(topic, lambda event: news.put(("event", event[1])))

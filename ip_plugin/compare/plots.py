@@ -388,11 +388,14 @@ def density_plot(analysis: Analysis) -> Plot | None:
     means = frame.groupby([*KEYS, "layer"], sort=False)["density"].mean().reset_index()
     sparsities = _few(sorted(set(means["sparsity"])), 3)
     layers = list(dict.fromkeys(means["layer"]))
+    ticks = [name if len(name) < 15 else f"…{name[-13:]}" for name in layers]
+    turned = len(layers) <= 12 and max(map(len, layers)) > 4
     criteria = [c for c in analysis.criteria if c in set(means["criterion"]) and not is_control(c)]
     criteria = criteria[:MOST_PANELS]
 
     def draw(width: float) -> Figure:
-        figure, panels = _panels(criteria, width, "entries kept")
+        below = 0.05 * max(map(len, ticks)) if turned else 0.0
+        figure, panels = _panels(criteria, width, "entries kept", 2.1 + below, below=below)
         for panel, criterion in panels:
             for space in analysis.spaces:
                 color, marker = _look(analysis, space)
@@ -408,8 +411,8 @@ def density_plot(analysis: Analysis) -> Plot | None:
             inside = means.loc[means["criterion"].eq(criterion) & means["density"].gt(0), "density"]
             _plain_log_ticks(panel.yaxis, 100 * inside, "{:g} %", 0.01)
             if len(layers) <= 12:
-                turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, layers)) > 4 else {}
-                panel.set_xticks(range(len(layers)), layers, **turn)
+                turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+                panel.set_xticks(range(len(layers)), ticks, **turn)
             else:
                 panel.set_xlabel("number of the layer")
         if len(layers) <= 12:
@@ -465,6 +468,8 @@ def basis_plot(analysis: Analysis) -> Plot | None:
             where = DENSE if criterion == DENSE else f"{criterion} at {100 * sparsity:.4g} %"
             prefix = f"{analysis.label(space)}, " if len(analysis.interspaces) > 1 else ""
             panel.set_title(f"{prefix}{where}", fontsize=8.5)
+            panel.set_anchor("NW")
+        figure.subplots_adjust(0.01, 0.02, 0.99, hspace=0.25, wspace=0.1)
         return figure
 
     return Plot(
@@ -555,7 +560,7 @@ def curve_plot(analysis: Analysis) -> Plot | None:
 
     def draw(width: float) -> Figure:
         pairs = [(c, name) for name in names for c in criteria]
-        figure, panels = _panels(pairs, width, "", 1.8, 1.9, new_line=len(criteria))
+        figure, panels = _panels(pairs, width, " ", 1.8, 1.9, new_line=len(criteria))
         for number, (panel, (criterion, name)) in enumerate(panels):
             inside = over[over["criterion"] == criterion]
             for space in analysis.spaces:
@@ -570,6 +575,7 @@ def curve_plot(analysis: Analysis) -> Plot | None:
                 panel.axvline(tuned.min() - 0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
             if name == "loss" and (over["loss_min"] > 0).all():
                 panel.set_yscale("log")
+                panel.minorticks_off()
             panel.set_title(criterion)
             if number % len(criteria) == 0:
                 panel.set_ylabel(names[name])
@@ -615,27 +621,44 @@ def _panels(
     height: float = 2.1,
     narrowest: float = 2.3,
     new_line: int | None = None,
+    below: float = 0.0,
 ) -> tuple[Figure, Iterator[tuple[Axes, Any]]]:
-    """A figure with a panel for each name, as many in a line as fit; titles are the names."""
+    """A figure with a panel for each name, as many in a line as fit; titles are the names.
+
+    Args:
+        names: of the panels.
+        width: of the figure in inches.
+        label: of the vertical axes.
+        height: of a panel with its title and ticks, in inches.
+        narrowest: width of a panel from which one more fits.
+        new_line: number of names after which a line begins anew.
+        below: inches that tick labels need more than numbers.
+    """
     from matplotlib.figure import Figure
 
-    columns = max(1, min(new_line or len(names), int(width / narrowest)))
-    lines = -(-len(names) // columns) if new_line is None else len(names) // new_line * -(-new_line // columns)
-    share = min(1.0, (columns + 0.25) * 3.4 / width) if columns < 3 and width == WIDE else 1.0
-    figure = Figure(figsize=(width * share, 0.75 + height * lines), layout="constrained")
+    group = new_line or len(names)
+    columns = max(1, min(group, int(width / narrowest)))
+    lines = -(-group // columns) * (len(names) // group)
+    if columns < 3 and width == WIDE:
+        width = min(width, (columns + 0.25) * 3.4)
+    # Margins in inches, by hand: matplotlib's layouts take as long as all of the drawing.
+    left, right, top, bottom, between, gap = 0.66 if label else 0.5, 0.1, 0.3, 0.52 + below, 0.5, 0.55 + below
+    tall = top + bottom + lines * height - gap
+    across = (width - left - right - (columns - 1) * between) / columns
+    figure = Figure(figsize=(width, tall))
     grid = figure.subplots(lines, columns, squeeze=False)
+    figure.subplots_adjust(
+        left / width, bottom / tall, 1 - right / width, 1 - top / tall, between / across, gap / (height - gap)
+    )
     panels = list(grid.flatten())
-    if new_line is not None:  # names come in groups, each of which begins a line
-        per = -(-new_line // columns) * columns
-        used = [panels[group * per + i] for group in range(len(names) // new_line) for i in range(new_line)]
-    else:
-        used = panels[: len(names)]
-    for panel in panels:
-        if panel not in used:
-            panel.set_axis_off()
+    per = -(-group // columns) * columns
+    used = [panels[i // group * per + i % group] for i in range(len(names))]
+    for panel in set(panels) - set(used):
+        panel.set_axis_off()
     for panel, name in zip(used, names, strict=True):
         if isinstance(name, str):
             panel.set_title(name)
+        panel.locator_params(nbins=5)
     for panel in grid[:, 0]:
         panel.set_ylabel(label)
     return figure, zip(used, names, strict=True)
@@ -660,4 +683,12 @@ def _legend(
         handles += [Line2D([], [], color=INK, linestyle=style, linewidth=1.2, label=label) for label, style in styles]
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.066 * longest)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(columns, len(handles)), fontsize=8.5)
+    columns = min(columns, len(handles))
+    outside = figure.get_layout_engine() is not None
+    place: dict[str, Any] = {"loc": "outside upper left"} if outside else {"loc": "upper left", "borderaxespad": 0.1}
+    if not outside:  # the figure grows by the legend
+        tall, above = figure.get_figheight(), 0.1 + 0.19 * -(-len(handles) // columns)
+        margins, new = figure.subplotpars, tall + above
+        figure.set_figheight(new)
+        figure.subplots_adjust(bottom=margins.bottom * tall / new, top=1 - ((1 - margins.top) * tall + above) / new)
+    figure.legend(handles=handles, ncols=columns, fontsize=8.5, **place)

@@ -49,7 +49,8 @@ def show(analysis: Analysis, console: Console) -> None:
         )  # fmt: skip
         widths = _widths(table, console.width)
         for i, width in widths.items():
-            grid.add_column(table.headers[i], justify="left" if i < table.texts else "right", overflow="fold", width=width)
+            side = "left" if i < table.texts else "right"
+            grid.add_column(table.headers[i], justify=side, overflow="fold", width=width)
         for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
             grid.add_row(*(row[i].text for i in widths), end_section=after is not None and after[0] != row[0])
         console.print(grid)
@@ -116,7 +117,7 @@ def downloads(plot_or_table: Plot | Table) -> list[tuple[str, str, str]]:
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, float_format="%.7g")
+    return frame.to_csv(index=False, float_format="%.10g")
 
 
 def page(analysis: Analysis, figures: Sequence[Plot], command: str = "") -> str:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ip_plugin.adapters.torch_pruning import pruner
 from ip_plugin.adapters.torch_pruning.variety import made_by
 from ip_plugin.compare import Study
-from ip_plugin.compare.tasks import Split, task_of
+from ip_plugin.compare.cell import images_of, network_of
+from ip_plugin.compare.data import Split
 from ip_plugin.compare.training import Training, accuracy
 from ip_plugin.methods.filter_variety import similarities, varied
 
@@ -112,22 +113,28 @@ def importance(criterion: str, rule: Rule, ratio: float) -> Callable[..., Tensor
 
 def measure(study: Study, seed: int, cells: list[tuple[str, float, str]]) -> Iterator[tuple[Any, ...]]:
     """Train one network, and cut copies of it."""
-    task, data = task_of(study)
-    train, test = task.load(data, study.data.train_images)
-    test = Split(test.images[::2], test.labels[::2])
+    images = images_of(study)
+    assert isinstance(images.train, Split)
+    assert isinstance(images.test, Split)
+    test = Split(images.test.images[::2], images.test.labels[::2])
     torch.manual_seed(seed)
-    dense = task.network()
-    Training(dense, train, task, study.training, seed).train()
+    dense = network_of(study, images)
+    Training(dense, images, study.training, seed).train()
     for criterion, ratio, rule in cells:
         model = copy.deepcopy(dense).eval()
         last = [module for module in model.modules() if isinstance(module, nn.Linear)]
         torch.manual_seed(seed + 1000)
         scorer = importance(criterion, RULES[rule], ratio)
         pruner(
-            tp.pruner.BasePruner, model, train.images[:1], importance=scorer, pruning_ratio=ratio, ignored_layers=last
+            tp.pruner.BasePruner,
+            model,
+            images.train.images[:1],
+            importance=scorer,
+            pruning_ratio=ratio,
+            ignored_layers=last,
         ).step()
         before = accuracy(model, test)
-        Training(model, train, task, study.training, seed + 100).finetune()
+        Training(model, images, study.training, seed + 100).finetune()
         yield seed, criterion, rule, ratio, accuracy(model, test), before
 
 
@@ -139,7 +146,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     study = Study(
-        data={"source": given.data, "train_images": 10000},
+        data={"source": given.data, "train_images": 10000, "augment": ("RandomHorizontalFlip",)},
         model={"name": {"cifar10": "auto", "cifar10-resnet": "resnet"}[given.task]},
         training={"epochs": 8, "finetune_epochs": 3},
     )

@@ -26,6 +26,7 @@ class Epoch:
         lr: learning rate of its last step.
         accuracy: on the validation images, in percent; None without any.
         seconds: since the cell began.
+        train_accuracy: on the training images as they were trained with, in percent; None if it was not counted.
     """
 
     epoch: int
@@ -34,6 +35,7 @@ class Epoch:
     lr: float
     accuracy: float | None
     seconds: float
+    train_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from ip_plugin.adapters.torch_prune import criteria as torch_criteria
 from ip_plugin.compare import builtin_criteria
 from ip_plugin.compare.builtin_criteria import CRITERIA
 from ip_plugin.compare.cell import epochs_of, train_and_prune
-from ip_plugin.compare.config import Cell, Study
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.config import Cell, Data, Study
+from ip_plugin.compare.data import load
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.compare.training import Training
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
@@ -36,7 +37,7 @@ TOTAL = 56224
 
 def network(space: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = TASKS["digits"].network()
+    model = NETWORKS["convnet"](1, 10)
     return interspace(model, basis="orthonormal", sharing="model", seed=seed) if space == "interspace" else model
 
 
@@ -44,8 +45,8 @@ class Watched(Training):
     """A training that remembers the state at the beginning of each part, and the masks after each step."""
 
     def __init__(self, model: nn.Module, settings: Study = SETTINGS) -> None:
-        train, _ = TASKS["digits"].load(None, settings.data.train_images)
-        super().__init__(model, train, TASKS["digits"], settings.training, 0)
+        images = load(Data(train_images=settings.data.train_images))
+        super().__init__(model, images, settings.training, 0)
         self.parts: list[tuple[int, dict[str, Tensor], int]] = []
         self.pruned: list[int] = []
         self.masks: list[dict[str, Tensor]] = []
@@ -81,7 +82,7 @@ def count(model: nn.Module) -> int:
 
 def run(name: str, model: nn.Module, number: int, settings: Study = SETTINGS) -> Watched:
     training = Watched(model, settings)
-    train_and_prune(CRITERIA[name], number, training, training.split)
+    train_and_prune(CRITERIA[name], number, training, training.images.test)
     return training
 
 

@@ -14,7 +14,7 @@ from ip_plugin.adapters import VARIED, Begin
 from ip_plugin.compare import criteria
 from ip_plugin.compare.cell import epochs_of
 from ip_plugin.compare.config import Cell, Study
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import movement
 from ip_plugin.methods.filter_variety import removal_order
@@ -26,7 +26,7 @@ SETTINGS = Study(training={"epochs": 1, "finetune_epochs": 1}, data={"train_imag
 
 def network(space: str) -> Any:
     torch.manual_seed(0)
-    model = TASKS["digits"].network()
+    model = NETWORKS["convnet"](1, 10)
     return interspace(model, basis="orthonormal", sharing="model", seed=0) if space == "interspace" else model
 
 
@@ -175,7 +175,7 @@ def test_the_residual_network_gets_the_same_shape_in_both_spaces(name: str) -> N
     shapes = []
     for space in ("spatial", "interspace"):
         torch.manual_seed(0)
-        model = TASKS["cifar10-resnet"].network()
+        model = NETWORKS["resnet"](3, 10)
         if space == "interspace":
             interspace(model, basis="orthonormal", sharing="model", seed=0)
         training, images, labels = Acted(model), torch.randn(4, 3, 32, 32), torch.arange(4)

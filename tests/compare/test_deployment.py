@@ -27,10 +27,10 @@ from ip_plugin.compare.config import Cell, Settings, Study
 from ip_plugin.compare.deployment import Deployment, measure
 from ip_plugin.compare.engines.local import one_by_one
 from ip_plugin.compare.engines.processes import Processes
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.compare.report import deployment_table, remarks, tables
 from ip_plugin.compare.store import COLUMNS, Results
 from ip_plugin.compare.study import compare
-from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import StudyError
 from ip_plugin.sparse import SparseNetwork
 
@@ -76,7 +76,7 @@ def test_the_pruned_network_is_run_sparse_and_the_dense_one_by_torch(
 
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("numba has one thread here")
-    model, dense = TASKS["digits"].network().eval(), TASKS["digits"].network().eval()
+    model, dense = NETWORKS["convnet"](1, 10).eval(), NETWORKS["convnet"](1, 10).eval()
     if space == "interspace":
         interspace(model)
     criteria.load("torch:l1").prune(model, 50000, None)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_a_failure_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(deployment, "side_by_side", broken)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="out of time"):
-        measure(TASKS["digits"].network().eval(), TASKS["digits"].network().eval(), torch.randn(1, 1, 8, 8), 1)
+        measure(NETWORKS["convnet"](1, 10).eval(), NETWORKS["convnet"](1, 10).eval(), torch.randn(1, 1, 8, 8), 1)
     assert torch.get_num_threads() == before
 
 

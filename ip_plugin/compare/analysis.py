@@ -13,14 +13,14 @@ import pandas as pd
 from ip_plugin.adapters import VARIED
 
 from .config import DENSE
+from .controls import CONTROLS
 from .statistics import ENOUGH_SEEDS, LEVEL, bootstrap, family_weights, holm, mean, paired, std
 
 #: What identifies a cell of the grid, and a run.
 KEYS = ["criterion", "sparsity", "space"]
 RUN = [*KEYS, "seed"]
 SPATIAL = "spatial"
-#: Suffixes of criteria that are no proposal but a control, and all that make a pair with the criterion without them.
-CONTROLS = ("+shuffled", "+reinit")
+#: Suffixes of criteria that make a pair with the criterion without them.
 SUFFIXES = (*CONTROLS, VARIED)
 
 _NUMBERS = (
@@ -60,7 +60,7 @@ class Analysis:
         accuracy: over the seeds, by criterion, sparsity and space.
         pairs: of every comparison and run, the accuracies ``first`` and ``second`` and their ``difference``.
         differences: those over the seeds, by comparison, criterion, sparsity and space. For ``space``, ``beyond_dense``
-            (with ``beyond_low``, ``beyond_high``) is what is left when the dense networks' difference is taken off.
+            (with ``beyond_low``, ``beyond_high``) is the difference minus that of the dense networks.
         overall: by comparison and space, over the seeds that have all cells: mean over criteria of the mean over
             sparsities (dense networks and controls left out of ``space``); ``better`` is the share of pairs in which
             the second is more accurate, a tie counting half; ``boot_low`` to ``boot_high`` and ``better_low`` to
@@ -183,7 +183,7 @@ def is_control(criterion: str) -> bool:
     >>> is_control("torch:l1+shuffled"), is_control("tp:l1+variety")
     (True, False)
     """
-    return criterion.endswith(CONTROLS)
+    return criterion.endswith(tuple(CONTROLS))
 
 
 def is_frozen(space: str) -> bool:

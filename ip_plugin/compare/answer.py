@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from .analysis import DENSE, Analysis
+from .analysis import Analysis
+from .config import DENSE
 from .statistics import ENOUGH_SEEDS
 
 COMPARISONS = {

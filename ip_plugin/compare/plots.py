@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .analysis import DENSE, KEYS, SPATIAL, Analysis, is_control
+from .analysis import KEYS, SPATIAL, Analysis, is_control
 from .answer import COMPARISONS, interval, points
+from .config import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ MOST_ROWS = 40
 #: Criteria that are drawn where a figure looks inside of the networks; the data of a figure have all.
 MOST_PANELS = 8
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5,
     "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": INK,
@@ -348,6 +349,7 @@ def _trade_off(analysis: Analysis, column: str, scale: float, title: str, label:
                 color, marker = _look(analysis, space)
                 panel.fill_between(rows["cost"], rows["low"], rows["high"], color=color, alpha=0.18, linewidth=0)
                 panel.plot(rows["cost"], rows["mean"], marker=marker, color=color)
+            panel.set_ylim(max(panel.get_ylim()[0], -2), min(panel.get_ylim()[1], 102))
             panel.set_xscale("log")
             _plain_log_ticks(panel.xaxis, frame["cost"], "{:g}")
         figure.supxlabel(label, fontsize=9)
@@ -411,7 +413,7 @@ def density_plot(analysis: Analysis) -> Plot | None:
             inside = means.loc[means["criterion"].eq(criterion) & means["density"].gt(0), "density"]
             _plain_log_ticks(panel.yaxis, 100 * inside, "{:g} %", 0.01)
             if len(layers) <= 12:
-                turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+                turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if turned else {}
                 panel.set_xticks(range(len(layers)), ticks, **turn)
             else:
                 panel.set_xlabel("number of the layer")
@@ -551,9 +553,9 @@ def curve_plot(analysis: Analysis) -> Plot | None:
     highest = max(analysis.sparsities, default=0.0)
     frame = frame[(frame["criterion"] == DENSE) | (frame["sparsity"] == highest)]
     criteria = [c for c in [DENSE, *analysis.criteria] if c in set(frame["criterion"])][:MOST_PANELS]
-    names = {"loss": "training loss"}
-    if frame["accuracy"].notna().any():
-        names["accuracy"] = "validation accuracy in %"
+    titles = {"accuracy": "validation accuracy in %", "train_accuracy": "training accuracy in %"}
+    measured = [name for name in titles if name in frame and frame[name].notna().any()]
+    names = {"loss": "training loss", **{name: titles[name] for name in measured[:1]}}
     over = frame.groupby([*KEYS, "phase", "epoch"], sort=False)[list(names)].agg(["mean", "min", "max"])
     over.columns = ["_".join(pair) for pair in over.columns]
     over = over.reset_index()
@@ -668,7 +670,7 @@ def _legend(
     figure: Figure,
     analysis: Analysis,
     spaces: Sequence[str],
-    styles: Sequence[tuple[str, str]] = (),
+    styles: Sequence[tuple[str, Any]] = (),
     lines: bool = True,
 ) -> None:
     """Spaces by colour and marker, and what line styles stand for, above the figure."""
@@ -681,7 +683,7 @@ def _legend(
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="-" if lines else "", label=name))
     if len(styles) > 1:
         handles += [Line2D([], [], color=INK, linestyle=style, linewidth=1.2, label=label) for label, style in styles]
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.066 * longest)))
     columns = min(columns, len(handles))
     outside = figure.get_layout_engine() is not None

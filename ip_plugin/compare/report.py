@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -43,13 +43,13 @@ def show(analysis: Analysis, console: Console) -> None:
     timed = analysis.costs["latency_ms", "mean"].notna().any()
     wanted = {"accuracy": True, "overall": len(analysis.overall) > 1, "controls": True, "costs": timed}
     for table in (table for table in reversed(tables(analysis)) if wanted[table.name]):
+        widths, gap = _widths(table, console.width)
         grid = Grid(
-            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=table.title, title_justify="left",
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0), title=table.title, title_justify="left",
             title_style="bold",
         )  # fmt: skip
-        widths = _widths(table, console.width)
         for i, width in widths.items():
-            side = "left" if i < table.texts else "right"
+            side: Literal["left", "right"] = "left" if i < table.texts else "right"
             grid.add_column(table.headers[i], justify=side, overflow="fold", width=width)
         for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
             grid.add_row(*(row[i].text for i in widths), end_section=after is not None and after[0] != row[0])
@@ -58,18 +58,23 @@ def show(analysis: Analysis, console: Console) -> None:
         console.print(f"- {line}", markup=False, highlight=False)
 
 
-def _widths(table: Table, width: int) -> dict[int, int]:
-    """The columns that fit a console and their widths: extra ones go first, then names are folded."""
+def _widths(table: Table, width: int) -> tuple[dict[int, int], int]:
+    """The columns that fit a console, their widths and the gap: extra columns go first, then names are folded."""
     sizes = {
         i: max(*(len(row[i].text) for row in table.rows), *map(len, header.split()))
         for i, header in enumerate(table.headers)
     }
+
+    def excess(gap: int) -> int:
+        return sum(sizes.values()) + gap * len(sizes) - width
+
     for header in table.extra:
-        if sum(sizes.values()) + 2 * len(sizes) > width:
+        if excess(2) > 0:
             del sizes[table.headers.index(header)]
+    gap = 2 if excess(2) <= 0 else 1
     for i in sorted(range(table.texts), key=sizes.__getitem__, reverse=True):
-        sizes[i] = max(min(sizes[i], 8), sizes[i] - max(0, sum(sizes.values()) + 2 * len(sizes) - width))
-    return sizes
+        sizes[i] = max(min(sizes[i], 8), sizes[i] - max(0, excess(gap)))
+    return sizes, gap
 
 
 def inline(plot: Plot, width: float) -> Markup:
@@ -117,7 +122,11 @@ def downloads(plot_or_table: Plot | Table) -> list[tuple[str, str, str]]:
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, float_format="%.10g")
+    text: str = frame.to_csv(index=False, float_format="%.10g")
+    return text
+
+
+_TITLE = "spatial and interspace pruning compared"
 
 
 def page(analysis: Analysis, figures: Sequence[Plot], command: str = "") -> str:
@@ -134,7 +143,7 @@ def page(analysis: Analysis, figures: Sequence[Plot], command: str = "") -> str:
     }  # fmt: skip
     texts = {name: _csv(frame) for name, frame in frames.items() if len(frame)}
     return environment.from_string(template).render(
-        name=getattr(analysis.study, "name", ""),
+        title=f"{name}: {_TITLE}" if (name := getattr(analysis.study, "name", "")) else _TITLE.capitalize(),
         headline=headline(analysis),
         lines=[line for line in lines[1:] if line != caution(analysis)],
         caution=caution(analysis),

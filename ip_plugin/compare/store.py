@@ -23,7 +23,7 @@ from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
 from .config import AXES, Cell, Study
-from .record import Record, Result, versions
+from .record import Epoch, Record, Result, versions
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -154,9 +154,9 @@ class Results:
 
     def curves(self) -> pd.DataFrame:
         """Training curves: one row for each cell and epoch."""
-        columns = [*Cell._fields, "epoch", "phase", "loss", "lr", "accuracy", "seconds"]
+        columns = [*Cell._fields, *(item.name for item in dataclasses.fields(Epoch))]
         rows = [(*r.cell, *dataclasses.astuple(epoch)) for r in self._of_the_study() for epoch in r.curve]
-        return pd.DataFrame(rows, columns=columns).astype({"accuracy": float})
+        return pd.DataFrame(rows, columns=columns).astype({"accuracy": float, "train_accuracy": float})
 
     def density(self) -> pd.DataFrame:
         """Share of the entries that are kept: one row for each cell and layer."""

@@ -42,7 +42,7 @@ class Table:
     def latex(self) -> str:
         """The table in LaTeX, for the package booktabs."""
         columns = "l" * self.texts + "r" * (len(self.headers) - self.texts)
-        text = self.frame().to_latex(
+        text: str = self.frame().to_latex(
             index=False, escape=True, column_format=columns, caption=self.title, label=f"tab:{self.name}"
         )
         for character, command in (("−", "$-$"), ("±", r"$\pm$"), ("–", "--"), ("µ", r"$\mu$"), ("<", "$<$")):

@@ -171,7 +171,10 @@ class Results:
         """What the results say."""
         from .analysis import Analysis
 
-        return Analysis(self.study, self.frame(), self.curves(), self.density(), self.bases())
+        return Analysis(
+            self.study, self.frame(), self.curves(), self.density(), self.bases(), made=self.versions,
+            failures=self.failures,
+        )  # fmt: skip
 
     def report(self, folder: str | os.PathLike[str] | None = None, command: str = "") -> Path:
         """Write ``report.html`` and plots; returns the page's path.

@@ -1,0 +1,272 @@
+"""Sensitivity: what a model loses when one of its layers alone is pruned, and sparsities of layers made of that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..core.tensor_ref import by_basis, prunable_tensors
+from ..errors import AmountError, ArgumentError, BatchError
+from ..utils.example_input import run
+from ..utils.preserved_state import preserved_state
+from ..utils.validation import check_fraction
+from .derivatives import Batches, Loss, pairs, unwrapped
+from .schedules import Score
+from .scores import magnitude
+from .selection import rounded, select
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Measure = Literal["accuracy", "loss"]
+
+
+class Point(NamedTuple):
+    """A measurement: the number of entries that the layer keeps, and the accuracy or the loss of the model."""
+
+    kept: int
+    value: float
+
+
+class Curve(NamedTuple):
+    """The measurements of one layer: with all entries that are not pruned yet, with ever fewer, and with one entry."""
+
+    parameters: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` has measured.
+
+    Attributes:
+        measure: ``"accuracy"`` or ``"loss"``.
+        curves: {layer name: measurements}, in model order. All curves begin with the same value, that of the model as
+            it is.
+        basis_parameters: number of the entries of all bases.
+    """
+
+    measure: Measure
+    curves: Mapping[str, Curve]
+    basis_parameters: int
+
+    def frame(self) -> DataFrame:
+        """One row for each measurement; needs pandas.
+
+        Columns: layer, parameters (of the layer), sparsity (of the layer), kept (its entries), accuracy or loss.
+        """
+        import pandas as pd
+
+        rows = [
+            (name, curve.parameters, 1 - point.kept / curve.parameters, *point)
+            for name, curve in self.curves.items()
+            for point in curve.points
+        ]
+        return pd.DataFrame(rows, columns=["layer", "parameters", "sparsity", "kept", self.measure])
+
+    def plot(self, axes: Axes | None = None) -> Figure:
+        """One line for each layer, coloured by depth; needs matplotlib.
+
+        Args:
+            axes: drawn into; None makes a new figure.
+        """
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+
+        if axes is None:
+            axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
+        shades = colormaps["viridis"].resampled(max(2, len(self.curves)))
+        for number, (name, curve) in enumerate(self.curves.items()):
+            sparsities = [1 - point.kept / curve.parameters for point in curve.points]
+            values = [point.value for point in curve.points]
+            axes.plot(sparsities, values, ".-", color=shades(number), label=name or "the model")
+        axes.set(xlabel="sparsity of the layer", ylabel=self.measure)
+        axes.grid(alpha=0.3)
+        columns = math.ceil(len(self.curves) / 20)
+        axes.legend(title="layer", fontsize="small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure = axes.get_figure()
+        assert isinstance(figure, Figure)
+        return figure
+
+    def suggest(self, total: float) -> dict[str, float]:
+        """Sparsities of layers that together prune a model to a total sparsity; `prune` takes them.
+
+        All layers are pruned as far as one common loss allows, each of them alone: the largest of these estimated
+        losses is as small as it can be. Between measurements a loss is interpolated linearly; a layer that lost less at
+        a higher sparsity is taken to lose no less. Every layer keeps at least one entry.
+
+        Args:
+            total: share of all prunable entries, as ``ip-plugin compare`` counts it: entries of bases are counted as
+                kept, so in the interspace layers keep fewer by that number.
+
+        Returns:
+            {layer name: sparsity}. The layers keep exactly ``round((1 - total) * entries) - basis_parameters``.
+
+        Raises:
+            AmountError: no fraction, or one that would leave a layer empty, or that is below the present sparsity.
+        """
+        check_fraction(total, "total")
+        entries = sum(curve.parameters for curve in self.curves.values())
+        keep = round((1 - total) * entries) - self.basis_parameters
+        losses = {name: self._losses(curve) for name, curve in self.curves.items()}
+        most = sum(points[0].kept for points in losses.values())
+        if not sum(points[-1].kept for points in losses.values()) <= keep <= most:
+            raise AmountError(
+                f"Every layer must keep an entry, and all together at most the {most} that are not pruned yet.",
+                f"total={total!r}: {keep} entries to keep in {len(losses)} layers, besides {self.basis_parameters} in "
+                "bases",
+                'change the total sparsity, or share bases (sharing="model")',
+            )
+        # Bisection of the tolerated loss. On a plateau of a curve, `low` and `high` still differ by many entries.
+        low, high = -1.0, max(points[-1].value for points in losses.values())
+        for _ in range(100):
+            middle = (low + high) / 2
+            if sum(_kept(points, middle) for points in losses.values()) > keep:
+                low = middle
+            else:
+                high = middle
+        many, few = ([_kept(points, tolerated) for points in losses.values()] for tolerated in (low, high))
+        share = (sum(many) - keep) / (sum(many) - sum(few)) if sum(many) > keep else 0.0
+        counts = rounded([m + share * (f - m) for m, f in zip(many, few, strict=True)])
+        return {name: 1 - count / self.curves[name].parameters for name, count in zip(losses, counts, strict=True)}
+
+    def _losses(self, curve: Curve) -> list[Point]:
+        """A curve as losses: never negative, and never smaller for fewer entries."""
+        sign = -1 if self.measure == "accuracy" else 1
+        losses = accumulate((max(0.0, sign * (value - curve.points[0].value)) for _, value in curve.points), max)
+        return [Point(point.kept, loss) for point, loss in zip(curve.points, losses, strict=True)]
+
+
+def _kept(losses: Sequence[Point], tolerated: float) -> float:
+    """The least number of entries with which a layer loses no more than `tolerated`; all if that is negative."""
+    within = [point for point in losses if point.value <= tolerated]
+    if not within or len(within) == len(losses):
+        return (within or losses[:1])[-1].kept
+    before, after = within[-1], losses[len(within)]
+    return before.kept + (after.kept - before.kept) * (tolerated - before.value) / (after.value - before.value)
+
+
+def sensitivity(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    *,
+    batches: Batches | None = None,
+    loss: Loss | None = None,
+    measure: Measure = "accuracy",
+    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    score: Score = magnitude,
+    progress: bool = False,
+) -> Sensitivity:
+    """Prune one layer alone, at several sparsities, and evaluate the model without training; then the next layer.
+
+    After Li et al. 2017 (arXiv 1608.08710) and Han et al. 2015 (arXiv 1506.02626). In the interspace the coefficients
+    of one layer are pruned; a basis that it shares stays as it is.
+
+    Args:
+        model: not changed: values, masks, buffers, modes, gradients, attributes and the random state are afterwards as
+            they were, also if `evaluate` fails. All evaluations begin with the same random state.
+        evaluate: called with the model, once for each measurement; returns its accuracy or loss. It must not train.
+        batches, loss: instead of `evaluate`: pairs (inputs, targets), and what is called with (outputs, targets). The
+            measure is the mean loss of the batches in evaluation mode. Batches are read again for each measurement.
+        measure: what `evaluate` returns: ``"accuracy"`` (higher is better) or ``"loss"`` (lower is better).
+        sparsities: of the layer. Those that it has already are left out, and one entry left is added.
+        score: entries of a layer with the highest scores are kept; computed once.
+        progress: show a progress bar.
+
+    Returns:
+        The measurements, with `Sensitivity.frame`, `Sensitivity.plot` and `Sensitivity.suggest`.
+
+    Raises:
+        SelectionError: the model has no prunable layer.
+        ArgumentError: both or neither of `evaluate` and (`batches`, `loss`); of `measure`.
+        AmountError: a sparsity that is no fraction.
+        BatchError: `evaluate` or `loss` returns no finite number; see `ip_plugin.methods.snip` for batches.
+
+    >>> from ip_plugin import masks
+    >>> from ip_plugin.methods import prune
+    >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 2))
+    >>> batches = [(torch.randn(100, 20), torch.arange(100) % 2)]
+    >>> result = sensitivity(model, batches=batches, loss=nn.functional.cross_entropy)
+    >>> list(result.frame())
+    ['layer', 'parameters', 'sparsity', 'kept', 'loss']
+    >>> model = prune(model, sparsity=result.suggest(0.9))
+    >>> sum(int(mask.sum()) for mask in masks(model).values())
+    22
+    """
+    from rich.progress import track  # here, as it takes time to import
+
+    unwrapped(model)
+    refs = prunable_tensors(model)
+    if evaluate is None and batches is not None and loss is not None:
+        measure, evaluate = "loss", partial(_mean_loss, batches=batches, loss=loss)
+    elif evaluate is None or batches is not None or loss is not None:
+        given = {"evaluate": evaluate, "batches": batches, "loss": loss}
+        raise ArgumentError(
+            "Either `evaluate` must be given, or `batches` and `loss`.",
+            ", ".join(name for name, argument in given.items() if argument is not None) or "none of them",
+            "pass a function of the model that returns its accuracy, or batches=[(inputs, targets)] and a loss",
+        )
+    if measure not in get_args(Measure):
+        raise ArgumentError('`measure` must be "accuracy" or "loss".', f"{measure!r}", "say what `evaluate` returns")
+    fractions = [check_fraction(sparsity, "sparsities") for sparsity in sparsities]
+
+    def value() -> float:
+        with preserved_state(model, buffers=True, attributes=True):
+            return _finite(evaluate(model))
+
+    scores, dense = score(model), value()
+    curves: dict[str, Curve] = {}
+    for ref in track(refs, "pruning each layer alone", disable=not progress):
+        size, target = ref.parameter.numel(), ref.target
+        points = [Point(size if ref.mask is None else int(ref.mask.sum()), dense)]
+        for kept in sorted({max(1, size - round(fraction * size)) for fraction in (*fractions, 1)}, reverse=True):
+            if kept < points[0].kept:
+                (mask,) = select({target: scores[target]}, count=size - kept).values()
+                with _zeroed(ref.parameter, ~mask):
+                    points.append(Point(kept, value()))
+        curves[ref.module_name] = Curve(size, tuple(points))
+    return Sensitivity(measure, curves, sum(basis.numel() for basis in by_basis(refs)))
+
+
+@contextmanager
+def _zeroed(parameter: nn.Parameter, where: Tensor) -> Iterator[None]:
+    """Entries of a Parameter set to zero: what a mask does, with nothing new in the model."""
+    before = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.masked_fill_(where, 0)
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+def _finite(value: Any) -> float:
+    """What an evaluation has returned, as a number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BatchError(
+            "An evaluation must return a finite number, the accuracy or the loss of the model.",
+            f"{value!r}",
+            "return for example the share of the images that are classified correctly",
+        )
+    return number
+
+
+def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
+    """The mean loss of batches in evaluation mode."""
+    return fmean(_finite(loss(run(model, inputs), targets)) for inputs, targets in pairs(batches))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from itertools import accumulate
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -40,7 +41,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The measurements of one layer: with all entries that are not pruned yet, with ever fewer, and with one entry."""
+    """The measurements of one layer: first with all entries that are not pruned yet, then with ever fewer."""
 
     parameters: int
     points: tuple[Point, ...]
@@ -102,9 +103,11 @@ class Sensitivity:
     def suggest(self, total: float) -> dict[str, float]:
         """Sparsities of layers that together prune a model to a total sparsity; `prune` takes them.
 
-        All layers are pruned as far as one common loss allows, each of them alone: the largest of these estimated
-        losses is as small as it can be. Between measurements a loss is interpolated linearly; a layer that lost less at
-        a higher sparsity is taken to lose no less. Every layer keeps at least one entry.
+        They minimise the sum of the losses (of accuracy, or the rise of the loss) that the layers have alone. Between
+        measurements losses are interpolated by the largest convex function below them. Where that ends, at the highest
+        measured sparsity of every layer, all layers are pruned further in proportion. Every layer keeps an entry.
+
+        The loss tells more than the accuracy, which hardly falls any more once a network has collapsed.
 
         Args:
             total: share of all prunable entries, as ``ip-plugin compare`` counts it: entries of bases are counted as
@@ -119,42 +122,45 @@ class Sensitivity:
         check_fraction(total, "total")
         entries = sum(curve.parameters for curve in self.curves.values())
         keep = round((1 - total) * entries) - self.basis_parameters
-        losses = {name: self._losses(curve) for name, curve in self.curves.items()}
-        most = sum(points[0].kept for points in losses.values())
-        if not sum(points[-1].kept for points in losses.values()) <= keep <= most:
+        kept = {name: curve.points[0].kept for name, curve in self.curves.items()}
+        most = sum(kept.values())
+        if not sum(count > 0 for count in kept.values()) <= keep <= most:
             raise AmountError(
                 f"Every layer must keep an entry, and all together at most the {most} that are not pruned yet.",
-                f"total={total!r}: {keep} entries to keep in {len(losses)} layers, besides {self.basis_parameters} in "
+                f"total={total!r}: {keep} entries to keep in {len(kept)} layers, besides {self.basis_parameters} in "
                 "bases",
                 'change the total sparsity, or share bases (sharing="model")',
             )
-        # Bisection of the tolerated loss. On a plateau of a curve, `low` and `high` still differ by many entries.
-        low, high = -1.0, max(points[-1].value for points in losses.values())
-        for _ in range(100):
-            middle = (low + high) / 2
-            if sum(_kept(points, middle) for points in losses.values()) > keep:
-                low = middle
-            else:
-                high = middle
-        many, few = ([_kept(points, tolerated) for points in losses.values()] for tolerated in (low, high))
-        share = (sum(many) - keep) / (sum(many) - sum(few)) if sum(many) > keep else 0.0
-        counts = rounded([m + share * (f - m) for m, f in zip(many, few, strict=True)])
-        return {name: 1 - count / self.curves[name].parameters for name, count in zip(losses, counts, strict=True)}
+        parts: dict[float, list[tuple[str, int]]] = {}  # {loss for each entry: [(layer, entries)]}
+        for name, curve in self.curves.items():
+            hull = _convex([(kept[name] - count, self._lost(curve, value)) for count, value in curve.points])
+            for start, end in pairwise(hull):
+                parts.setdefault(_slope(start, end), []).append((name, end[0] - start[0]))
+            parts.setdefault(math.inf, []).append((name, max(0, curve.points[-1].kept - 1)))
+        for _, layers in sorted(parts.items()):
+            share = min(Fraction(1), Fraction(sum(kept.values()) - keep, max(1, sum(size for _, size in layers))))
+            for (name, _), taken in zip(layers, rounded([share * size for _, size in layers]), strict=True):
+                kept[name] -= taken
+        return {name: 1 - kept[name] / curve.parameters for name, curve in self.curves.items()}
 
-    def _losses(self, curve: Curve) -> list[Point]:
-        """A curve as losses: never negative, and never smaller for fewer entries."""
-        sign = -1 if self.measure == "accuracy" else 1
-        losses = accumulate((max(0.0, sign * (value - curve.points[0].value)) for _, value in curve.points), max)
-        return [Point(point.kept, loss) for point, loss in zip(curve.points, losses, strict=True)]
+    def _lost(self, curve: Curve, value: float) -> float:
+        """What a value is worse than that of the model as it is."""
+        worse = value - curve.points[0].value
+        return max(0.0, -worse if self.measure == "accuracy" else worse)
 
 
-def _kept(losses: Sequence[Point], tolerated: float) -> float:
-    """The least number of entries with which a layer loses no more than `tolerated`; all if that is negative."""
-    within = [point for point in losses if point.value <= tolerated]
-    if not within or len(within) == len(losses):
-        return (within or losses[:1])[-1].kept
-    before, after = within[-1], losses[len(within)]
-    return before.kept + (after.kept - before.kept) * (tolerated - before.value) / (after.value - before.value)
+def _convex(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The corners of the largest convex function that is nowhere above some points of ascending abscissae."""
+    corners: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], (x, y)):
+            corners.pop()
+        corners.append((x, y))
+    return corners
+
+
+def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
 
 
 def sensitivity(
@@ -164,7 +170,7 @@ def sensitivity(
     batches: Batches | None = None,
     loss: Loss | None = None,
     measure: Measure = "accuracy",
-    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.98),
     score: Score = magnitude,
     progress: bool = False,
 ) -> Sensitivity:
@@ -180,7 +186,7 @@ def sensitivity(
         batches, loss: instead of `evaluate`: pairs (inputs, targets), and what is called with (outputs, targets). The
             measure is the mean loss of the batches in evaluation mode. Batches are read again for each measurement.
         measure: what `evaluate` returns: ``"accuracy"`` (higher is better) or ``"loss"`` (lower is better).
-        sparsities: of the layer. Those that it has already are left out, and one entry left is added.
+        sparsities: of the layer; it keeps at least one entry. Those that it has already are left out.
         score: entries of a layer with the highest scores are kept; computed once.
         progress: show a progress bar.
 
@@ -230,7 +236,7 @@ def sensitivity(
     for ref in track(refs, "pruning each layer alone", disable=not progress):
         size, target = ref.parameter.numel(), ref.target
         points = [Point(size if ref.mask is None else int(ref.mask.sum()), dense)]
-        for kept in sorted({max(1, size - round(fraction * size)) for fraction in (*fractions, 1)}, reverse=True):
+        for kept in sorted({max(1, size - round(fraction * size)) for fraction in fractions}, reverse=True):
             if kept < points[0].kept:
                 (mask,) = select({target: scores[target]}, count=size - kept).values()
                 with _zeroed(ref.parameter, ~mask):

@@ -242,7 +242,7 @@ def _shares(weights: Sequence[int], least: Sequence[int], most: Sequence[int], t
     return shares
 
 
-def rounded(shares: Sequence[Fraction | float]) -> list[int]:
+def rounded(shares: Sequence[Fraction]) -> list[int]:
     """Shares as whole numbers of the same sum: the largest remainders are rounded up, of equal ones the first."""
     counts = [math.floor(share) for share in shares]
     missing = round(sum(shares)) - sum(counts)

@@ -83,21 +83,31 @@ class Sensitivity:
             axes: drawn into; None makes a new figure.
         """
         from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
 
         if axes is None:
             axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
-        shades = colormaps["viridis"].resampled(max(2, len(self.curves)))
-        for number, (name, curve) in enumerate(self.curves.items()):
-            sparsities = [1 - point.kept / curve.parameters for point in curve.points]
-            values = [point.value for point in curve.points]
-            axes.plot(sparsities, values, ".-", color=shades(number), label=name or "the model")
-        axes.set(xlabel="sparsity of the layer", ylabel=self.measure)
-        axes.grid(alpha=0.3)
-        columns = math.ceil(len(self.curves) / 20)
-        axes.legend(title="layer", fontsize="small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure = axes.get_figure()
+        figure, names = axes.get_figure(), list(self.curves)
         assert isinstance(figure, Figure)
+        shades = colormaps["viridis"].resampled(len(names))
+        for number, (name, curve) in enumerate(self.curves.items()):
+            densities, values = zip(
+                *((point.kept / curve.parameters, point.value) for point in curve.points), strict=True
+            )
+            axes.plot(densities, values, ".-", color=shades(number), label=name)
+        axes.set(xlabel="sparsity of the layer", ylabel=self.measure, xscale="log")
+        axes.xaxis.set_inverted(True)
+        limits, ticks = axes.get_xlim(), (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+        axes.set_xticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(limits)  # ticks have widened them
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        shown = range(0, len(names), math.ceil(len(names) / 20))
+        bar = figure.colorbar(ScalarMappable(Normalize(-0.5, len(names) - 0.5), shades), ax=axes)
+        bar.set_ticks(list(shown), labels=[names[number] for number in shown])
+        bar.ax.yaxis.set_inverted(True)
         return figure
 
     def suggest(self, total: float) -> dict[str, float]:

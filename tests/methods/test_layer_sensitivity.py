@@ -236,12 +236,17 @@ def test_layers_without_entries_stay_so_and_count() -> None:
 
 @pytest.mark.parametrize("layers", [1, 3, 50])
 def test_the_picture_has_a_line_for_each_layer(layers: int) -> None:
-    result = result_of({f"layer{i}": [(100, 90.0), (50, 80.0 - i), (1, 10.0)] for i in range(layers)}, "accuracy")
+    result = result_of({f"layer{i}": [(100, 90.0), (50, 80.0 - i), (2, 10.0)] for i in range(layers)}, "accuracy")
     figure = result.plot()
-    [axes] = figure.axes
+    axes, bar = figure.axes
     assert [line.get_label() for line in axes.lines] == list(result.curves)
-    assert list(axes.lines[0].get_xdata()) == [0, 0.5, 0.99] and list(axes.lines[0].get_ydata()) == [90, 80, 10]
+    assert len({line.get_color() for line in axes.lines}) == layers
+    assert list(axes.lines[0].get_xdata()) == [1, 0.5, 0.02] and list(axes.lines[0].get_ydata()) == [90, 80, 10]
+    left, right = axes.get_xlim()
+    assert 1 < left < 2 and 0.01 < right < 0.02
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("sparsity of the layer", "accuracy")
+    named = [label.get_text() for label in bar.get_yticklabels()]
+    assert named == list(result.curves)[:: -(-layers // 20)]
     assert result.plot(axes) is figure and len(axes.lines) == 2 * layers
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import pandas as pd
 
 from ip_plugin.adapters import VARIED
 
-from .cell import Result
-from .config import Cell, Study
-from .store import COLUMNS, to_row
+from .config import DENSE, Study
 
 _KEYS = ["criterion", "sparsity", "space"]
 
@@ -26,7 +24,7 @@ class Analysis:
 
     Args:
         study: the grid; results outside of it are left out.
-        results: of the cells that have been run, as `ip_plugin.compare.store.read` gives them.
+        results: one row for each cell that has been run, as `Results.frame` gives them.
 
     Attributes:
         results: one row for each cell that has been run; the columns of ``results.csv``.
@@ -39,20 +37,13 @@ class Analysis:
         variety: the same over the seeds, where there are pairs; the difference with ``p_value``.
         deployment: bytes and latencies over the seeds, by criterion, sparsity and space, where they were measured;
             ``speedup`` is that of each cell, dense over pruned.
-
-    >>> from ip_plugin.compare.config import Settings
-    >>> study = Study(Settings(), ("torch:l1",), (0.9,), seeds=(0, 1))
-    >>> analysis = Analysis(study, {c: Result(c, 90.0 + c.seed, None, 9, 1, 0, (), 0.5) for c in study.cells()})
-    >>> analysis.accuracy.loc["torch:l1", 0.9, "interspace"].to_dict()
-    {'mean': 90.5, 'std': 0.7071067811865476, 'count': 2.0}
     """
 
-    def __init__(self, study: Study, results: Mapping[Cell, Result]) -> None:
+    def __init__(self, study: Study, results: pd.DataFrame, *more: object) -> None:
         self.study = study
-        cells = [Cell(*values) for values in product(study.criteria, study.sparsities, study.spaces, study.seeds)]
-        rows = [to_row(results[cell]) for cell in cells if cell in results]
-        measured = dict.fromkeys(("accuracy", "accuracy_before_pruning", *COLUMNS[-5:]), float)
-        self.results = runs = pd.DataFrame(rows, columns=COLUMNS).astype(measured | {"spatial_layers": str})
+        self.results = runs = results[results["criterion"] != DENSE].astype(
+            dict.fromkeys(("macs", "macs_left", "file_bytes"), float)
+        )
 
         grid = pd.MultiIndex.from_product([study.criteria, study.sparsities, study.spaces], names=_KEYS)
         self.accuracy = _over_seeds(runs.set_index(_KEYS)["accuracy"], _KEYS).reindex(grid)
@@ -69,7 +60,7 @@ class Analysis:
             {"without": [mean, std], "varied": [mean, std], "difference": [mean, std, p_value]}
         )
 
-        costs = runs.dropna(subset="file_bytes").set_index(_KEYS)[list(COLUMNS[-3:])]
+        costs = runs.dropna(subset="file_bytes").set_index(_KEYS)[["file_bytes", "latency_ms", "dense_latency_ms"]]
         costs["speedup"] = costs["dense_latency_ms"] / costs["latency_ms"]
         self.deployment = costs.groupby(level=_KEYS, sort=False).agg([mean, std])
 

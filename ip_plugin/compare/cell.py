@@ -11,10 +11,9 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -26,66 +25,30 @@ from ip_plugin.errors import LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria
-from .config import Cell, Settings
-from .deployment import Deployment, measure
-from .tasks import TASKS, Split
-from .training import Training, TrainingCache, accuracy
-
-EpochDone: TypeAlias = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured in one cell.
-
-    Attributes:
-        cell: which cell.
-        accuracy: share of the test images classified correctly at the end, in percent.
-        accuracy_before_pruning: that of the trained network before pruning; None unless it was pruned between training
-            and fine-tuning.
-        parameters: number of prunable parameters.
-        parameters_left: non-zeros among them at the end, trained bases included where the network needs them (one
-            whose channels were removed is baked).
-        basis_parameters: size of the trained bases.
-        spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
-        seconds: time without that of `deployment`; short where the training was in the cache.
-        macs: multiply-adds of the convolution and linear layers for one image, before pruning; None unless channels
-            were removed.
-        macs_left: the same after pruning.
-        deployment: the cost of deploying the pruned network; None unless the settings ask for it.
-    """
-
-    cell: Cell
-    accuracy: float
-    accuracy_before_pruning: float | None
-    parameters: int
-    parameters_left: int
-    basis_parameters: int
-    spatial_layers: tuple[str, ...]
-    seconds: float
-    macs: int | None = None
-    macs_left: int | None = None
-    deployment: Deployment | None = None
-
+from .config import DENSE, Cell, SpaceSpec, Study
+from .deployment import measure
+from .record import Record, Result
+from .tasks import Split, task_of
+from .training import OnEpoch, Training, TrainingCache, accuracy
 
 def execute(
-    cell: Cell, settings: Settings, epoch_done: EpochDone = lambda: None, cache: TrainingCache | None = None
-) -> Result:
+    cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache: TrainingCache | None = None
+) -> Record:
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
-        cell, settings: which cell, and the settings of its study.
-        epoch_done: called after each epoch; `epochs_of` says how often.
-        cache: of trainings of other cells with the same settings; it changes nothing but the time.
+        cell, study: which cell, and its study.
+        on_epoch: called after each epoch; `epochs_of` says how often.
+        cache: of trainings of other cells of the study; it changes nothing but the time.
 
     Raises:
         StudyError: the network is too small for the sparsity, or latencies cannot be measured here.
     """
     started = time.perf_counter()
-    criterion, task = criteria.load(cell.criterion), TASKS[settings.task]
+    criterion, (task, data) = criteria.load(cell.criterion), task_of(study)
+    settings, space = study.training, SpaceSpec.parse(cell.space)
     train, test = (
-        Split(*(tensor.to(settings.device) for tensor in split))
-        for split in task.load(settings.data, settings.train_images)
+        Split(*(tensor.to(settings.device) for tensor in split)) for split in task.load(data, study.data.train_images)
     )
     image = train.images[:1]
     with _seeded(cell.seed, settings.device):
@@ -93,23 +56,24 @@ def execute(
         dense = copy.deepcopy(model).eval()
         parameters = sum(getattr(*target).numel() for target in prunable(model))
         macs = report(model, image).prunable.macs_dense if criterion.removes_channels else None
-        spatial_layers = _convert(model, cell, settings, criterion) if cell.space == "interspace" else ()
+        spatial_layers = _convert(model, cell, space, criterion) if space.kind == "interspace" else ()
         basis_parameters = report(model).prunable.basis_parameters
         amount = _amount(cell, criterion, parameters, basis_parameters)
         torch.manual_seed(derived_seed(cell.seed, "pruning"))
-        training = Training(model, train, task, settings, cell.seed, epoch_done, cache)
+        training = Training(model, train, task, settings, cell.seed, on_epoch, cache)
         before = train_and_prune(criterion, amount, training, test)
     left = report(model, image).prunable
     reached = accuracy(model, test)
     seconds = time.perf_counter() - started
-    threads = settings.deploy_threads
-    deployment = None if threads is None else measure(model, dense, test.images[:1], threads)
-    return Result(
-        cell=cell, accuracy=reached, accuracy_before_pruning=before, parameters=parameters,
-        parameters_left=left.nonzeros + (0 if criterion.removes_channels else basis_parameters),
+    threads = study.measure.deploy_threads
+    costs = {} if threads is None else asdict(measure(model, dense, test.images[:1], threads))
+    result = Result(
+        accuracy=reached, accuracy_before_pruning=before, parameters=parameters,
+        parameters_left=left.nonzeros + (0 if criterion.removes_channels or not amount else basis_parameters),
         basis_parameters=basis_parameters, spatial_layers=spatial_layers, seconds=seconds,
-        macs=macs, macs_left=left.macs_dense if criterion.removes_channels else None, deployment=deployment,
+        macs=macs, macs_left=left.macs_dense if criterion.removes_channels else None, lr=settings.lr, **costs,
     )  # fmt: skip
+    return Record(cell, result, curve=tuple(training.curve))
 
 
 def train_and_prune(criterion: Criterion, amount: float, training: Training, test: Split) -> float | None:
@@ -129,11 +93,11 @@ def train_and_prune(criterion: Criterion, amount: float, training: Training, tes
     return before
 
 
-def epochs_of(cell: Cell, settings: Settings) -> int:
+def epochs_of(cell: Cell, study: Study) -> int:
     """Number of epochs that a cell takes."""
     criterion = criteria.load(cell.criterion)
     finetunings = 1 if criterion.stage == "after training" else criterion.finetunings
-    return criterion.trainings * settings.epochs + finetunings * settings.finetune_epochs
+    return criterion.trainings * study.training.epochs + finetunings * study.training.finetune_epochs
 
 
 @contextmanager
@@ -151,16 +115,30 @@ def _seeded(seed: int, device: str) -> Iterator[None]:
 
 def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters: int) -> float:
     """The share of channels to remove, or the number of entries to prune, which pays for the bases."""
-    if criterion.removes_channels:
+    if criterion.removes_channels or cell.criterion == DENSE:
         return cell.sparsity
     kept = round((1 - cell.sparsity) * parameters)
     if kept - basis_parameters < 1:
         found = f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
-        raise StudyError("A run must keep at least one parameter.", found, "compare at a lower sparsity")
+        raise StudyError(f"A run must keep at least one parameter: {cell}.", found, f"leave out {cell.sparsity:g}, or compare at a lower sparsity")
     return parameters - kept + basis_parameters
 
 
-def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criterion) -> tuple[str, ...]:
+def check_budgets(study: Study) -> None:
+    """Raise StudyError for the first cell of a study whose budget is smaller than its bases, before anything runs."""
+    task, data = task_of(study)
+    task.check(data)
+    model = task.network()
+    parameters = sum(getattr(*target).numel() for target in prunable(model))
+    for cell in Study.model_copy(study, update={"seeds": study.seeds[:1]}).cells():
+        criterion, space = criteria.load(cell.criterion), SpaceSpec.parse(cell.space)
+        network = copy.deepcopy(model)
+        if space.kind == "interspace":
+            _convert(network, cell, space, criterion)
+        _amount(cell, criterion, parameters, report(network).prunable.basis_parameters)
+
+
+def _convert(model: nn.Module, cell: Cell, space: SpaceSpec, criterion: Criterion) -> tuple[str, ...]:
     """Move layers to the interspace; returns the names of the convolutions that stay spatial.
 
     A group of layers stays spatial if its basis has more parameters than the sparsity leaves to the group. Where
@@ -169,10 +147,10 @@ def _convert(model: nn.Module, cell: Cell, settings: Settings, criterion: Criter
     converted: list[str] = []
     spatial: list[str] = []
     share = math.inf if criterion.removes_channels else 1 - cell.sparsity
-    for members in groups_of(model, settings.sharing):
+    for members in groups_of(model, space.sharing):
         names = converted if basis_pays(members, share) else spatial
         names.extend(layer.module_name for layer in members)
     if converted:
-        options = {name: getattr(settings, name) for name in ("basis", "sharing", "constraint")}
+        options = {name: getattr(space, name) for name in ("basis", "sharing", "constraint")}
         interspace(model, layers=converted, seed=cell.seed, **options)
     return tuple(spatial)

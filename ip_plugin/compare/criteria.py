@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from typing import cast
 
 from ip_plugin.adapters import Criterion, hosts
 from ip_plugin.errors import StudyError
@@ -28,6 +31,13 @@ def load(name: str) -> Criterion:
         StudyError: there is no such criterion, or its pruning library is not installed.
     """
     host, _, criterion = name.partition(":")
+    if host not in hosts() and find_spec(host.partition(".")[0]):
+        try:
+            return cast("Criterion", getattr(import_module(host), criterion))
+        except (ImportError, AttributeError) as error:
+            raise StudyError("A criterion must be there.", f"{name!r}: {error}", "use module:object") from error
+    if name == "dense":
+        return Criterion.simple("not pruned", "at initialisation", lambda model, count: None)  # noqa: ARG005
     rule = "A criterion must be named adapter:criterion."
     try:
         offered = _offered(host) if host in hosts() else {}

@@ -25,14 +25,14 @@ class Deployment:
 
     Attributes:
         file_bytes: size of the file that `ip_plugin.save` writes.
-        latency: median time of a call with one image, in milliseconds, of the network that `ip_plugin.sparse.prepare`
+        latency_ms: median time of a call with one image, in milliseconds, of the network that `ip_plugin.sparse.prepare`
             makes of it.
-        dense_latency: that of the network before pruning, run by torch; calls of the two alternate.
+        dense_latency_ms: that of the network before pruning, run by torch; calls of the two alternate.
     """
 
     file_bytes: int
-    latency: float
-    dense_latency: float
+    latency_ms: float
+    dense_latency_ms: float
 
 
 def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> Deployment:
@@ -80,10 +80,3 @@ def check_threads(threads: int) -> None:
     if not 1 <= threads <= most:
         rule = f"`deploy_threads` must be a number from 1 to {most}, the threads that numba has here."
         raise StudyError(rule, f"{threads}", "change deploy-threads, or the variable NUMBA_NUM_THREADS")
-
-
-def check_alone(threads: int | None, company: str) -> None:
-    """Raise StudyError if latencies are to be measured (with so many threads) while other cells, `company`, may run."""
-    if threads is not None:
-        rule = "Latencies must be measured with nothing else running."
-        raise StudyError(rule, company, "leave out --jobs and --engine with --deploy, or leave out --deploy")

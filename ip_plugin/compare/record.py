@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from .config import Cell
 
@@ -79,6 +83,7 @@ class Record:
         curve: its epochs.
         density: share of the entries that are kept, by layer.
         bases: the filters of each learned basis, K*K x K*K, by the name of the first layer that has it.
+        files: contents of the files that are kept besides, by name; they are not part of the JSON file.
     """
 
     cell: Cell
@@ -87,8 +92,29 @@ class Record:
     curve: tuple[Epoch, ...] = ()
     density: dict[str, float] = field(default_factory=dict)
     bases: dict[str, list[list[float]]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def status(self) -> Literal["done", "failed"]:
         """Whether there is a result."""
         return "failed" if self.result is None else "done"
+
+    def to_json(self) -> dict[str, Any]:
+        """The record without its files as plain values; the inverse of `from_json`."""
+        head = {"cell": self.cell._asdict(), "status": self.status}
+        rest: dict[str, Any] = _adapter().dump_python(self, mode="json", exclude={"cell", "files"})
+        return head | rest
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Record:
+        """The record of plain values.
+
+        Raises:
+            ValueError: they are not those of a record.
+        """
+        return _adapter().validate_python(values)
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)

@@ -15,16 +15,15 @@ from ip_plugin.utils.atomic import write_whole
 
 from . import criteria
 from .analysis import Analysis, mean, p_value, std
-from .config import Space
 from .deployment import ROUNDS
 from .store import versions
-from .tasks import TASKS
+from .tasks import task_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
+SHORT: dict[str, str] = {"spatial": "SP", "interspace": "IP"}
 
 
 class TextTable(NamedTuple):
@@ -111,7 +110,7 @@ def variety_table(analysis: Analysis) -> TextTable:
 
 def deployment_table(analysis: Analysis) -> TextTable:
     """One row for each criterion, sparsity and space whose deployment was measured; 1 KB are 1,000 bytes."""
-    threads = analysis.study.settings.deploy_threads
+    threads = analysis.study.measure.deploy_threads
     return TextTable(
         f"Deployed: compact file, and latency of one image on the CPU with {threads} thread{'s' * (threads != 1)}",
         ("criterion", "sparsity", "space", "file KB", "sparse µs", "dense µs", "times faster"),
@@ -123,7 +122,7 @@ def deployment_table(analysis: Analysis) -> TextTable:
     )  # fmt: skip
 
 
-def _names(key: tuple[str, float, Space]) -> list[str]:
+def _names(key: tuple[str, float, str]) -> list[str]:
     criterion, sparsity, space = key
     return [criterion, f"{sparsity:.4g}", SHORT[space]]
 
@@ -272,12 +271,12 @@ def page(analysis: Analysis, svg: str, command: str) -> str:
     template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        task=TASKS[study.settings.task].title,
+        task=task_of(study)[0].title,
         seeds=study.seeds,
         tables=tables(analysis),
         svg=svg[svg.index("<svg") :],
         remarks=remarks(analysis),
         command=command,
         criteria={name: criteria.load(name) for name in study.criteria},
-        facts=vars(study.settings) | versions(),
+        facts=study.training.model_dump() | versions(),
     )

@@ -14,6 +14,8 @@ from torch import Generator, Tensor, nn
 
 from ip_plugin.errors import StudyError
 
+from .config import Study
+
 
 class Split(NamedTuple):
     """Images, float32 ``(examples, channels, height, width)``, and labels, int64 ``(examples,)``."""
@@ -167,6 +169,20 @@ def _resnet(inputs: int, *widths: int) -> nn.Module:
 def _of_cifar10(network: str, make: Callable[[], nn.Module]) -> Task:
     title = f"CIFAR-10: photographs, 32x32 pixels, randomly mirrored in training; a small {network}"
     return Task(title, _cifar10, make, _mirrored, _CIFAR10)
+
+
+def task_of(study: Study) -> tuple[Task, str | None]:
+    """The task of a study, and the path of its data.
+
+    Raises:
+        StudyError: there is no such data or network.
+    """
+    source, network = study.data.source, study.model.name
+    if source == "digits" and network == "auto":
+        return TASKS["digits"], study.data.root
+    if (source == "CIFAR10" or source.endswith(".npz")) and network in ("auto", "resnet"):
+        return TASKS["cifar10" if network == "auto" else "cifar10-resnet"], study.data.root or source
+    raise StudyError("The data and the network must be known.", f"{source!r}, {network!r}", "use 'digits' or 'CIFAR10'")
 
 
 TASKS = {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,11 @@ from ip_plugin import param_groups
 from ip_plugin.adapters import Begin
 from ip_plugin.utils.seeds import derived_seed
 
-from .config import Settings
+from . import config
+from .record import Epoch
 from .tasks import Split, Task
 
+OnEpoch: TypeAlias = Callable[[Epoch], object]
 #: The learning rate of a fine-tuning, as a part of that of a training.
 FINETUNING_LR = 0.25
 
@@ -31,26 +36,29 @@ class TrainingCache:
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
-        self._ends: OrderedDict[str, tuple[list[Tensor], Tensor, Tensor]] = OrderedDict()
+        self._ends: OrderedDict[str, tuple[list[Tensor], Tensor, Tensor, list[Epoch]]] = OrderedDict()
 
     def restore(self, key: str, training: Training) -> bool:
         """Put a training into the state in which one with this key ended; returns whether there was one."""
         if key not in self._ends:
             return False
         self._ends.move_to_end(key)
-        values, order, random_state = self._ends[key]
+        values, order, random_state, curve = self._ends[key]
         training.model.train()
         with torch.no_grad():
             for (_, tensor), value in zip(_tensors(training.model), values, strict=True):
                 tensor.copy_(value)
         training.order.set_state(order)
         torch.set_rng_state(random_state)
+        for epoch in curve:
+            training.note(epoch)
         return True
 
     def keep(self, key: str, training: Training) -> None:
         """Keep the state in which a training has ended."""
         values = [tensor.detach().clone() for _, tensor in _tensors(training.model)]
-        self._ends[key] = values, training.order.get_state(), torch.get_rng_state()
+        curve = training.curve[-training.settings.epochs :]
+        self._ends[key] = values, training.order.get_state(), torch.get_rng_state(), curve
         if len(self._ends) > self.size:
             self._ends.popitem(last=False)
 
@@ -68,7 +76,7 @@ class Training:
         split: training images and labels, on the model's device.
         task, settings: of the study; the task says how images are augmented.
         seed: of the cell, for the order of the images and their augmentation.
-        epoch_done: called after each epoch.
+        on_epoch: called after each epoch.
         cache: of trainings with the same split, task and settings; without one every training is done.
     """
 
@@ -77,13 +85,15 @@ class Training:
         model: nn.Module,
         split: Split,
         task: Task,
-        settings: Settings,
+        settings: config.Training,
         seed: int,
-        epoch_done: Callable[[], None] = lambda: None,
+        on_epoch: OnEpoch = lambda _: None,
         cache: TrainingCache | None = None,
     ) -> None:
         self.model, self.split, self.task, self.settings, self.seed = model, split, task, settings, seed
-        self._epoch_done, self._cache = epoch_done, cache
+        self._on_epoch, self._cache = on_epoch, cache
+        self.curve: list[Epoch] = []
+        self._began = time.perf_counter()
         self.order = torch.Generator().manual_seed(derived_seed(seed, "order of images"))
 
     @property
@@ -116,16 +126,13 @@ class Training:
             self.fit(epochs, lr, begin)
             return
         key = self._fingerprint()
-        if self._cache.restore(key, self):
-            for _ in range(epochs):
-                self._epoch_done()
-        else:
+        if not self._cache.restore(key, self):
             self.fit(epochs, lr)
             self._cache.keep(key, self)
 
     def finetune(self, begin: Begin | None = None) -> None:
         """Train for the epochs of fine-tuning, at a part of the learning rate."""
-        self.fit(self.settings.finetune_epochs, self.settings.lr * FINETUNING_LR, begin)
+        self.fit(self.settings.finetune_epochs, self.settings.lr * FINETUNING_LR, begin, "finetune")
 
     def _fingerprint(self) -> str:
         """A hash of everything that a training depends on."""
@@ -140,7 +147,14 @@ class Training:
             digest.update(state.numpy().tobytes())
         return digest.hexdigest()
 
-    def fit(self, epochs: int, lr: float, begin: Begin | None = None) -> None:
+    def note(self, epoch: Epoch) -> None:
+        """Keep and report an epoch, numbered and timed as one of this cell."""
+        self.curve.append(replace(epoch, epoch=len(self.curve) + 1, seconds=time.perf_counter() - self._began))
+        self._on_epoch(self.curve[-1])
+
+    def fit(
+        self, epochs: int, lr: float, begin: Begin | None = None, phase: Literal["train", "finetune"] = "train"
+    ) -> None:
         """Train with a new optimizer and a whole one-cycle schedule that peaks at `lr`."""
         if epochs == 0:
             return
@@ -154,6 +168,7 @@ class Training:
         after_step = None if begin is None else begin(optimizer)
         model.train()
         for _ in range(epochs):
+            total = torch.zeros((), device=labels.device)
             for batch in torch.randperm(len(labels), generator=self.order).split(self.settings.batch_size):
                 batch = batch.to(labels.device)
                 seen, truth = self.task.augment(images[batch], self.order), labels[batch]
@@ -162,12 +177,15 @@ class Training:
                     return self.loss(model(seen), truth)
 
                 optimizer.zero_grad()
-                loss().backward()
+                value = loss()
+                value.backward()
+                total += value.detach() * len(truth)
                 optimizer.step()
                 schedule.step()
                 if after_step is not None:
                     after_step(loss)
-            self._epoch_done()
+            note = Epoch(0, phase, float(total) / len(labels), optimizer.param_groups[0]["lr"], None, 0.0)
+            self.note(note)
         optimizer.zero_grad()
 
 

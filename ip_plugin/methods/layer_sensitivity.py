@@ -180,7 +180,7 @@ def sensitivity(
     batches: Batches | None = None,
     loss: Loss | None = None,
     measure: Measure = "accuracy",
-    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.98),
+    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99),
     score: Score = magnitude,
     progress: bool = False,
 ) -> Sensitivity:

@@ -26,7 +26,7 @@ from torch import nn
 from trained import trained
 
 from ip_plugin import prunable, report
-from ip_plugin.compare.config import Settings
+from ip_plugin.compare import Study
 from ip_plugin.compare.tasks import TASKS, Split
 from ip_plugin.compare.training import Training, accuracy
 from ip_plugin.errors import LayerCollapseWarning
@@ -108,10 +108,10 @@ def _size(model: nn.Module) -> int:
     return sum(getattr(*target).numel() for target in prunable(model))
 
 
-def dense_network(seed: int, folder: Path, settings: Settings, train: Split) -> nn.Module:
+def dense_network(seed: int, folder: Path, study: Study, train: Split) -> nn.Module:
     """A trained network; read from the folder if it is there."""
     torch.manual_seed(seed)
-    return trained(TASKS[settings.task].network(), folder / f"dense_{seed}.pt", settings, train, seed)
+    return trained(TASKS["cifar10"].network(), folder / f"dense_{seed}.pt", study, train, seed)
 
 
 def read(path: Path) -> list[Row]:
@@ -140,15 +140,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", LayerCollapseWarning)
-    settings = Settings("cifar10", arguments.data, TRAINED_ON, epochs=10, finetune_epochs=1)
+    study = Study(
+        data={"source": arguments.data, "train_images": TRAINED_ON}, training={"epochs": 10, "finetune_epochs": 1}
+    )
     task = TASKS["cifar10"]
-    train, test = task.load(settings.data, settings.train_images)
+    train, test = task.load(arguments.data, TRAINED_ON)
     few = Split(train.images[:TUNED_ON], train.labels[:TUNED_ON])
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = read(arguments.output / "results.csv")
     done = {(row.seed, row.sparsity, row.variant) for row in rows}
     for seed in arguments.seeds:
-        dense = dense_network(seed, arguments.output, settings, train)
+        dense = dense_network(seed, arguments.output, study, train)
         before = accuracy(dense, test)
         for sparsity in reversed(SPARSITIES):
             for name, (how, score, data) in VARIANTS.items():
@@ -156,7 +158,7 @@ def main() -> None:
                     continue
                 started = time.perf_counter()
                 model = copy.deepcopy(dense)
-                training = Training(model, few, task, settings, seed, lambda: None)
+                training = Training(model, few, task, study.training, seed)
                 how(model, score, sparsity, training.batches(10) if data else None)
                 seconds = time.perf_counter() - started
                 pruned = accuracy(model, test)

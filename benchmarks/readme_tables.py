@@ -17,9 +17,8 @@ import pandas as pd
 
 from ip_plugin.compare import criteria
 from ip_plugin.compare.analysis import Analysis, mean, std
-from ip_plugin.compare.config import Study
 from ip_plugin.compare.report import SHORT, plus_minus, probability
-from ip_plugin.compare.store import read
+from ip_plugin.compare.store import Results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,13 +60,7 @@ def variety_table(folder: Path) -> str:
 
 def measured(folder: Path) -> Analysis:
     """The analysis of the results in a folder."""
-    results = read(folder / "results.csv")
-    study = Study(
-        criteria=tuple(dict.fromkeys(cell.criterion for cell in results)),
-        sparsities=tuple(sorted({cell.sparsity for cell in results})),
-        seeds=tuple(sorted({cell.seed for cell in results})),
-    )
-    return Analysis(study, results)
+    return Results.read(folder).analysis()
 
 
 def markdown(heads: list[str], body: list[list[str]], names: int = 1) -> str:

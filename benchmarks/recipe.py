@@ -14,12 +14,9 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from scipy import stats
 
-from ip_plugin.compare import tasks
-from ip_plugin.compare.config import Settings, Study
-from ip_plugin.compare.study import compare
+from ip_plugin.compare import Study, run, tasks
 from ip_plugin.compare.tasks import Split
 
 TODAY = "none-orthonormal-model"
@@ -47,10 +44,9 @@ def main() -> None:
     tasks.TASKS["digits"] = replace(DIGITS, read=held_out)
     for cell in args.cells:
         constraint, basis, sharing = cell.split("-")
-        settings = Settings(constraint=constraint, basis=basis, sharing=sharing)  # type: ignore[arg-type]
-        spaces = ("spatial", "interspace") if cell == TODAY else ("interspace",)
-        study = Study(settings=settings, spaces=spaces, seeds=args.seeds)  # type: ignore[arg-type]
-        compare(study, args.folder / cell, Console(quiet=True))
+        space = f"interspace(basis={basis}, sharing={sharing}, constraint={constraint})"
+        study = Study(spaces=("spatial", space) if cell == TODAY else (space,), seeds=args.seeds)
+        run(study, args.folder / cell, jobs=1)  # in this process, which has the held-out images
     found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for cell in CELLS:
         path = args.folder / cell / "results.csv"

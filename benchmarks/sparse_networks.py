@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trained import trained
 
 import ip_plugin
-from ip_plugin.compare.config import Settings
+from ip_plugin.compare import Study
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.compare.training import accuracy
 from ip_plugin.methods import apply_masks, magnitude, select
@@ -66,9 +66,9 @@ def network(
 
 def trained_weights(path: Path, data: str, epochs: int) -> dict[str, Any]:
     """Of a ResNet-18 that is trained now, if they are not there."""
-    settings = Settings("cifar10", data, 10_000, epochs=epochs, batch_size=128)
-    train, test = TASKS[settings.task].load(settings.data, settings.train_images)
-    model = trained(network("resnet18", "dense", 0)[0], path, settings, train, seed=0)
+    study = Study(data={"source": data, "train_images": 10_000}, training={"epochs": epochs, "batch_size": 128})
+    train, test = TASKS["cifar10"].load(data, 10_000)
+    model = trained(network("resnet18", "dense", 0)[0], path, study, train, seed=0)
     print(f"{accuracy(model, test):.1f} % of the test images right")
     return model.state_dict()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from itertools import product
 
 import pandas as pd
 
@@ -39,7 +38,7 @@ class Analysis:
             ``speedup`` is that of each cell, dense over pruned.
     """
 
-    def __init__(self, study: Study, results: pd.DataFrame, *more: object) -> None:
+    def __init__(self, study: Study, results: pd.DataFrame, *more: object) -> None:  # noqa: ARG002
         self.study = study
         self.results = runs = results[results["criterion"] != DENSE].astype(
             dict.fromkeys(("macs", "macs_left", "file_bytes"), float)

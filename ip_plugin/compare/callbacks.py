@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import Cell, Study
+from .config import DENSE, Cell, Study
 from .record import Epoch, Record
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TensorBoard(Callback):
         self._writer: Callable[[str], SummaryWriter] = SummaryWriter
         self._folder = folder
 
-    def on_cell(self, results: Results, record: Record) -> None:
+    def on_cell(self, results: Results, record: Record) -> None:  # noqa: ARG002
         """Write the curve of a cell."""
         cell = record.cell
         path = Path(cell.criterion.replace(":", "-"), f"{cell.sparsity:g}", cell.space, f"seed {cell.seed}")
@@ -96,9 +96,9 @@ class Progress(Callback):
         self._done = dict.fromkeys(cells, 0)
         self._ended = 0
         self._began = time.monotonic()
-        self._best = max(
-            (record for record in results.records.values() if record.result is not None), key=_accuracy, default=None
-        )
+        self._best: Record | None = None
+        for record in results.records.values():
+            self._compare(record)
         self._bar: progress.Progress | None = None
         if self._console.is_terminal and cells:
             self._bar = progress.Progress(
@@ -120,18 +120,17 @@ class Progress(Callback):
         """A cell begins, perhaps again, as its worker was killed."""
         self._done[cell] = 0
 
-    def on_epoch(self, cell: Cell, epoch: Epoch) -> None:
+    def on_epoch(self, cell: Cell, epoch: Epoch) -> None:  # noqa: ARG002
         """Move the bar."""
         self._done[cell] = min(self._epochs[cell], self._done[cell] + 1)
         self._show(str(cell))
 
-    def on_cell(self, results: Results, record: Record) -> None:
+    def on_cell(self, results: Results, record: Record) -> None:  # noqa: ARG002
         """Move the bar, or print a line."""
         cell = record.cell
         self._ended += 1
         self._done[cell] = self._epochs[cell]
-        if record.result is not None and (self._best is None or _accuracy(record) > _accuracy(self._best)):
-            self._best = record
+        self._compare(record)
         if self._bar is None:
             outcome = "failed" if record.result is None else f"{record.result.accuracy:.1f} %"
             line = f"{self._ended}/{len(self._epochs)} {cell}: {outcome}; {self._left()}"
@@ -143,9 +142,12 @@ class Progress(Callback):
         done, total = sum(self._done.values()), sum(self._epochs.values())
         seconds = (time.monotonic() - self._began) * (total - done) / max(1, done)
         best = self._best
-        return f"{_duration(seconds)} left" + (
-            f"; best so far {_accuracy(best):.1f} %: {best.cell}" if best and best.cell.criterion != "dense" else ""
-        )
+        return f"{duration(seconds)} left" + (f"; best {_accuracy(best):.1f} %: {best.cell}" if best else "")
+
+    def _compare(self, record: Record) -> None:
+        """Keep the record of the most accurate network that is pruned."""
+        if record.result is not None and record.cell.criterion != DENSE:
+            self._best = record if self._best is None else max(self._best, record, key=_accuracy)
 
     def _show(self, text: str) -> None:
         if self._bar is not None:
@@ -158,10 +160,10 @@ def _accuracy(record: Record) -> float:
     return record.result.accuracy
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds as a reader says it.
 
-    >>> _duration(42), _duration(3725)
+    >>> duration(42), duration(3725)
     ('42 s', '1:02 h')
     """
     if seconds < 120:

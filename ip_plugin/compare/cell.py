@@ -31,9 +31,8 @@ from .record import Record, Result
 from .tasks import Split, task_of
 from .training import OnEpoch, Training, TrainingCache, accuracy
 
-def execute(
-    cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache: TrainingCache | None = None
-) -> Record:
+
+def execute(cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache: TrainingCache | None = None) -> Record:
     """Run one cell. Equal arguments give equal results (on one machine, with one number of threads).
 
     Args:
@@ -119,8 +118,12 @@ def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters:
         return cell.sparsity
     kept = round((1 - cell.sparsity) * parameters)
     if kept - basis_parameters < 1:
-        found = f"{kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
-        raise StudyError(f"A run must keep at least one parameter: {cell}.", found, f"leave out {cell.sparsity:g}, or compare at a lower sparsity")
+        found = f"{cell}: {kept} of {parameters} at sparsity {cell.sparsity:g}, {basis_parameters} of them in bases"
+        raise StudyError(
+            "A run must keep at least one parameter.",
+            found,
+            "compare at a lower sparsity",
+        )
     return parameters - kept + basis_parameters
 
 

@@ -176,70 +176,75 @@ class Data(_Part):
     """Images and labels."""
 
     source: str = Field(
-        "digits",
-        description="digits, a data set of torchvision (CIFAR10), a folder of images (train/ and test/), a file .npz "
-        "(train_images, train_labels, test_images, test_labels), or module:function that returns data sets of torch",
+        default="digits",
+        description="images and labels: digits, a data set of torchvision (CIFAR10), a folder of images (train/ and "
+        "test/), a file .npz (train_images, train_labels, test_images, test_labels), or module:function that returns "
+        "data sets of torch",
     )
-    root: str | None = Field(None, description="folder of a torchvision data set")
-    train_images: int | None = Field(None, ge=1, description="use only this many training images, the same in each run")
-    validation: float = Field(0.0, ge=0, lt=1, description="share of the training images held out for validation")
+    root: str | None = Field(default=None, description="folder of a torchvision data set")
+    train_images: int | None = Field(default=None, ge=1, description="number of training images, the same in each run")
+    validation: float = Field(default=0.0, ge=0, lt=1, description="share of the training images for validation")
     augment: Texts = Field(
-        (), description='transforms of torchvision.transforms.v2, for example "RandomCrop(32, padding=4)"'
+        default=(), description='transforms of torchvision.transforms.v2, for example "RandomCrop(32, padding=4)"'
     )
-    image_size: int | None = Field(None, ge=1, description="resize images to squares of this many pixels")
+    image_size: int | None = Field(default=None, ge=1, description="resize images to squares of this many pixels")
 
 
 class Model(_Part):
     """The network."""
 
     name: str = Field(
-        "auto", description="auto (a small network for the data), a model of torchvision or timm, or module:function"
+        default="auto",
+        description="network: auto (a small network for the data), a model of torchvision or timm, or module:function",
     )
-    options: dict[str, Any] = Field({}, description="keyword arguments of the model")
+    options: dict[str, Any] = Field(default={}, description="keyword arguments of the model")
     stem: Literal["auto", "imagenet", "small"] = Field(
-        "auto", description="imagenet, small (a 3x3 convolution without stride or pooling), or auto (by image size)"
+        default="auto",
+        description="first layers: imagenet, small (3x3, without stride or pooling), or auto (by the image size)",
     )
 
 
 class Training(_Part):
     """How networks are trained and fine-tuned."""
 
-    function: str | None = Field(None, description="your own training function, module:function")
-    epochs: int = Field(16, ge=1, description="epochs of training")
-    finetune_epochs: int = Field(8, ge=0, description="epochs of fine-tuning after a trained network was pruned")
-    batch_size: int = Field(100, ge=1, description="images in a batch")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd or adamw")
-    lr: float = Field(0.15, gt=0, description="peak learning rate")
-    basis_lr: float = Field(1.0, ge=0, description="learning rate of the bases, as a multiple of lr")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
-    weight_decay: float = Field(5e-4, ge=0, description="weight decay; bases have none")
-    schedule: Literal["one-cycle", "cosine", "steps"] = Field("one-cycle", description="one-cycle, cosine or steps")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
-    workers: int = Field(0, ge=0, description="processes that load images")
-    device: str = Field("cpu", description="device of torch: cpu, cuda, mps")
-    amp: bool = Field(False, description="train in bfloat16 by autocast")
-    channels_last: bool = Field(False, description="memory format of images and network")
-    compile: bool = Field(False, description="train by torch.compile")
-    threads: int = Field(1, ge=1, description="CPU threads of each run; another number gives slightly other results")
+    function: str | None = Field(default=None, description="your own training function, module:function")
+    epochs: int = Field(default=16, ge=1, description="epochs of training")
+    finetune_epochs: int = Field(default=8, ge=0, description="epochs of fine-tuning after pruning")
+    batch_size: int = Field(default=100, ge=1, description="images in a batch")
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="optimizer: sgd or adamw")
+    lr: float = Field(default=0.15, gt=0, description="peak learning rate")
+    basis_lr: float = Field(default=1.0, ge=0, description="learning rate of the bases, as a multiple of lr")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay; bases have none")
+    schedule: Literal["one-cycle", "cosine", "steps"] = Field(
+        default="one-cycle", description="learning-rate schedule: one-cycle, cosine or steps"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross entropy")
+    workers: int = Field(default=0, ge=0, description="processes that load images")
+    device: str = Field(default="cpu", description="device of torch: cpu, cuda, mps")
+    amp: bool = Field(default=False, description="train in bfloat16 by autocast")
+    channels_last: bool = Field(default=False, description="memory format of images and network")
+    compile: bool = Field(default=False, description="train by torch.compile")
+    threads: int = Field(default=1, ge=1, description="CPU threads of each run; another number, other results")
 
 
 class Tune(_Part):
     """Learning rates tuned for each space, on the validation images."""
 
-    learning_rates: Numbers = Field((), description="the same grid for each space; empty: no tuning")
-    seeds: int = Field(1, ge=1, description="number of seeds with which each learning rate is tried")
+    learning_rates: Numbers = Field(default=(), description="the same grid for each space; empty: no tuning")
+    seeds: int = Field(default=1, ge=1, description="number of seeds with which each learning rate is tried")
 
 
 class Measure(_Part):
     """What is measured and kept besides accuracies."""
 
     deploy_threads: int | None = Field(
-        None, ge=1, description="measure the latency of each pruned network with this many CPU threads"
+        default=None, ge=1, description="measure the latency of each pruned network with this many CPU threads"
     )
     keep: Annotated[tuple[Literal["models", "masks"], ...], BeforeValidator(_values)] = Field(
-        (), description="files kept for each run: models, masks"
+        default=(), description="files kept for each run: models, masks"
     )
-    tensorboard: bool = Field(False, description="write logs for TensorBoard")
+    tensorboard: bool = Field(default=False, description="write logs for TensorBoard")
 
 
 class Cell(NamedTuple):
@@ -265,23 +270,23 @@ class Study(_Part):
     (12, 'torch:l1 at 0.9, interspace, seed 1')
     """
 
-    name: str = Field("ip-compare", description="name of the study", min_length=1)
+    name: str = Field(default="ip-compare", description="name of the study", min_length=1)
     criteria: Texts = Field(
-        ("torch:random", "torch:l1"),
+        default=("torch:random", "torch:l1"),
         description="criteria; `ip-plugin criteria` lists them. Yours are module:object",
         min_length=1,
     )
     sparsities: Annotated[tuple[float, ...], BeforeValidator(_sparsities)] = Field(
-        (0.9, 0.95, 0.98), description="shares of the entries (or channels) that are pruned", min_length=1
+        default=(0.9, 0.95, 0.98), description="shares of the entries (or channels) that are pruned", min_length=1
     )
     spaces: Texts = Field(
-        ("spatial", "interspace"),
-        description="spatial (SP), interspace (IP), or as interspace(basis=dct, sharing=layer, constraint=unit, "
-        "frozen=true)",
+        default=("spatial", "interspace"),
+        description="spaces: spatial (SP), interspace (IP), or as interspace(basis=dct, sharing=layer, "
+        "constraint=unit, frozen=true)",
         min_length=1,
     )
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds)] = Field(
-        tuple(range(6)), description="random seeds; 0..5 are 0, 1, 2, 3, 4, 5", min_length=1
+        default=tuple(range(6)), description="random seeds; 0..5 are 0, 1, 2, 3, 4, 5", min_length=1
     )
     data: Data = Data()
     model: Model = Model()
@@ -368,15 +373,17 @@ def _criterion(name: str) -> str:
 class Run(_Part):
     """How a study is run; it changes nothing in the results."""
 
-    output: str | None = Field(None, description="folder for the results; by default the study's name")
-    engine: Literal["local", "dask", "nni"] = Field("local", description="local (on this machine), dask or nni")
-    jobs: int | None = Field(None, ge=1, description="runs at once; by default one for each core")
-    scheduler: str | None = Field(
-        None, description="address of a Dask scheduler (tcp://...); by default a cluster on this machine"
+    output: str | None = Field(default=None, description="folder for the results; by default the study's name")
+    engine: Literal["local", "dask", "nni"] = Field(
+        default="local", description="what runs the cells: local (this machine), dask or nni"
     )
-    nni_config: str | None = Field(None, description="NNI's YAML file, for training service and limits")
+    jobs: int | None = Field(default=None, ge=1, description="runs at once; by default one for each core")
+    scheduler: str | None = Field(
+        default=None, description="address of a Dask scheduler (tcp://...); by default a cluster on this machine"
+    )
+    nni_config: str | None = Field(default=None, description="NNI's YAML file, for training service and limits")
     nni_port: int | None = Field(
-        None, ge=1, le=65535, description="port of NNI's web portal; by default the first free one from 8080"
+        default=None, ge=1, le=65535, description="port of NNI's web portal; by default the first free one from 8080"
     )
 
 
@@ -384,6 +391,10 @@ class Config(Study):
     """A study and how it is run: what a TOML file holds."""
 
     run: Run = Run()
+
+    def study(self) -> Study:
+        """The study alone."""
+        return Study(**self.model_dump(exclude={"run"}))
 
 
 def put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -394,6 +405,21 @@ def put(values: dict[str, Any], name: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise StudyError("A table must have keys.", f"a value at {table!r} of {name!r}", "use the name of a table")
     values[key] = value
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """The name and the value of a text as ``training.label_smoothing=0.1``; values are those of TOML, or plain text.
+
+    >>> setting("training.amp=true"), setting("model.name=resnet18")
+    (('training.amp', True), ('model.name', 'resnet18'))
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise StudyError("A value must be set by name=value.", f"{text!r}", "write for example training.lr=0.1")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
 
 
 def read(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> Config:
@@ -423,9 +449,9 @@ def read(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> 
 
 
 def line_of(text: str, where: tuple[str, ...]) -> int | None:
-    """The line of a TOML file that sets a value, or that begins the table or the list which holds it.
+    r"""The line of a TOML file that sets a value, or that begins the table or the list which holds it.
 
-    >>> line_of("[training]\\nepochs = 3\\nlr = 0", ("training", "lr"))
+    >>> line_of("[training]\nepochs = 3\nlr = 0", ("training", "lr"))
     3
     """
     table: list[str] = []
@@ -474,4 +500,3 @@ def described(path: str) -> tuple[str, Any]:
         model = type(model.model_fields[table].default)
     field = model.model_fields[key]
     return field.description or "", field.default
-

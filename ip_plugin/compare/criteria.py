@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import traceback
 from importlib import import_module
 from importlib.util import find_spec
 from typing import cast
@@ -17,11 +17,31 @@ def available() -> dict[str, Criterion]:
     >>> "torch:l1" in available()
     True
     """
+    return survey()[0]
+
+
+def survey() -> tuple[dict[str, Criterion], dict[str, str]]:
+    """Every criterion by its full name; and what is wrong, with file and line, by the name of the adapter or criterion.
+
+    An adapter whose pruning library is not installed is left out.
+    """
     criteria: dict[str, Criterion] = {}
+    broken: dict[str, str] = {}
     for host in sorted(hosts()):
-        with suppress(ImportError):  # the adapter is there, its pruning library is not installed
-            criteria |= {f"{host}:{name}": criterion for name, criterion in _offered(host).items()}
-    return criteria
+        try:
+            offered = {f"{host}:{name}": criterion for name, criterion in _offered(host).items()}
+        except ModuleNotFoundError:  # the adapter is there, its pruning library is not installed
+            continue
+        except Exception as error:  # code of other people
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            broken[host] = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+            continue
+        for name, criterion in offered.items():
+            if isinstance(criterion, Criterion):
+                criteria[name] = criterion
+            else:
+                broken[name] = f"a {type(criterion).__name__} in {hosts()[host].value}, not a Criterion"
+    return criteria, broken
 
 
 def load(name: str) -> Criterion:

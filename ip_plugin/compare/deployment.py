@@ -25,8 +25,8 @@ class Deployment:
 
     Attributes:
         file_bytes: size of the file that `ip_plugin.save` writes.
-        latency_ms: median time of a call with one image, in milliseconds, of the network that `ip_plugin.sparse.prepare`
-            makes of it.
+        latency_ms: median time of a call with one image, in milliseconds, of the network that
+            `ip_plugin.sparse.prepare` makes of it.
         dense_latency_ms: that of the network before pruning, run by torch; calls of the two alternate.
     """
 

@@ -1,4 +1,4 @@
-"""What is kept of one cell: its result, its training curve, where entries were kept, and the bases that were learned."""
+"""What is kept of one cell: its result, its training curve, the density of its layers, and its learned bases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+import torch
 from pydantic import TypeAdapter
+
+import ip_plugin
 
 from .config import Cell
 
@@ -113,6 +116,11 @@ class Record:
             ValueError: they are not those of a record.
         """
         return _adapter().validate_python(values)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    return {"ip-plugin": ip_plugin.__version__, "torch": torch.__version__}
 
 
 @cache

@@ -16,7 +16,7 @@ from ip_plugin.utils.atomic import write_whole
 from . import criteria
 from .analysis import Analysis, mean, p_value, std
 from .deployment import ROUNDS
-from .store import versions
+from .record import versions
 from .tasks import task_of
 
 if TYPE_CHECKING:

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
-import ip_plugin
 from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
-from .config import AXES, DENSE, Cell, Study
-from .record import Record, Result
+from .config import AXES, Cell, Study
+from .record import Record, Result, versions
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -105,10 +103,10 @@ class Results:
             _same({first.folder: first.study.common()}, part.study.common(), str(part.folder))
             axes = {axis: _union(first.study, part.study, axis) for axis in AXES[1:]}
             done = {cell: record for cell, record in first.records.items() if record.result is not None}
-            versions = {
-                name: " and ".join(dict.fromkeys(side[name] for side in (first.versions, part.versions) if name in side))
-                for name in (first.versions | part.versions)
-            }
+            versions = dict(first.versions)
+            for name, version in part.versions.items():
+                known = versions.setdefault(name, version)
+                versions[name] = known if version in known.split(" and ") else f"{known} and {version}"
             first = cls(first.study.changed(axes), first.records | part.records | done, first.folder, versions)
         return first
 
@@ -208,11 +206,6 @@ def _key(cell: Cell) -> str:
     return f"{re.sub(r'[^a-zA-Z0-9.]+', '-', text)}-{hashlib.sha256(repr(tuple(cell)).encode()).hexdigest()[:8]}"
 
 
-def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
-    return {"ip-plugin": ip_plugin.__version__, "torch": torch.__version__}
-
-
 def _description(study: Study) -> dict[str, Any]:
     return study.common() | {"versions": versions()}
 
@@ -251,13 +244,14 @@ def _read_old(folder: Path, there: dict[str, Any]) -> Results:
     options = {name: old[name] for name in ("basis", "sharing", "constraint") if name in old}
     inter = f"interspace({','.join(f'{name}={value}' for name, value in options.items())})"
     names = ("epochs", "finetune_epochs", "batch_size", "lr", "weight_decay", "basis_lr", "device")
-    study = Study(
-        data={"source": old["data"] or "digits", "train_images": old["train_images"]},
-        model={"name": _OLD_TASKS.get(old["task"], "auto")},
-        training={name: old[name] for name in names if name in old},
-        measure={"deploy_threads": old.get("deploy_threads")},
-        spaces=("spatial", inter),
-    )  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "data": {"source": old["data"] or "digits", "train_images": old["train_images"]},
+        "model": {"name": _OLD_TASKS.get(old["task"], "auto")},
+        "training": {name: old[name] for name in names if name in old},
+        "measure": {"deploy_threads": old.get("deploy_threads")},
+        "spaces": ("spatial", inter),
+    }
+    study = Study(**values)
     try:
         frame = pd.read_csv(folder / "results.csv", keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
@@ -267,27 +261,29 @@ def _read_old(folder: Path, there: dict[str, Any]) -> Results:
     for row in frame.to_dict("records"):
         space = study.spaces[1] if row["space"] == "interspace" else row["space"]
         cell = Cell(row["criterion"], row["sparsity"], space, row["seed"])
-        values: dict[str, Any] = {name: row.get(name) for name in COLUMNS[4:]}
+        values = {name: row.get(name) for name in COLUMNS[4:]}
         values["spatial_layers"] = (values["spatial_layers"] or "").split()
         records[cell] = Record.from_json({"cell": cell, "result": values})
-    axes = (list(dict.fromkeys(values)) for values in zip(*(c for c in records if c.criterion != DENSE), strict=True))
-    return Results(study.changed(dict(zip(AXES[1:], axes, strict=True))), records, folder, there["versions"])
+    axes = dict(zip(AXES[1:], map(set, zip(*records, strict=True)), strict=True))
+    spaces = [space for space in study.spaces if space in axes["spaces"]]
+    grown = study.changed(
+        {"criteria": list(dict.fromkeys(cell.criterion for cell in records)), "spaces": spaces},
+        sparsities=sorted(axes["sparsities"]), seeds=sorted(axes["seeds"]),
+    )  # fmt: skip
+    return Results(grown, records, folder, there["versions"])
 
 
 def _same(there: dict[Path, dict[str, Any]], here: dict[str, Any], name: str = "here") -> None:
     """Raise StudyError unless two descriptions are equal."""
     ((folder, values),) = there.items()
-    pairs = [(f"{part}.{key}" if key else part, a, b) for part in here for key, a, b in _pairs(values.get(part), here[part])]
-    differences = [f"{key} is {a!r} there and {b!r} {name}" for key, a, b in pairs if a != b]
+    differences = [
+        f"{part}.{key} is {values.get(part, {}).get(key)!r} there and {value!r} {name}"
+        for part, table in here.items()
+        for key, value in table.items()
+        if values.get(part, {}).get(key) != value
+    ]
     if differences:
         raise _foreign(folder, f"a study of other settings: {'; '.join(differences)}")
-
-
-def _pairs(there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        yield from ((key, there.get(key), here.get(key)) for key in here | there)
-    else:
-        yield "", there, here
 
 
 def _foreign(folder: Path, found: str, remedy: str = "choose another folder with --output") -> StudyError:

@@ -19,7 +19,6 @@ from .engines import Engine
 from .engines.dask import Dask
 from .engines.local import Local
 from .engines.nni import NniEngine
-from .record import Epoch
 from .store import Results
 
 
@@ -55,7 +54,8 @@ def run(
 
     >>> import tempfile
     >>> from ip_plugin.compare import Study, run
-    >>> study = Study(criteria=("torch:l1",), sparsities=(0.9,), seeds=(0,), training={"epochs": 1, "finetune_epochs": 0})
+    >>> quick = {"epochs": 1, "finetune_epochs": 0}
+    >>> study = Study(criteria=("torch:l1",), sparsities=(0.9,), seeds=(0,), training=quick)
     >>> results = run(study, tempfile.mkdtemp(), jobs=1)
     >>> results.frame()[["criterion", "space", "parameters_left"]]
       criterion       space  parameters_left
@@ -142,10 +142,6 @@ def check(study: Study) -> None:
         remedy = "use cpu, or install a build of torch for the device"
         raise StudyError(rule, f"{device!r}: {found}", remedy) from error
     check_budgets(study)
-
-
-class _Silent(Callback):
-    pass
 
 
 def estimate(study: Study, cells: Sequence[Cell], jobs: int, known: Results | None = None) -> float:

@@ -93,6 +93,7 @@ class Training:
         self.model, self.split, self.task, self.settings, self.seed = model, split, task, settings, seed
         self._on_epoch, self._cache = on_epoch, cache
         self.curve: list[Epoch] = []
+        self._phase: Literal["train", "finetune"] = "train"
         self._began = time.perf_counter()
         self.order = torch.Generator().manual_seed(derived_seed(seed, "order of images"))
 
@@ -132,7 +133,9 @@ class Training:
 
     def finetune(self, begin: Begin | None = None) -> None:
         """Train for the epochs of fine-tuning, at a part of the learning rate."""
-        self.fit(self.settings.finetune_epochs, self.settings.lr * FINETUNING_LR, begin, "finetune")
+        self._phase = "finetune"
+        self.fit(self.settings.finetune_epochs, self.settings.lr * FINETUNING_LR, begin)
+        self._phase = "train"
 
     def _fingerprint(self) -> str:
         """A hash of everything that a training depends on."""
@@ -152,9 +155,7 @@ class Training:
         self.curve.append(replace(epoch, epoch=len(self.curve) + 1, seconds=time.perf_counter() - self._began))
         self._on_epoch(self.curve[-1])
 
-    def fit(
-        self, epochs: int, lr: float, begin: Begin | None = None, phase: Literal["train", "finetune"] = "train"
-    ) -> None:
+    def fit(self, epochs: int, lr: float, begin: Begin | None = None) -> None:
         """Train with a new optimizer and a whole one-cycle schedule that peaks at `lr`."""
         if epochs == 0:
             return
@@ -184,7 +185,7 @@ class Training:
                 schedule.step()
                 if after_step is not None:
                     after_step(loss)
-            note = Epoch(0, phase, float(total) / len(labels), optimizer.param_groups[0]["lr"], None, 0.0)
+            note = Epoch(0, self._phase, float(total) / len(labels), optimizer.param_groups[0]["lr"], None, 0.0)
             self.note(note)
         optimizer.zero_grad()
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from records import result_of
 from torch import Generator, nn
 
 from ip_plugin import report
-from ip_plugin.compare.cell import execute
-from ip_plugin.compare.config import Cell, Settings
+from ip_plugin.compare.cell import check_budgets
+from ip_plugin.compare.config import Cell, Study
 from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import StudyError
 
@@ -138,16 +138,11 @@ def test_what_is_no_cifar10_is_refused(name: str, tmp_path: Path) -> None:
         CIFAR10.load(data)
 
 
-def test_settings_of_data_are_checked_before_anything_runs(tmp_path: Path) -> None:
-    data = archive(tmp_path)
-    with pytest.raises(StudyError, match="no data"):
-        Settings(task="cifar10")
-    with pytest.raises(StudyError, match="brings its data"):
-        Settings(data=data)
-    with pytest.raises(StudyError, match="train_images"):
-        Settings(task="cifar10", data=data, train_images=0)
+def test_data_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="nothing at 'nowhere.npz'"):
+        check_budgets(Study(data={"source": "nowhere.npz"}))
     with pytest.raises(StudyError, match="60 instead of 61"):
-        CIFAR10.load(data, 61)
+        CIFAR10.load(archive(tmp_path), 61)
 
 
 def test_half_of_the_images_are_mirrored() -> None:
@@ -184,9 +179,9 @@ def test_the_residual_network_adds_what_its_blocks_compute() -> None:
 
 def test_a_run_on_cifar10_learns(tmp_path: Path) -> None:
     made = archive(tmp_path, **arrays(300, 100))
-    settings = Settings(task="cifar10", data=made, train_images=250, epochs=6, batch_size=25)
-    result = execute(Cell("ip:snip", 0.5, "interspace", 0), settings)
+    settings = Study(data={"source": made, "train_images": 250}, training={"epochs": 6, "batch_size": 25})
+    result = result_of(Cell("ip:snip", 0.5, "interspace", 0), settings)
     assert result.accuracy > 40  # chance: 10
     assert result.parameters == 282800 and result.parameters_left == 141400
-    other = execute(Cell("ip:snip", 0.5, "interspace", 0), replace(settings, train_images=200))
+    other = result_of(Cell("ip:snip", 0.5, "interspace", 0), settings.changed({"data.train_images": 200}))
     assert other.accuracy != result.accuracy

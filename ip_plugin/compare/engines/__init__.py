@@ -14,8 +14,7 @@ from ip_plugin.errors import StudyError
 
 from .. import cell as cells
 from ..config import Cell, Study
-from ..record import Epoch, Record
-from ..store import versions
+from ..record import Epoch, Record, versions
 from ..training import OnEpoch, TrainingCache
 
 #: The record of each cell as it ends.

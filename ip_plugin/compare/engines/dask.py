@@ -15,8 +15,7 @@ from uuid import uuid4
 from ip_plugin.errors import StudyError
 
 from ..config import Cell, Study
-from ..record import Epoch, Record
-from ..store import versions
+from ..record import Epoch, Record, versions
 from . import EngineError, Records, Watcher, attempt_elsewhere
 
 
@@ -44,8 +43,9 @@ class Dask:
 
     def __call__(self, cells: Sequence[Cell], study: Study, watcher: Watcher) -> Records:
         """Run cells, see `ip_plugin.compare.engines.Engine`."""
-        from distributed import Client, LocalCluster
+        import distributed
 
+        dask: Any = distributed  # has few annotations
         if not cells:
             return
         topic = f"ip-plugin-{uuid4().hex}"
@@ -53,9 +53,11 @@ class Dask:
         with ExitStack() as stack:
             try:
                 address = self.scheduler or stack.enter_context(
-                    LocalCluster(n_workers=self.jobs, threads_per_worker=1, dashboard_address=None, silence_logs=50)
+                    dask.LocalCluster(
+                        n_workers=self.jobs, threads_per_worker=1, dashboard_address=None, silence_logs=50
+                    )
                 )
-                client = stack.enter_context(Client(address, timeout=10, set_as_default=False))
+                client = stack.enter_context(dask.Client(address, timeout=10, set_as_default=False))
             except (OSError, TimeoutError) as error:
                 raise EngineError(f"The Dask scheduler at {self.scheduler} does not answer: {error}") from error
             client.subscribe_topic(topic, lambda event: news.put(("event", event[1])))

@@ -16,8 +16,7 @@ from queue import Queue
 from typing import IO
 
 from ..config import Cell, Study
-from ..record import Epoch, Record
-from ..store import versions
+from ..record import Epoch, Record, versions
 from ..training import TrainingCache
 from . import Records, Watcher, attempt, attempt_elsewhere
 
@@ -57,6 +56,8 @@ def _pool(cells: Sequence[Cell], study: Study, watcher: Watcher, jobs: int) -> R
                 workers.append(_Worker(study, said))
                 workers[-1].begin(waiting.popleft(), watcher)
             worker, message = said.get()
+            if worker not in workers:  # it was stopped
+                continue
             if isinstance(message, Epoch):
                 watcher.on_epoch(worker.cell, message)
                 continue
@@ -75,7 +76,12 @@ def _pool(cells: Sequence[Cell], study: Study, watcher: Watcher, jobs: int) -> R
             worker.stop()
 
 
-_SCRIPT = "import ast, sys; sys.path[:] = ast.literal_eval(input()); import ip_plugin.compare.engines.local as l; l.work()"
+_SCRIPT = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from ip_plugin.compare.engines.local import work
+work()
+"""
 
 
 class _Worker:
@@ -84,9 +90,8 @@ class _Worker:
     def __init__(self, study: Study, said: Queue[tuple[_Worker, Epoch | Record | None]]) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", _SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._said = said
-        with suppress(BrokenPipeError):
-            self._stdin.write(f"{sys.path!r}\n".encode())
-            self._send((study.model_dump_json(), versions()))
+        self._send(sys.path)
+        self._send((study.model_dump_json(), versions()))
         threading.Thread(target=self._listen, daemon=True).start()
 
     @property

@@ -19,8 +19,7 @@ from typing import Any
 from ip_plugin.errors import StudyError
 
 from ..config import Cell, Study
-from ..record import Epoch, Record
-from ..store import versions
+from ..record import Epoch, Record, versions
 from . import EngineError, Records, Watcher, nni_trial
 from .nni_experiment import portal, request, running
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from itertools import product
@@ -173,10 +173,17 @@ def write(results: Mapping[str, Sensitivity], totals: Sequence[float], folder: P
     for form in ("png", "svg"):
         figure.savefig(buffer := io.BytesIO(), format=form, dpi=150)
         contents[f"sensitivity.{form}"] = buffer.getvalue()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writable(folder):
         for name, content in contents.items():
             write_whole(folder / name, content)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make a folder, and turn a failure to write to it into a StudyError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        rule, found = f"{str(folder)!r} must be a folder that can be written.", error.strerror or str(error)
+        rule, found = f"{str(folder)!r} must be a folder that can be written to.", error.strerror or str(error)
         raise StudyError(rule, found, "choose another one with --output") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
-from ip_plugin import errors, methods, report, save
+from ip_plugin import cli, errors, methods, report, save
 from ip_plugin.compare import sensitivity
 from ip_plugin.compare.config import Study
 from ip_plugin.methods import Sensitivity, prune
@@ -110,3 +112,33 @@ def test_what_cannot_be_measured_is_refused_and_the_threads_are_as_before(tmp_pa
     assert torch.get_num_threads() == threads
     with pytest.raises(errors.StudyError, match="other.ip"):
         sensitivity.write(MADE_UP, (0.5,), file / "folder")
+
+
+def test_the_command_measures_writes_and_shows(networks: list[Path], tmp_path: Path) -> None:
+    quick = ["--set", "training.epochs=1", "--set", "data.train_images=100", "--images", "50", "--sparsities", "90"]
+    folder = tmp_path / "out"
+    ended = CliRunner().invoke(cli.app, ["sensitivity", *quick, "--totals", "80%", "-o", str(folder)])
+    assert ended.exit_code == 0, ended.output
+    study = Study(training={"epochs": 1}, data={"train_images": 100})
+    results = sensitivity.sensitivities(study, **FEW)
+    assert (folder / "sensitivity.csv").read_text() == sensitivity.frame(results).to_csv(index=False)
+    assert json.loads((folder / "suggested.json").read_text()) == sensitivity.suggestions(results, [0.8])
+    assert "sensitivity.png" in ended.output and "interspace" in ended.output
+    again = CliRunner().invoke(
+        cli.app, ["sensitivity", *quick, "--accuracy", "--checkpoint", str(networks[1]), "-o", str(folder)]
+    )
+    assert again.exit_code == 0, again.output
+    frame = pd.read_csv(folder / "sensitivity.csv")
+    assert set(frame["space"]) == {"interspace"} and frame["accuracy"].between(0, 100).all()
+
+
+def test_the_command_refuses_before_it_trains(
+    refused: Callable[..., str], networks: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert "'file/out' must be a folder that can be written to" in refused("sensitivity", "-o", "file/out")
+    assert "`sparsities` must be fractions" in refused("sensitivity", "--sparsities", "0.5,x")
+    assert "`sparsities` must be fractions" in refused("sensitivity", "--totals", "0.5,x")
+    assert "use 'epochs'" in refused("sensitivity", "--set", "training.epoch=3")
+    assert "--checkpoint" in refused("sensitivity", "--checkpoint", "none.ip")
+    assert networks == []

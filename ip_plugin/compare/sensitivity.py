@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-class _Measured(Exception):  # noqa: N818
-    """Ends a cell whose network has been measured."""
+class _Measured(BaseException):
+    """Ends a cell whose network has been measured; not an error of its criterion."""
 
 
 _MEASURE: ContextVar[Callable[[nn.Module, TrainingContext], object]] = ContextVar("what is done with a network")

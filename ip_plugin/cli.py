@@ -138,6 +138,47 @@ def report_folders(
     show(results, Console(), output)
 
 
+@app.command("sensitivity")
+def measure_sensitivity(
+    study: Annotated[Path | None, Argument(help="TOML file that describes the study, as for compare.")] = None,
+    *,
+    sparsities: Annotated[
+        str, Option(help="Sparsities of the layer that is pruned, comma-separated.")
+    ] = "0.5,0.8,0.9,0.95,0.98,0.99",
+    totals: Annotated[
+        str | None, Option(help="Total sparsities to suggest sparsities of layers for; by default those of the study.")
+    ] = None,
+    accuracy: Annotated[bool, Option("--accuracy", help="Measure the accuracy instead of the loss.")] = False,
+    images: Annotated[int, Option(help="Training images that are measured on.", min=1)] = 1000,
+    checkpoint: Annotated[
+        Path | None,
+        Option(help="Network of the study, trained and written by `ip_plugin.save`, instead of training.", exists=True),
+    ] = None,
+    set_: Annotated[list[str], Option("--set", help="Any value of the study, as training.epochs=4.")] = [],  # noqa: B006
+    output: Annotated[Path, Option("--output", "-o", help="Folder for what is written.")] = Path("ip-sensitivity"),
+) -> None:
+    """Prune each layer of a study's network alone, in both spaces, and suggest sparsities of layers.
+
+    Trains the dense network in each space, and measures its loss without further training. Writes the measurements
+    (sensitivity.csv), their picture, and sparsities that `ip_plugin.methods.prune` takes (suggested.json).
+    """
+    from .compare import sensitivity  # imports pandas, which other commands do without
+
+    described = config.read(study, dict(map(config.setting, set_))).study()
+    # Both are read as the sparsities of a study are: 90 % is 0.9.
+    measured = described.changed(sparsities=sparsities).sparsities
+    suggested = described.sparsities if totals is None else described.changed(sparsities=totals).sparsities
+    with sensitivity.writable(output):
+        pass  # a folder that cannot be made is found before anything is trained
+    results = sensitivity.sensitivities(
+        described, accuracy=accuracy, sparsities=measured, images=images, checkpoint=checkpoint, progress=True
+    )
+    sensitivity.write(results, suggested, output)
+    console = Console()
+    console.print(sensitivity.table(results, suggested))
+    console.print(f"The picture is {output / 'sensitivity.png'}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _files(path: Path) -> Iterator[None]:
     """Turn the failure to write a file into a message."""

@@ -361,7 +361,11 @@ def _criterion(name: str) -> str:
     """The full name of a criterion; the library's may be left out where only one has it."""
     if ":" not in name and name != DENSE:
         known = known_criteria.available()
+        base, _, suffix = name.partition("+")  # a control
         full = [candidate for candidate in known if candidate.partition(":")[2] == name]
+        full = full or [
+            f"{candidate}+{suffix}" for candidate in known if candidate.partition(":")[2] == base and suffix
+        ]
         if len(full) == 1:
             return full[0]
         remedy = f"use one of {', '.join(full)}" if full else nearest(name, known)

@@ -422,10 +422,11 @@ def _folder(path: Path) -> tuple[Any, Any]:
 def _torchvision(name: str, root: str | None) -> tuple[Any, Any]:
     datasets = torchvision(f"the data {name!r}").datasets
     kinds = {
-        kind: getattr(datasets, kind)
-        for kind in datasets.__all__
-        if issubclass(getattr(datasets, kind), datasets.VisionDataset) and kind not in ("ImageFolder", "DatasetFolder")
+        name: kind
+        for name, kind in vars(datasets).items()
+        if isinstance(kind, type) and issubclass(kind, datasets.VisionDataset) and "Folder" not in name
     }
+    kinds.pop("VisionDataset", None)
     if name not in kinds:
         rule = "The data must be digits, a data set of torchvision, a folder, a file .npz or module:function."
         raise StudyError(rule, f"{name!r}, which is no file or folder", nearest(name, ("digits", *kinds)))

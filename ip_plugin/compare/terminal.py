@@ -71,6 +71,8 @@ def run_and_show(
     finally:
         progress.close()
     if stopped:
+        if not (folder / "study.json").exists():
+            return 130
         results = Results.read(folder)
         results.study = study
     results.report(command=command)

@@ -56,7 +56,11 @@ class Dask:
             try:
                 address = self.scheduler or stack.enter_context(
                     dask.LocalCluster(
-                        n_workers=self.jobs, threads_per_worker=1, dashboard_address=None, silence_logs=50
+                        n_workers=self.jobs,
+                        threads_per_worker=1,
+                        dashboard_address=None,
+                        silence_logs=50,
+                        memory_limit=0,
                     )
                 )
                 client = stack.enter_context(dask.Client(address, timeout=self.timeout, set_as_default=False))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,14 +46,14 @@ class Local:
 
 
 def _pool(cells: Sequence[Cell], study: Study, watcher: Watcher, jobs: int) -> Records:
-    waiting = deque(cells)
+    waiting = list(cells)
     said: Queue[tuple[_Worker, Epoch | Record | None]] = Queue()
     workers: list[_Worker] = []
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
                 workers.append(_Worker(study, said))
-                workers[-1].begin(waiting.popleft(), watcher)
+                workers[-1].begin(waiting.pop(0), watcher)
             worker, message = said.get()
             if worker not in workers:  # it was stopped
                 continue
@@ -65,7 +64,9 @@ def _pool(cells: Sequence[Cell], study: Study, watcher: Watcher, jobs: int) -> R
                 code = worker.process.wait()
                 message = Record(worker.cell, traceback=f"The process of this cell ended with exit code {code}.")
             elif waiting:
-                worker.begin(waiting.popleft(), watcher)
+                # Cells of one seed in one space begin with the same training, which this worker remembers.
+                alike = (n for n, cell in enumerate(waiting) if cell[2:] == worker.cell[2:])
+                worker.begin(waiting.pop(next(alike, 0)), watcher)
                 yield message
                 continue
             workers.remove(worker)

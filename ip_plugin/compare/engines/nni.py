@@ -7,6 +7,7 @@ so trials name the cell that they run in everything that they report.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -71,7 +72,7 @@ class NniEngine:
         if not cells:
             return
         with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:
-            given = {"study": _absolute(study).model_dump_json(), "versions": versions(), "path": sys.path}
+            given = {"study": study.model_dump_json(), "versions": versions(), "path": sys.path, "folder": os.getcwd()}
             Path(code, nni_trial.STUDY).write_text(json.dumps(given), encoding="utf-8")
             config = self._configured([cell._asdict() for cell in cells], Path(code))
             with running(config, port=self.port) as experiment:
@@ -101,12 +102,6 @@ class NniEngine:
             found = str(error) or f"{type(error).__name__}, {config.trial_concurrency} trials at once"
             raise _refused(found) from error
         return config
-
-
-def _absolute(study: Study) -> Study:
-    """The study with absolute paths of its data: trials run in folders of their own."""
-    data = {"source": study.data.source, "root": study.data.root}
-    return study.changed({f"data.{k}": str(Path(v).resolve()) for k, v in data.items() if v and Path(v).exists()})
 
 
 def _load(path: Path) -> Any:

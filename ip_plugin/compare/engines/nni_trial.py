@@ -2,14 +2,16 @@
 
 NNI starts it in a folder with the ``study.json`` that `ip_plugin.compare.engines.nni` has written there. Every report
 names the cell: NNI 3.0 shows trials that start at the same time under each other's parameters. Its portal draws
-``default``: the accuracy on the validation images after each epoch, where there are any, and on the test images at the
-end.
+``default``: the accuracy, after each epoch on the validation images or without any on the training images, and at the
+end on the test images.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import Cell
@@ -27,11 +29,13 @@ def main() -> None:
     nni.report_intermediate_result({"default": 0.0, **cell._asdict()})
 
     def on_epoch(epoch: Epoch) -> None:
-        told = {"epoch": vars(epoch), **cell._asdict()}
-        nni.report_intermediate_result({"default": epoch.accuracy or 0.0} | told)
+        accuracy = epoch.train_accuracy if epoch.accuracy is None else epoch.accuracy
+        nni.report_intermediate_result({"default": accuracy, "epoch": vars(epoch), **cell._asdict()})
 
     given = json.loads(Path(STUDY).read_text(encoding="utf-8"))
     sys.path += given["path"]
+    with suppress(OSError):  # on another machine it may not be there
+        os.chdir(given["folder"])  # paths of the study are relative to it
     record = attempt_elsewhere(cell, given["study"], given["versions"], on_epoch)
     accuracy = 0.0 if record.result is None else record.result.accuracy
     nni.report_final_result({"default": accuracy, "record": record.to_json(), **cell._asdict()})

@@ -83,7 +83,7 @@ class Analysis:
         results: pd.DataFrame,
         curves: pd.DataFrame | None = None,
         density: pd.DataFrame | None = None,
-        bases: Mapping[tuple[str, float, str, int], Mapping[str, Any]] | None = None,
+        bases: Mapping[Any, Mapping[str, Any]] | None = None,
         *,
         margin: float = 0.5,
         made: Mapping[str, str] | None = None,

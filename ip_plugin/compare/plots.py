@@ -243,7 +243,8 @@ def _heat_map(analysis: Analysis, rows: pd.DataFrame, width: float) -> Figure:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    colors = LinearSegmentedColormap.from_list("spaces", ["#d55e00", "#f4d9c6", "#f7f7f7", "#c6dcec", "#0072b2"])
+    # Almost the colours of the spaces, which the page replaces: these and the text on them are the same on dark pages.
+    colors = LinearSegmentedColormap.from_list("spaces", ["#d55e01", "#f4d9c6", "#f7f7f7", "#c6dcec", "#0072b1"])
     spaces = list(dict.fromkeys(rows.index.get_level_values("space")))
     names = list(dict.fromkeys(c for _, c, _, _ in rows.index if c != DENSE))
     sparsities = sorted({s for _, c, s, _ in rows.index if c != DENSE})
@@ -260,7 +261,7 @@ def _heat_map(analysis: Analysis, rows: pd.DataFrame, width: float) -> Figure:
         panel.pcolormesh(table.to_numpy(float), cmap=colors, vmin=-top, vmax=top, edgecolors=HOLLOW, linewidth=1)
         for y, x in np.argwhere(table.notna().to_numpy()):
             value = table.iloc[y, x]
-            dark = abs(value) > 0.75 * top
+            dark = value > 0.93 * top
             text = points(value) + (" *" if shown.iloc[y, x] is True or shown.iloc[y, x] == 1 else "")
             panel.text(
                 x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#111111"

@@ -43,8 +43,8 @@ def named(text: str, what: str) -> Any:
         folder, module = str(path.resolve().parent), path.stem
     else:
         folder = ""
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    if folder not in sys.path:  # the working folder before installed modules, as Python has it; others after them
+        sys.path.insert(len(sys.path) if folder else 0, folder)
     try:
         loaded = import_module(module)
     except Exception as error:  # code of other people

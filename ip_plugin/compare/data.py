@@ -313,7 +313,7 @@ def _labels(part: Any, name: str) -> Tensor:
         if labels is not None and len(labels) == len(whole):
             break
     else:
-        tensors = getattr(whole, "tensors", ())
+        tensors: tuple[Any, ...] = getattr(whole, "tensors", ())
         labels = tensors[1] if len(tensors) > 1 else [whole[index][1] for index in range(len(whole))]
     values = torch.as_tensor(np.asarray(labels)).reshape(-1).long()
     return values if subset is None else values[torch.as_tensor(list(subset))]

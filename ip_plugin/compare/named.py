@@ -60,10 +60,14 @@ def named(text: str, what: str) -> Any:
 
 def blamed(error: BaseException) -> str:
     """An error with the file and line of other people's code where it arose, in words."""
+    return f"{type(error).__name__}: {error}{place(error)}"
+
+
+def place(error: BaseException) -> str:
+    """File and line where an error arose, in brackets."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
-    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def called(text: str, what: str, function: Any, *arguments: Any, **options: Any) -> Any:

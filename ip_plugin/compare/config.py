@@ -157,19 +157,11 @@ class SpaceSpec(_Part):
             raise StudyError(rule, f"{text!r}", "leave out the options of spatial, which has no bases")
         return cls(**options, kind=kinds[name])  # type: ignore[arg-type]
 
-    def _options(self) -> str:
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
-        fields = type(self).model_fields
-        given = [f"{name}={str(value).lower()}" for name, value in values.items() if value != fields[name].default]
-        return f"({', '.join(given)})" if given else ""
-
     def __str__(self) -> str:
-        return self.kind + self._options()
-
-    @property
-    def label(self) -> str:
-        """A short name, as ``SP``, ``IP`` or ``IP(basis=dct)``."""
-        return {"spatial": "SP", "interspace": "IP"}[self.kind] + self._options()
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in fields if name != "kind"}
+        given = [f"{name}={str(value).lower()}" for name, value in values.items() if value != fields[name].default]
+        return f"{self.kind}({', '.join(given)})" if given else self.kind
 
 
 class Data(_Part):
@@ -325,14 +317,6 @@ class Study(_Part):
             Cell(criterion, sparsity, space, seed)
             for seed, (criterion, sparsity), space in product(self.seeds, grid, self.spaces)
         ]
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Short names of the spaces: ``SP`` and ``IP`` where there is one of each."""
-        specs = {space: SpaceSpec.parse(space) for space in self.spaces}
-        short = {space: spec.label for space, spec in specs.items()}
-        inter = [space for space, spec in specs.items() if spec.kind == "interspace"]
-        return short | {space: "IP" for space in inter if len(inter) == 1}
 
     def changed(self: S, changes: Mapping[str, Any] | None = None, /, **more: Any) -> S:
         """The same study with other values, which are named by their dotted path.

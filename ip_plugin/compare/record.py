@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -123,6 +125,14 @@ class Record:
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     return {"ip-plugin": ip_plugin.__version__, "torch": torch.__version__}
+
+
+def machine() -> str:
+    """What this machine is, for a reader of the results."""
+    cores = f"{os.cpu_count()} cores"
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    parts = (platform.system(), platform.processor() or platform.machine(), cores, *dict.fromkeys(gpus))
+    return f"{', '.join(parts)}; Python {platform.python_version()}"
 
 
 @cache

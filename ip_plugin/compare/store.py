@@ -23,7 +23,7 @@ from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
 from .config import AXES, Cell, Study
-from .record import Epoch, Record, Result, versions
+from .record import Epoch, Record, Result, machine, versions
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -51,6 +51,13 @@ class Results:
     ) -> None:
         self.study, self.records, self.folder = study, dict(records), Path(folder)
         self.versions = dict(versions or {})
+
+    def _describe(self, grown: Study, there: str | None) -> None:
+        """Write the description of the study, with every machine that it was run on."""
+        self.versions = versions() | {"machine": _both(there, machine())}
+        description = {"study": grown.model_dump(mode="json"), "versions": self.versions}
+        with _written(self.folder):
+            write_whole(self.folder / "study.json", json.dumps(description, indent=2) + "\n")
 
     @classmethod
     @contextmanager
@@ -83,11 +90,8 @@ class Results:
                 if differences:
                     raise _foreign(folder, f"a study of other settings: {differences}")
                 grown = there.study.changed({axis: _union(there.study, study, axis) for axis in AXES[1:]})
-            results = cls(study, there.records if there else {}, folder, versions())
-            if there is None or grown != there.study:
-                description = {"study": (grown if there else study).model_dump(mode="json"), "versions": versions()}
-                with _written(folder):
-                    write_whole(folder / "study.json", json.dumps(description, indent=2) + "\n")
+            results = cls(study, there.records if there else {}, folder)
+            results._describe(*((grown, there.versions.get("machine")) if there else (study, None)))
             yield results
         finally:
             lock.release()
@@ -113,8 +117,7 @@ class Results:
             done = {cell: record for cell, record in first.records.items() if record.result is not None}
             versions = dict(first.versions)
             for name, version in part.versions.items():
-                known = versions.setdefault(name, version)
-                versions[name] = known if version in known.split(" and ") else f"{known} and {version}"
+                versions[name] = _both(versions.get(name), version)
             first = cls(first.study.changed(axes), first.records | part.records | done, first.folder, versions)
         return first
 
@@ -163,7 +166,7 @@ class Results:
         rows = [(*r.cell, *item) for r in self._of_the_study() for item in r.density.items()]
         return pd.DataFrame(rows, columns=[*Cell._fields, "layer", "density"])
 
-    def bases(self) -> dict[Cell, dict[str, list[list[float]]]]:
+    def bases(self) -> dict[tuple[str, float, str, int], dict[str, list[list[float]]]]:
         """Learned bases of each cell, by the name of the first layer that has it."""
         return {record.cell: record.bases for record in self._of_the_study() if record.bases}
 
@@ -215,6 +218,10 @@ def _key(cell: Cell) -> str:
     """The name of a cell's files."""
     text = f"{cell.criterion} {cell.sparsity:g} {cell.space} {cell.seed}"
     return f"{re.sub(r'[^a-zA-Z0-9.]+', '-', text)}-{hashlib.sha256(repr(tuple(cell)).encode()).hexdigest()[:8]}"
+
+
+def _both(first: str | None, second: str) -> str:
+    return second if first is None else first if second in first.split(" and ") else f"{first} and {second}"
 
 
 def _union(first: Study, second: Study, axis: str) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tomllib
 
-from ip_plugin.compare.config import AXES, Config, SpaceSpec, Study, commented, described, read
+from ip_plugin.compare.config import AXES, Config, Study, commented, described, read
 from ip_plugin.errors import StudyError
 
 
@@ -127,15 +127,6 @@ def test_the_grid_is_whole_and_pairs_run_one_after_the_other() -> None:
     for spatial, inter in zip(cells[::2], cells[1::2], strict=True):
         assert inter == spatial._replace(space="interspace") and spatial.space == "spatial"
     assert [cell.criterion for cell in cells if cell.sparsity == 0] == ["dense"] * 12
-
-
-def test_short_names_of_spaces() -> None:
-    assert Study().labels == {"spatial": "SP", "interspace": "IP"}
-    alone = Study(spaces=("spatial", "interspace(basis=dct)")).labels
-    assert alone == {"spatial": "SP", "interspace(basis=dct)": "IP"}
-    several = Study(spaces=("interspace", "interspace(basis=dct)")).labels
-    assert list(several.values()) == ["IP", "IP(basis=dct)"]
-    assert SpaceSpec.parse("IP(frozen=true)").frozen
 
 
 def test_what_results_have_in_common_is_all_but_axes_and_logs() -> None:

@@ -23,14 +23,14 @@ from ip_plugin.adapters import Criterion
 from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.core.masking import masks
 from ip_plugin.core.tensor_ref import by_basis, prunable_tensors
-from ip_plugin.errors import LayerCollapseWarning, StudyError
+from ip_plugin.errors import InterspaceError, LayerCollapseWarning, StudyError
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria, data, models
 from .config import DENSE, Cell, SpaceSpec, Study
 from .data import Images, Part
 from .deployment import latencies, saved, stored
-from .named import blamed
+from .named import blamed, named, place
 from .record import Record, Result
 from .training import OnEpoch, Training, TrainingCache, accuracy
 
@@ -159,6 +159,9 @@ def _prune(criterion: Criterion, amount: float, training: Training, name: str) -
         criterion.prune(training.model, amount, training)
     except StudyError:
         raise
+    except InterspaceError as error:
+        rule = f"The criterion {name!r} must prune without an error. {error.rule}"
+        raise type(error)(rule, error.found + place(error), error.remedy) from error
     except Exception as error:  # code of other people
         rule = f"The criterion {name!r} must prune without an error."
         raise StudyError(rule, blamed(error), "correct it; the traceback is in the record of the run") from error
@@ -218,8 +221,6 @@ def check_budgets(study: Study) -> None:
 
     check_tuning(study)
     if study.training.function is not None:
-        from .named import named
-
         named(study.training.function, "training function")
     images = images_of(study)
     with seeded(0, study.training.device):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ip_plugin.adapters import Criterion, hosts
@@ -68,7 +70,7 @@ def _load(name: str) -> Criterion:
         return Criterion.simple("not pruned", "at initialisation", lambda model, count: None)  # noqa: ARG005
     host, _, key = name.partition(":")
     if host not in hosts():
-        if not is_named(name) or (name.count(":") == 1 and not _exists(host)):
+        if not is_named(name) or _is_nowhere(host):
             raise StudyError(_RULE, f"{name!r}", f"use one of {', '.join(available())}")
         return _criterion(name, named(name, "criterion"))
     try:
@@ -82,26 +84,16 @@ def _load(name: str) -> Criterion:
     if key not in offered:
         known = [f"{host}:{other}" for other in offered]
         raise StudyError(_RULE, f"{name!r}", f"use one of {', '.join(known) or ', '.join(available())}")
-    if not isinstance(offered[key], Criterion):
-        raise _wrong(name, offered[key])
-    return offered[key]
+    criterion = offered[key]
+    if not isinstance(criterion, Criterion):
+        raise _wrong(name, criterion)
+    return criterion
 
 
-def _exists(module: str) -> bool:
-    from importlib.util import find_spec
-
-    if module.endswith(".py"):
-        return True
-    with suppress(ImportError, ValueError):
-        return find_spec(module.partition(".")[0]) is not None or _in_folder(module)
-    return False
-
-
-def _in_folder(module: str) -> bool:
-    from pathlib import Path
-
+def _is_nowhere(module: str) -> bool:
+    """Whether there is no module of this name, installed or in the working folder; of a file `named` tells."""
     first = module.partition(".")[0]
-    return Path(f"{first}.py").is_file() or Path(first).is_dir()
+    return not (module.endswith(".py") or find_spec(first) or Path(f"{first}.py").exists() or Path(first).is_dir())
 
 
 def _criterion(name: str, thing: Any) -> Criterion:

@@ -41,7 +41,8 @@ class Split(TensorDataset):
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches in the order in which the images are stored."""
-        return zip(self.images.split(size), self.labels.split(size), strict=True)
+        for start in range(0, len(self.labels), size):
+            yield self.images[start : start + size], self.labels[start : start + size]
 
     def shuffled(self, size: int, order: Generator) -> Iterator[Batch]:
         """Batches in an order from a generator."""
@@ -171,8 +172,8 @@ class Images:
 
     @property
     def example(self) -> Tensor:
-        """A batch of one test image, normalised."""
-        images, _ = next(self.test.batches(1))
+        """A batch of one training image, normalised."""
+        images, _ = next(self.train.batches(1))
         return images
 
 
@@ -312,7 +313,7 @@ def _labels(part: Any, name: str) -> Tensor:
         if labels is not None and len(labels) == len(whole):
             break
     else:
-        tensors = getattr(whole, "tensors", ())
+        tensors: tuple[Any, ...] = getattr(whole, "tensors", ())
         labels = tensors[1] if len(tensors) > 1 else [whole[index][1] for index in range(len(whole))]
     values = torch.as_tensor(np.asarray(labels)).reshape(-1).long()
     return values if subset is None else values[torch.as_tensor(list(subset))]

@@ -43,8 +43,8 @@ def named(text: str, what: str) -> Any:
         folder, module = str(path.resolve().parent), path.stem
     else:
         folder = ""
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    if folder not in sys.path:  # the working folder before installed modules, as Python has it; others after them
+        sys.path.insert(len(sys.path) if folder else 0, folder)
     try:
         loaded = import_module(module)
     except Exception as error:  # code of other people
@@ -60,10 +60,14 @@ def named(text: str, what: str) -> Any:
 
 def blamed(error: BaseException) -> str:
     """An error with the file and line of other people's code where it arose, in words."""
+    return f"{type(error).__name__}: {error}{place(error)}"
+
+
+def place(error: BaseException) -> str:
+    """File and line where an error arose, in brackets."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
-    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def called(text: str, what: str, function: Any, *arguments: Any, **options: Any) -> Any:

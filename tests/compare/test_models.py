@@ -92,7 +92,7 @@ def test_the_initial_values_depend_on_the_seed_alone() -> None:
         (Model(name="resnet18", options={"zero_init": True}), "(?s)'resnet18'.*zero_init"),
         (Model(name="vgg", options={"width": 2}), "no options"),
         (Model(name="vit_b_16"), "(?s)must give 10 outputs.*image_size"),
-        (Model(name="torch.nn:Idenity"), "(?s)'Idenity'"),
+        (Model(name="torch.nn:Identities"), "(?s)'Identities'"),
         (Model(name="nowhere.models:net"), "(?s)nowhere.models:net.*ModuleNotFoundError"),
         (Model(name="torch.nn:Identity"), r"outputs \(1, 3, 32, 32\)"),
         (Model(name="math:sqrt", options={"x": 1}), "must run without an error"),

@@ -135,6 +135,16 @@ def test_another_order_or_random_state_is_another_training(done: list[int]) -> N
     assert len(done) == 3
 
 
+def test_other_settings_or_data_are_another_training(done: list[int]) -> None:
+    cache, images = TrainingCache(), load(Data(train_images=200))
+    other = load(Data(train_images=200, augment=("RandomHorizontalFlip",)))
+    for data, lr, expected in ((images, 0.1, 1), (images, 0.1, 1), (images, 0.2, 2), (other, 0.2, 3), (other, 0.2, 3)):
+        torch.manual_seed(0)
+        settings = SETTINGS.training.model_copy(update={"lr": lr})
+        Training(NETWORKS["convnet"](1, 10), data, settings, 0, cache=cache).train()
+        assert len(done) == expected
+
+
 def test_a_training_that_is_followed_is_done(done: list[int]) -> None:
     images = load(Data(train_images=200))
     cache, steps = TrainingCache(), []

@@ -91,6 +91,9 @@ def sensitivities(
     for sparsity in sparsities:
         check_fraction(sparsity, "sparsities")
 
+    if checkpoint is not None:
+        study = study.changed({"tune.learning_rates": ()})
+
     def measured(space: str) -> tuple[str, Sensitivity]:
         bar = Progress(disable=not progress or checkpoint is not None)
         epochs = bar.add_task(f"training, {space}", total=study.training.epochs)

@@ -87,7 +87,8 @@ def show(results: Results, console: Console, folder: Path | None = None) -> None
     """Print what the results say, which cells failed, and where everything is."""
     report.show(results.analysis(), console)
     for cell, text in results.failures.items():
-        reason = text.strip().splitlines()[-1] if text.strip() else "no reason"
+        lines = text.strip().splitlines() or ["no reason"]  # the last lines of a StudyError: rule, Found, What to do
+        reason = next((line.removeprefix("Found: ") for line in lines[-3:] if line.startswith("Found: ")), lines[-1])
         console.print(f"failed: {cell}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
     if results.failures:
         console.print("Their tracebacks are in cells/; --retry-failed runs them again.")

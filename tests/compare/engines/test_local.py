@@ -73,7 +73,7 @@ def test_a_cell_that_fails_keeps_its_traceback_and_the_others_go_on(
     results = run(study, tmp_path / "out", jobs=2)
     ((cell, text),) = results.failures.items()
     assert cell.criterion == "crashing:crash" and len(results.frame()) == 2
-    assert "crashing.py" in text and text.endswith("RuntimeError: no licence\n")
+    assert "crashing.py" in text and "RuntimeError: no licence" in text
 
 
 def test_a_killed_process_fails_its_cell_and_what_is_not_asked_for_any_more_is_stopped() -> None:

@@ -122,7 +122,7 @@ def test_both_engines_give_the_same_records_and_the_same_failures(
     done = [{c: timeless(r) for c, r in part.records.items() if r.result} for part in (there, here)]
     assert done[0] == done[1]
     ((cell, text),) = there.failures.items()
-    assert cell.criterion == "crashing:crash" and text.endswith("RuntimeError: no licence\n")
+    assert cell.criterion == "crashing:crash" and "RuntimeError: no licence" in text
     assert sorted(p.name for p in (tmp_path / "nni").iterdir()) == sorted(p.name for p in (tmp_path / "here").iterdir())
     # What is there already is not run again, and nothing is started for it.
     run(study, tmp_path / "nni", engine=NniEngine(announce=look))

@@ -34,12 +34,27 @@ if TYPE_CHECKING:
 
 
 class _Measured(BaseException):
-    """Ends a cell whose network has been measured; not an error of its criterion."""
+    """Ends a cell whose network has been measured, or could not be; not an error of a criterion."""
+
+    def __init__(self, outcome: tuple[str, Sensitivity] | Exception) -> None:
+        self.outcome = outcome
 
 
-_MEASURE: ContextVar[Callable[[nn.Module, TrainingContext], object]] = ContextVar("what is done with a network")
+#: What is done with a network and its training.
+_MEASURE: ContextVar[Callable[[nn.Module, TrainingContext], tuple[str, Sensitivity]]] = ContextVar("_MEASURE")
+
+
+def _measure(model: nn.Module, amount: int, training: TrainingContext) -> None:  # noqa: ARG001
+    outcome: tuple[str, Sensitivity] | Exception
+    try:
+        outcome = _MEASURE.get()(model, training)
+    except Exception as error:
+        outcome = error
+    raise _Measured(outcome)
+
+
 #: The way into a cell: a criterion is given the network and its training, whatever the study makes them of.
-CRITERION = Criterion("sensitivity", "while training", lambda model, _, training: _MEASURE.get()(model, training))
+CRITERION = Criterion("sensitivity", "while training", _measure)
 
 
 def sensitivities(
@@ -76,12 +91,14 @@ def sensitivities(
     for sparsity in sparsities:
         check_fraction(sparsity, "sparsities")
 
+    if checkpoint is not None:
+        study = study.changed({"tune.learning_rates": ()})
+
     def measured(space: str) -> tuple[str, Sensitivity]:
-        answers: list[tuple[str, Sensitivity]] = []
         bar = Progress(disable=not progress or checkpoint is not None)
         epochs = bar.add_task(f"training, {space}", total=study.training.epochs)
 
-        def measure(model: nn.Module, training: TrainingContext) -> None:
+        def measure(model: nn.Module, training: TrainingContext) -> tuple[str, Sensitivity]:
             if checkpoint is None:
                 training.train()
             else:
@@ -90,23 +107,26 @@ def sensitivities(
             batches = training.batches(-(-images // study.training.batch_size))
             common: dict[str, Any] = {"sparsities": sparsities, "progress": progress}
             if accuracy:
-                answer = methods.sensitivity(model, partial(_accuracy, batches=batches), **common)
+                result = methods.sensitivity(model, partial(_accuracy, batches=batches), **common)
             else:
-                answer = methods.sensitivity(model, batches=batches, loss=training.loss, **common)
+                result = methods.sensitivity(model, batches=batches, loss=training.loss, **common)
             converted = checkpoint is not None and by_basis(prunable_tensors(model))
-            answers.append(("interspace" if converted else space, answer))
-            raise _Measured
+            return "interspace" if converted else space, result
 
         token, threads = _MEASURE.set(measure), torch.get_num_threads()
         torch.set_num_threads(study.training.threads)
         try:
-            with bar, suppress(_Measured):
+            with bar:
                 cell = Cell(f"{__name__}:CRITERION", 0.0, space, study.seeds[0])
                 execute(cell, study, lambda _: bar.advance(epochs))
+        except _Measured as end:
+            if isinstance(end.outcome, Exception):
+                raise end.outcome from None
+            return end.outcome
         finally:
             torch.set_num_threads(threads)
             _MEASURE.reset(token)
-        return answers[0]
+        raise AssertionError("a cell has ended without its criterion")
 
     return dict(map(measured, study.spaces if checkpoint is None else ["spatial"]))
 

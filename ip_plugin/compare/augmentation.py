@@ -63,11 +63,17 @@ class Augmentation:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch (on the CPU), numpy and Python from a seed, and their states restored afterwards."""
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Random numbers of torch, numpy and Python from a seed, and their states restored afterwards.
+
+    Args:
+        seed: of all of them.
+        device: a GPU whose random numbers are included.
+    """
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
         np.random.seed(seed % (1 << 32))
         random.seed(seed)
         try:

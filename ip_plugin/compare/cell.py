@@ -24,6 +24,7 @@ from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.core.masking import masks
 from ip_plugin.core.tensor_ref import by_basis, prunable_tensors
 from ip_plugin.errors import InterspaceError, LayerCollapseWarning, StudyError
+from ip_plugin.reporting.measure import Row
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria, data, models
@@ -73,7 +74,8 @@ def execute(cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache:
         torch.manual_seed(derived_seed(cell.seed, "pruning"))
         training = Training(model, images, settings, cell.seed, on_epoch, cache, fresh)
         reached_before = train_and_prune(criterion, amount, training, images.test, cell.criterion)
-    left = report(model, image).prunable
+    measured = report(model, image)
+    left = measured.prunable
     reached = accuracy(model, images.test)
     held_out = None if images.validation is None else accuracy(model, images.validation)
     seconds = time.perf_counter() - started
@@ -89,7 +91,7 @@ def execute(cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache:
         accuracy=reached, accuracy_before_pruning=reached_before, parameters=parameters,
         parameters_left=left.nonzeros + (0 if criterion.removes_channels or not amount else basis_parameters),
         basis_parameters=basis_parameters, spatial_layers=spatial_layers, seconds=seconds, macs=macs,
-        macs_left=left.macs_dense if criterion.removes_channels else left.macs_nonzero, file_bytes=len(contents),
+        macs_left=sum(_macs_left(row) for row in measured.rows), file_bytes=len(contents),
         validation_accuracy=held_out, lr=settings.lr,
         **({} if threads is None else latencies(model, dense, image, threads)),
     )  # fmt: skip
@@ -107,6 +109,12 @@ def network_of(study: Study, images: Images) -> nn.Module:
     model = models.network(study.model, images.classes, images.example)
     layout = torch.channels_last if study.training.channels_last else torch.preserve_format
     return model.to(study.training.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+def _macs_left(row: Row) -> int:
+    """The multiply-adds of a layer by its non-zeros and its basis, or of the dense layer if they are fewer."""
+    dense, nonzero, basis = (count or 0 for count in (row.macs_dense, row.macs_nonzero, row.macs_basis))
+    return min(dense, nonzero + basis)
 
 
 def _kept(parameter: torch.Tensor, mask: torch.Tensor | None) -> int:

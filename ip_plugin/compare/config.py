@@ -225,6 +225,7 @@ class Tune(_Part):
 
     learning_rates: Numbers = Field(default=(), description="the same grid for each space; empty: no tuning")
     seeds: int = Field(default=1, ge=1, description="number of seeds with which each learning rate is tried")
+    rates: dict[str, float] = Field(default={}, description="learning rates by space, where they are known: not tuned")
 
 
 class Measure(_Part):

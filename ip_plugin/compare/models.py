@@ -37,6 +37,10 @@ def network(model: config.Model, classes: int, example: Tensor) -> nn.Module:
     return made
 
 
+#: Networks of torchvision whose further outputs, which only help to train, would need a loss of their own.
+_WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+
 def _made(model: config.Model, classes: int, channels: int, pixels: int) -> Any:
     name = model.name if model.name != "auto" else "convnet" if pixels < 16 else "vgg"
     if name in NETWORKS:
@@ -55,21 +59,19 @@ def _made(model: config.Model, classes: int, channels: int, pixels: int) -> Any:
 
         theirs = models.list_models(module=models)
         if name in theirs:
-            built = called(name, "model", models.get_model, name, weights=None, num_classes=classes, **model.options)
+            options = {"weights": None, "num_classes": classes} | model.options
+            if name in _WITH_AUXILIARY:
+                options = {"aux_logits": False, "init_weights": True} | options
+            built = called(name, "model", models.get_model, name, **options)
             _take_channels(built, channels)
-            if model.stem == "small" or (model.stem == "auto" and pixels <= 64):
-                _make_small(built, name)
-            return built
+            return _with_stem(built, model, pixels)
         known += theirs
     with suppress(ImportError):
         import timm
 
         if name.partition(".")[0] in timm.list_models():
             options = {"num_classes": classes, "in_chans": channels} | model.options
-            built = called(name, "model", timm.create_model, name, **options)
-            if model.stem == "small" or (model.stem == "auto" and pixels <= 64):
-                _make_small(built, name)
-            return built
+            return _with_stem(called(name, "model", timm.create_model, name, **options), model, pixels)
         known += timm.list_models()
     rule = "The model must be auto, a built-in network, one of torchvision or timm (if installed), or module:function."
     raise StudyError(rule, f"{name!r}", nearest(name, ["auto", *known]))
@@ -115,16 +117,28 @@ def _take_channels(model: nn.Module, channels: int) -> None:
     first.in_channels = channels
 
 
+def _with_stem(built: nn.Module, model: config.Model, pixels: int) -> nn.Module:
+    """The network with the first layers that a study asks for; by itself one of patches keeps its own."""
+    first = _first_convolution(built)
+    overlaps = first is not None and tuple(first.kernel_size) != tuple(first.stride)
+    if model.stem == "small" and not overlaps:
+        rule = "A small stem must replace a convolution whose windows overlap."
+        found = f"{model.name!r} begins with {first or 'no convolution'}"
+        raise StudyError(rule, found, 'set stem = "imagenet", and the size of patches by options of the model')
+    if overlaps and (model.stem == "small" or (model.stem == "auto" and pixels <= 64)):
+        _make_small(built)
+    return built
+
+
 @torch.no_grad()
-def _make_small(model: nn.Module, name: str) -> None:
+def _make_small(model: nn.Module) -> None:
     """Fit the first layers to small images: a 3x3 convolution with stride 1, and no pooling before the next one.
 
     The 3x3 filters are the centres of the initial filters, scaled to the variance that a 3x3 convolution has.
     """
     modules = list(model.named_modules())
     first = _first_convolution(model)
-    if first is None:
-        raise StudyError("A small stem must replace a convolution.", f"none in {name!r}", 'set stem = "imagenet"')
+    assert first is not None
     if set(first.stride) == {1}:
         return
     size = first.kernel_size

@@ -54,8 +54,8 @@ class Result:
         basis_parameters: size of the trained bases.
         spatial_layers: convolutions that stayed spatial because their budget would not pay for their basis.
         seconds: time without that of measuring latencies; short where the training was in the cache.
-        macs, macs_left: multiply-adds of the convolution and linear layers for one image before pruning, and of what
-            is not pruned.
+        macs, macs_left: multiply-adds of the convolution and linear layers for one image before pruning, and those of
+            what is not pruned: in the interspace with those of the basis, and never more than the dense layer has.
         file_bytes: size of the file that `ip_plugin.save` writes.
         latency_ms, dense_latency_ms: median time of a call with one image of the network that
             `ip_plugin.sparse.prepare` makes, and of the network before pruning; None unless the study asks for it.

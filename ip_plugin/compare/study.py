@@ -20,6 +20,7 @@ from .engines.dask import Dask
 from .engines.local import Local
 from .engines.nni import NniEngine
 from .store import Results
+from .tuning import with_rates
 
 
 def run(
@@ -71,7 +72,9 @@ def run(
         cells = results.missing + (list(results.failures) if retry_failed else [])
         left = {seed: sum(cell.seed == seed for cell in cells) for seed in study.seeds}
         told.on_study(results, cells)
-        with closing(runner(cells, study, told)) as records:
+        known = {record.cell.space: record.result.lr for record in results.records.values() if record.result}
+        tuned = with_rates(study, {space: lr for space, lr in known.items() if lr}) if cells else study
+        with closing(runner(cells, tuned, told)) as records:
             for record in records:
                 results.add(record)
                 told.on_cell(results, record)

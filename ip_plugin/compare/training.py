@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from ip_plugin.adapters import Begin
 from ip_plugin.utils.seeds import derived_seed
 
 from . import config
+from .augmentation import seeded
 from .data import Images, Part, Split
 from .named import called, named
 from .own_training import OwnTraining
@@ -134,8 +136,7 @@ class Training:
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """The first `count` batches of the training images, in the order in which they are stored, not augmented."""
-        batches = self.images.train.batches(self.settings.batch_size)
-        return [batch for batch, _ in zip(batches, range(count), strict=False)]
+        return list(islice(self.images.train.batches(self.settings.batch_size), count))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy."""
@@ -235,10 +236,10 @@ class Training:
     def _fit_by_function(self, name: str, epochs: int, lr: float, begin: Begin | None) -> None:
         """Let other people's function train; it starts with the same random numbers in both spaces."""
         function = named(name, "training function")
-        torch.manual_seed(int(torch.randint(1 << 62, (), generator=self.order)))
         self.model.train()
         context = OwnTraining(self, epochs, lr, begin)
-        called(name, "training function", function, self.model, self.images, context)
+        with seeded(int(torch.randint(1 << 62, (), generator=self.order)), self.settings.device):
+            called(name, "training function", function, self.model, self.images, context)
         context.check(name)
         for parameter in self.model.parameters():
             parameter.grad = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+
+import torch
 
 from ip_plugin.errors import StudyError
 from ip_plugin.utils.seeds import derived_seed
@@ -30,11 +33,30 @@ def tuned_settings(study: Study, space: str) -> config.Training:
     >>> tuned_settings(Study(), "spatial").lr
     0.15
     """
+    rate = study.tune.rates.get(space)
+    if rate is None and study.tune.learning_rates:
+        check_tuning(study)
+        rate = _best(study.model_dump_json(include={"data", "model", "training", "tune"}), space)
+    return study.training if rate is None else study.training.model_copy(update={"lr": rate})
+
+
+def with_rates(study: Study, known: Mapping[str, float]) -> Study:
+    """The study with the learning rate of each space, so that it is not tuned in every process.
+
+    Args:
+        study: which study.
+        known: rates that were tuned before, by space.
+    """
     if not study.tune.learning_rates:
-        return study.training
-    check_tuning(study)
-    text = study.model_dump_json(include={"data", "model", "training", "tune"})
-    return study.training.model_copy(update={"lr": _best(text, space)})
+        return study
+    threads = torch.get_num_threads()
+    torch.set_num_threads(study.training.threads)
+    try:
+        missing = [space for space in study.spaces if space not in known]
+        rates = {**known, **{space: tuned_settings(study, space).lr for space in missing}}
+    finally:
+        torch.set_num_threads(threads)
+    return study.changed({"tune.rates": rates})
 
 
 @lru_cache(maxsize=32)

@@ -48,7 +48,8 @@ def by_rule(
     if convolution.density >= _DENSE:
         return None
     width = 64 if addressing.target.pixels > 32 else 32
-    if convolution.coefficients.basis is None and (convolution.density < 0.03 or convolution.groups > 1):
+    standard = convolution.coefficients.basis is None
+    if convolution.depthwise or (standard and (convolution.density < 0.03 or convolution.groups > 1)):
         return Choice("direct", width)
     return Choice("fused", width, response_dtype=response_dtype)
 
@@ -93,7 +94,7 @@ class Autotuner:
 
         def time(choices: Iterable[Choice]) -> None:
             for choice in choices:
-                loop = Loop(convolution.coefficients, convolution.bias, addressing, choice)
+                loop = Loop(convolution.entries(choice.order), convolution.bias, addressing, choice)
                 times[choice] = seconds(loop.bind(source, target))
 
         times: dict[Choice, float] = {}
@@ -117,8 +118,10 @@ class Autotuner:
                 continue
             tiles = -(-pixels // width)
             for parts in {1, threads} if tiles < 8 * threads else {1}:
-                if standard:
+                if standard or convolution.depthwise:
                     yield Choice("direct", width, parts)
+                if convolution.depthwise:
+                    continue
                 if not standard or len(addressing.offsets) > 1 or convolution.groups == 1:
                     yield Choice("fused", width, parts, response_dtype=self._response_dtype)
 

@@ -92,11 +92,13 @@ def prepare(
         networks, by_torch = [prepared], prepared.layers_by_torch()
     except UntraceableError as error:
         prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs, expected)
-        sparse = len({call.layer for network in networks for call in network.first_calls()})
+        sparse = len(
+            {call.layer for network in networks for call in network.first_calls()} & {*parts.convolutions.values()}
+        )
         how, reason = "in parts, which is slower" if networks else "dense", str(error).rstrip(".")
         warnings.warn(
             f"The network is run {how}: torch.fx cannot trace its forward as a whole. Found: {reason}. {len(networks)} "
-            f"parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions for which there are loops"
+            f"parts are sparse networks, with {sparse} of {len(parts.convolutions)} convolutions for which there are loops"
             f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
             "forward, or accept the speed",
             SparseFallbackWarning,
@@ -115,12 +117,14 @@ class _Parts:
 
     Attributes:
         plain: a baked copy of the model.
-        sparse: its layers that can run sparse.
+        convolutions: names of those that can run sparse.
         difference: in words, what `assemble` has found different in the outputs of the whole model.
     """
 
     def __init__(self, model: nn.Module, choose: Chooser, tolerance: float) -> None:
-        self.plain, self.sparse = baked(model)
+        self.plain, self._sparse = baked(model)
+        layers = self._sparse.items()
+        self.convolutions = {m: ref.module_name for m, ref in layers if isinstance(m, nn.Conv2d)}
         self.difference = ""
         self._choose, self._tolerance = choose, tolerance
 
@@ -138,7 +142,7 @@ class _Parts:
         for opaque in (False, True):
             try:
                 traced = trace(
-                    module, self.sparse, args, kwargs, expected=expected, opaque=opaque, tolerance=self._tolerance
+                    module, self._sparse, args, kwargs, expected=expected, opaque=opaque, tolerance=self._tolerance
                 )
                 network = SparseNetwork(traced, self._choose, module.forward).eval()
                 difference = expected.difference(outputs_of(network, structure, tensors), self._tolerance)
@@ -221,7 +225,7 @@ class _Parts:
         hooks: list[RemovableHandle] = []
         for part in module.modules():
             hooked = part._forward_hooks or part._forward_pre_hooks
-            if part is not module and not hooked and not self.sparse.keys().isdisjoint(part.modules()):
+            if part is not module and not hooked and not self.convolutions.keys().isdisjoint(part.modules()):
                 hooks.append(part.register_forward_pre_hook(enter, with_kwargs=True))
                 hooks.append(part.register_forward_hook(leave, always_call=True))
         structure, tensors = Structure.of(args, kwargs)

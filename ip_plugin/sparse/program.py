@@ -28,7 +28,7 @@ class Program:
 
     def __init__(self, module: fx.GraphModule, steps: list[Step]) -> None:
         self.steps, self._module = steps, module
-        self.regions = list(dict.fromkeys(region for step in steps for region in step.regions))
+        self.regions = list(dict.fromkeys(region.root for step in steps for region in step.regions))
         *_, self._output = module.graph.nodes
         nodes = [*((step.node, *step.node.all_input_nodes) for step in steps), tuple(self._output.all_input_nodes)]
         self.last_uses = {node: number for number, used in enumerate(nodes) for node in used}

@@ -75,7 +75,8 @@ def test_networks_of_torchvision(name: str, space: str) -> None:
     agrees(network, model, images)
     assert isinstance(network, SparseNetwork)
     assert all(run.how != "dense" for run in network.runs(images) if run.density < 0.5)
-    assert len(network.runs(images)) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
+    assert len(network.runs(images)) == layers
 
 
 class Block(nn.Module):

@@ -29,7 +29,8 @@ class Activation(NamedTuple):
     def __call__(self, values: Tensor) -> Tensor:
         """The activation by torch; values may be changed in place."""
         if self.kind:
-            return _FUNCTIONS[self.kind](values, self.low)
+            activated: Tensor = _FUNCTIONS[self.kind](values, self.low)
+            return activated
         return values if self == NONE else values.clamp_(self.low, self.high)
 
 
@@ -44,7 +45,7 @@ _FUNCTIONS: dict[int, Any] = {
     GELU_TANH: lambda values, _: F.gelu(values, approximate="tanh"),
     LEAKY_RELU: F.leaky_relu,
 }
-_MODULES: dict[type[nn.Module], Any] = {
+_MODULES: dict[type[nn.Module | None], Any] = {
     nn.ReLU: lambda _: RELU,
     nn.Hardtanh: lambda module: Activation(0, module.min_val, module.max_val),
     nn.ReLU6: lambda module: Activation(0, module.min_val, module.max_val),

@@ -95,7 +95,8 @@ def _pointwise(
         return None
     if activation := activation_of(node):
         return [node], (value,), Pointwise(activation=activation)
-    arguments, scale, shift = (value,), None, None
+    arguments: tuple[fx.Node, ...] = (value,)
+    scale, shift = None, None
     if norm := _norm(node):
         scale, shift = _affine(norm)
     elif addends := _addends(node, shapes):
@@ -170,8 +171,9 @@ def _fused(
 def _norm(node: fx.Node) -> nn.BatchNorm2d | None:
     """The BatchNorm that a node calls, if that only scales and shifts channels."""
     norm = module_of(node)
-    ordinary = isinstance(norm, nn.BatchNorm2d) and is_of_torch(norm) and called_plainly(node)
-    return norm if ordinary and norm.running_mean is not None else None
+    if not isinstance(norm, nn.BatchNorm2d) or not is_of_torch(norm) or not called_plainly(node):
+        return None
+    return norm if norm.running_mean is not None else None
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ def is_switched_off(node: fx.Node) -> bool:
         "dropout": ("input", "p", "training", "inplace"),
         "stochastic_depth": ("input", "p", "mode", "training"),
     }.get(function_name(node))
-    arguments = bound(node, *names) if names and node.op == "call_function" else None
-    return bool(arguments) and arguments.get("training") is False and isinstance(arguments["input"], fx.Node)
+    arguments = (bound(node, *names) if names and node.op == "call_function" else None) or {}
+    return arguments.get("training") is False and isinstance(arguments.get("input"), fx.Node)
 
 
 def joined_channels(node: fx.Node) -> tuple[fx.Node, ...]:

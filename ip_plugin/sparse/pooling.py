@@ -180,7 +180,7 @@ class AveragePool(Step):
             stride = _pair(arguments.get("stride") or kernel)
             padding, whole = _pair(arguments.get("padding", 0)), arguments.get("count_include_pad", True)
             windows = zip(sizes, kernel, stride, padding, strict=True)
-            rows, columns = (_windows(*size, *window, whole) for size, *window in windows)
+            rows, columns = (_windows(*size, k, s, p, whole) for size, k, s, p in windows)
             if divisor := arguments.get("divisor_override"):
                 rows, columns = (
                     (*rows[:2], np.full_like(rows[2], 1 / divisor)),

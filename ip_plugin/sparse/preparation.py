@@ -98,9 +98,9 @@ def prepare(
         how, reason = "in parts, which is slower" if networks else "dense", str(error).rstrip(".")
         warnings.warn(
             f"The network is run {how}: torch.fx cannot trace its forward as a whole. Found: {reason}. {len(networks)} "
-            f"parts are sparse networks, with {sparse} of {len(parts.convolutions)} convolutions for which there are loops"
-            f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
-            "forward, or accept the speed",
+            f"parts are sparse networks, with {sparse} of {len(parts.convolutions)} convolutions for which there "
+            f"are loops{parts.difference}. What to do: keep Python that depends on values or types of tensors out of "
+            "the forward, or accept the speed",
             SparseFallbackWarning,
             stacklevel=2,
         )

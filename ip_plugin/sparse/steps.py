@@ -166,12 +166,14 @@ class SparseConvolution(Step):
         images, channels, height, width = placement.shapes[node]
         source, addressing = placement.addressing(value, layer.window)
         reachable = layer.inputs * addressing.channel_stride <= placement.max_offset
-        choice = placement.choose(layer, addressing, source is None) if reachable else None
+        original = placement.original(value)
+        layout = None if original is None else original.layout
+        choice = placement.choose(layer, addressing, source is None, layout) if reachable else None
         if choice is None:
             return DenseConvolution.lower(node, placement)
         steps: list[Step] = []
         if source is None:
-            original, source = placement.original(value), placement.place_copy(value, addressing)
+            source = placement.place_copy(value, addressing)
             steps.append(Pack(node, value, placement.shapes[value], Packing.to_read(addressing), source, original))
         residual = None if addend is None else placement.regions.get(addend)
         if addend is not None and (residual is None or residual.layout != addressing.target):
@@ -267,6 +269,8 @@ class DenseConvolution(Step):
 class SparseLinear(Step):
     """A linear layer by its non-zeros, of few rows of inputs or of many."""
 
+    value: fx.Node
+
     @classmethod
     def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
         layer = module_of(node)
@@ -274,12 +278,13 @@ class SparseLinear(Step):
             return []
         rows = math.prod(placement.shapes[node][:-1])
         size = layer.coefficients.values.nbytes + layer.coefficients.inputs.nbytes
-        return [cls(node, layer=LayerRun(layer, Run(layer.name, layer.density, "direct", 0, 0, size), rows))]
+        record = LayerRun(layer, Run(layer.name, layer.density, "direct", 0, 0, size), rows)
+        return [cls(node, node.all_input_nodes[0], layer=record)]
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:  # noqa: ARG002
         assert self.layer is not None
         assert isinstance(self.layer.layer, Linear)
-        node, layer, value = self.node, self.layer.layer, self.node.args[0]
+        node, layer, value = self.node, self.layer.layer, self.value
         call = _many_rows(layer, self.layer.positions) if self.layer.positions > _FEW else _few_rows(layer)
 
         def run(values: Values) -> None:

@@ -47,6 +47,7 @@ class Elementwise(Step):
         layout, scale, shift = self.source.layout, self.module.scale, self.module.shift
         call = partial(
             loops.pointwise, layout.images, self.source.channels, layout.height, layout.width,
+            layout.one_run(self.target.layout, None if self.addend is None else self.addend.layout),
             NOTHING[0] if shift is None else shift.float().numpy(),
             *(NO_SCALE if scale is None else (scale.float().numpy(), 0, 1, 0)),
             *images_in(workspace, self.source), *images_in(workspace, self.addend), *self.module.activation.arguments,
@@ -78,7 +79,8 @@ class Scale(Step):
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
         layout, node, numbers, view = self.source.layout, self.node, self.value, workspace.view(self.target)
-        sizes = layout.images, self.source.channels, layout.height, layout.width, NOTHING[0]
+        sizes = layout.images, self.source.channels, layout.height, layout.width
+        shifts = layout.one_run(self.target.layout), NOTHING[0]
         source, target = images_in(workspace, self.source), images_in(workspace, self.target)
         rest = (*NO_ADDEND, *NONE.arguments, *target)
 
@@ -86,7 +88,7 @@ class Scale(Step):
             scales = values[numbers]
             images, channels = scales.stride()[:2]
             flat = scales.as_strided(((scales.shape[0] - 1) * images + (scales.shape[1] - 1) * channels + 1,), (1,))
-            loops.pointwise(*sizes, flat.numpy(), 0, channels, images, *source, *rest)
+            loops.pointwise(*sizes, *shifts, flat.numpy(), 0, channels, images, *source, *rest)
             values[node] = view
 
         return run

@@ -40,7 +40,8 @@ class Placement:
 
     def _leave_gap(self, window: Window, height: int, width: int) -> None:
         """Let images of a size have the zeros around them that a convolution needs."""
-        size, needed = (height, width), window.padding
+        last = window.taps().max(0) - window.padding  # read behind a pixel
+        size, needed = (height, width), (max(window.padding[0], int(last[0])), max(window.padding[1], int(last[1])))
         if window.strided:  # as many as phases have, so that they and the output have one layout
             rows, columns = (window.taps() // window.stride).max(0)
             size, needed = window.output_size(height, width), (int(rows), int(columns))

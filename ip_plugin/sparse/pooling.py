@@ -119,13 +119,15 @@ class Mean(Step):
             layout.height * layout.width,
         )
         if self.target is not None:
-            target = workspace.buffer(self.target), *self.target.layout.distances()[:3]
+            layout = self.target.layout
+            zeros = layout.stride if layout.reach else 0
+            target = zeros, workspace.buffer(self.target), *layout.distances()[:3]
             return into(node, workspace.view(self.target), partial(loops.mean, *sizes, buffer, *distances, *target))
         whole = self.shape
 
         def run(values: Values) -> None:
             values[node] = means = torch.empty(whole)
-            loops.mean(*sizes, buffer, *distances, means.numpy().reshape(-1), 0, 1, channels)
+            loops.mean(*sizes, buffer, *distances, 0, means.numpy().reshape(-1), 0, 1, channels)
 
         return run
 

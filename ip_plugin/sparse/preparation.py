@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from ..errors import ArgumentError, SparseExecutionError, SparseFallbackWarning
 from ..reporting.measure import PREPARED, Prepared, measure
 from ..utils.example_input import arguments, run
 from .autotune import Autotuner, Chooser, by_rule
+from .dense import faster_dense
 from .graph import Outputs, Structure, UntraceableError, baked, outputs_of, trace
 from .network import SparseNetwork, check_input
+from .threads import warn_of_slow_threads
 
 #: How much outputs may differ from the model's, relative to the largest one, by dtype of responses.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -28,6 +30,7 @@ def prepare(
     *,
     deterministic: bool = False,
     response_dtype: torch.dtype = torch.float32,
+    dense: Literal["auto", "torch"] = "auto",
 ) -> nn.Module:
     """Make a network for inference on a CPU that computes the same outputs, skipping zeros where that is faster.
 
@@ -48,6 +51,9 @@ def prepare(
         deterministic: choose by a rule instead of by timing: slower, but outputs are bit-equal in every process.
         response_dtype: dtype in which basis-filter responses are stored while a layer runs: float32, or bfloat16, which
             halves their cache footprint and rounds them to 8 bits; sums and everything else stay float32.
+        dense: by what a network may be run as a whole where that is faster: ``"torch"``, or, if ``"auto"``, ONNX
+            Runtime and OpenVINO as well, where they are installed. ``network.dense`` says whether it is. With
+            `deterministic` it never is.
 
     Returns:
         A module that takes what the model takes, without gradients: a `SparseNetwork`, or a copy of the model, parts of
@@ -55,12 +61,12 @@ def prepare(
 
     Raises:
         BatchError: the model does not run on the example input.
-        ArgumentError: `response_dtype` is another type.
+        ArgumentError: `response_dtype` is another type, or `dense` another word.
         SparseExecutionError: model or input are not float32 on the CPU, or the model cannot be copied, or a baked copy
             computes something else.
 
     Warns:
-        SparseFallbackWarning: the model is run in parts.
+        SparseFallbackWarning: the model is run in parts, or threads are slow.
 
     >>> import torch
     >>> from ip_plugin.methods import prune_fitted
@@ -77,6 +83,8 @@ def prepare(
             f"response_dtype={response_dtype}",
             "leave it out for results that are exact to float32",
         )
+    if dense not in ("auto", "torch"):
+        raise ArgumentError("`dense` must be 'auto' or 'torch'.", f"dense={dense!r}", "leave it out for 'auto'")
     args, kwargs = arguments(example_input)
     structure, tensors = Structure.of(args, kwargs)
     for value in (*tensors, *(parameter.detach() for parameter in model.parameters())):
@@ -90,6 +98,10 @@ def prepare(
     try:
         prepared = parts.network(parts.plain, args, kwargs, expected)
         networks, by_torch = [prepared], prepared.layers_by_torch()
+        if not deterministic and any(run.how != "dense" for run in prepared.runs(*args, **kwargs)):
+            prepared.dense = faster_dense(
+                prepared, parts.plain, structure, tensors, _TOLERANCES[torch.float32], dense == "auto"
+            )
     except UntraceableError as error:
         prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs, expected)
         sparse = len(
@@ -104,6 +116,7 @@ def prepare(
             SparseFallbackWarning,
             stacklevel=2,
         )
+    warn_of_slow_threads(stacklevel=3)
     setattr(prepared, PREPARED, Prepared(measure(model, packing=False), by_torch, networks))
     return prepared
 

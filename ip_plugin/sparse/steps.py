@@ -253,12 +253,21 @@ class DenseConvolution(Step):
         source = None if self.source is None else workspace.view(self.source)
         view, target = workspace.view(self.target), images_in(workspace, self.target)
         sizes = layout.images, self.target.channels, layout.height, layout.width
+        by_rows = np.empty(0, np.uint8)
         rest = (*images_in(workspace, self.residual), *layer.activation.arguments, *target)
 
         def run(values: Values) -> None:
             made = layer.convolved(values[value] if source is None else source).contiguous()
             image_loops.pointwise(
-                *sizes, NOTHING[0], *NO_SCALE, made.numpy().reshape(-1), 0, *made.stride()[1::-1], made.stride(2), *rest
+                *sizes,
+                by_rows,
+                NOTHING[0],
+                *NO_SCALE,
+                made.numpy().reshape(-1),
+                0,
+                *made.stride()[1::-1],
+                made.stride(2),
+                *rest,
             )
             values[node] = view
 

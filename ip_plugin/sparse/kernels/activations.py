@@ -101,6 +101,11 @@ def activated(kind, parameter, values):
 @helper
 def activate(kind, parameter, count, bits, bit, Y, y):
     """Activate so many vectors in place; numbers whose bit is not set become zero."""
+    if kind == SILU:  # a loop of its own, in which constants stay in registers
+        for k in range(count):
+            values = load(_ROW, Y, y + 16 * k)
+            store(Y, y + 16 * k, keep(bits, bit + 2 * k, divide(values, _gate(values))))
+        return
     for k in range(count):
         store(Y, y + 16 * k, keep(bits, bit + 2 * k, activated(kind, parameter, load(_ROW, Y, y + 16 * k))))
 

@@ -17,6 +17,7 @@ from .vectors import (
     clamp_min,
     evens,
     fma,
+    keep,
     leading,
     load,
     maximum,
@@ -117,16 +118,19 @@ def max_pool(
 
 
 @parallel
-def mean(images, channels, length, count, X, x0, ldx, ldi, Y, y0, ldy, ldo):
+def mean(images, channels, length, count, X, x0, ldx, ldi, zeros, Y, y0, ldy, ldo):
     """The average of all pixels of each channel.
 
     Args:
         images, channels: how many.
         length, count: numbers from the first to the last pixel of an image, gaps included, which are zero; its pixels.
         X, x0, ldx, ldi: input, its first pixel, and the distances between channels and images.
+        zeros: of each channel, how many numbers of the output become zero first.
         Y, y0, ldy, ldo: output, likewise.
     """
     for channel in numba.prange(channels):
+        for at in range(channel * ldy, channel * ldy + zeros):
+            Y[at] = np.float32(0)
         for image in range(images):
             at = x0 + channel * ldx + image * ldi
             total = broadcast(_ROW, np.float32(0))
@@ -184,13 +188,15 @@ def average_pool(
 
 @parallel
 def pointwise(
-    images, channels, height, width, shift, S, s0, lds, ldsi, X, x0, ldx, ldi, pitch, R, r0, ldr, ldri, added_pitch,
-    kind, low, high, Y, y0, ldy, ldo, out_pitch
+    images, channels, height, width, bits, shift, S, s0, lds, ldsi, X, x0, ldx, ldi, pitch,
+    R, r0, ldr, ldri, added_pitch, kind, low, high, Y, y0, ldy, ldo, out_pitch
 ):  # fmt: skip
     """Scale, shift, add and activate images, with zeros around the result.
 
     Args:
         images, channels, height, width: of input and output.
+        bits: which pixels from the first to the last one of an image are none of a gap, for rows of one distance in all
+            arrays, which are run as one; empty for others.
         shift: of channels; empty for zero.
         S, s0, lds, ldsi: scales, the first one, and the distances between channels and images; empty for one.
         X, x0, ldx, ldi, pitch: input, its first pixel, and the distances between channels, images and rows.
@@ -198,18 +204,20 @@ def pointwise(
         kind, low, high: the activation, as of `activations`.
         Y, y0, ldy, ldo, out_pitch: output, likewise.
     """
+    rows = 1 if len(bits) else height
+    columns = (height - 1) * pitch + width if len(bits) else width
     for channel in numba.prange(channels):
         offset = broadcast(_ROW, shift[channel] if len(shift) else np.float32(0))
         for image in range(images):
             scale = broadcast(_ROW, S[s0 + channel * lds + image * ldsi] if len(S) else np.float32(1))
-            for row in range(height):
+            for row in range(rows):
                 x = x0 + channel * ldx + image * ldi + row * pitch
                 y = y0 + channel * ldy + image * ldo + row * out_pitch
                 r = r0 + channel * ldr + image * ldri + row * added_pitch
-                for k in range(0, width, 16):
+                for k in range(0, columns, 16):
                     if x + k + 16 > len(X):
                         for lane in range(16):
-                            Y[y + k + lane] = X[x + k + lane] if k + lane < width else np.float32(0)
+                            Y[y + k + lane] = X[x + k + lane] if k + lane < columns else np.float32(0)
                         values = load(_ROW, Y, y + k)
                     else:
                         values = load(_ROW, X, x + k)
@@ -220,5 +228,6 @@ def pointwise(
                         values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
                     else:
                         values = activated(kind, low, values)
-                    store(Y, y + k, leading(width - k, values))
-        _zero_around(images, height, width, Y, channel * ldy, y0, ldy, ldo, out_pitch)
+                    values = keep(bits, k // 8, values) if len(bits) else leading(columns - k, values)
+                    store(Y, y + k, values)
+        _zero_around(images, rows, columns, Y, channel * ldy, y0, ldy, ldo, out_pitch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -59,12 +59,17 @@ class SparseNetwork(nn.Module):
         """
         program, tensors = self._program(args, kwargs)
         dense = self._dense_for(tensors)
-        if self.noted is not None:
-            self.noted.extend(_calls(program, dense))
-        if dense is not None:
-            return tree_unflatten(dense.run(tensors), self._outputs)
+        seconds: list[float] = []
         with one_at_a_time():
-            return tree_unflatten(program(tensors), self._outputs)
+            if dense is not None:
+                leaves = dense.run(tensors)
+            elif self.noted is None:
+                leaves = program(tensors)
+            else:
+                leaves, seconds = program.timed(tensors)
+        if self.noted is not None:
+            self.noted.extend(_calls(program, dense, seconds))
+        return tree_unflatten(leaves, self._outputs)
 
     def runs(self, *args: Any, **kwargs: Any) -> list[Run]:
         """How each layer is run for inputs of these shapes, in order."""
@@ -134,13 +139,18 @@ class SparseNetwork(nn.Module):
             return self._programs[key], tensors
 
 
-def _calls(program: Program, dense: Dense | None) -> list[LayerCall]:
-    """The layers that a program runs, or a dense way instead."""
+def _calls(program: Program, dense: Dense | None, seconds: Sequence[float] = ()) -> list[LayerCall]:
+    """The layers that a program, whose steps take so long, runs, or a dense way instead."""
+    times = [1e3 * took for step, took in zip(program.steps, seconds, strict=False) if step.layer is not None]
     layers = [step.layer for step in program.steps if step.layer is not None]
     if dense is not None:
         how = f"dense by {dense.name}"
         return [LayerCall(r.run.layer, how, 4 * math.prod(r.layer.shape), r.positions) for r in layers]
-    return [LayerCall(layer.run.layer, layer.run.how, layer.run.bytes, layer.positions) for layer in layers]
+    milliseconds: Sequence[float | None] = times or [None] * len(layers)
+    return [
+        LayerCall(layer.run.layer, layer.run.how, layer.run.bytes, layer.positions, took)
+        for layer, took in zip(layers, milliseconds, strict=True)
+    ]
 
 
 def check_input(value: Tensor) -> None:

@@ -34,11 +34,11 @@ def prepare(
 ) -> nn.Module:
     """Make a network for inference on a CPU that computes the same outputs, skipping zeros where that is faster.
 
-    2D convolutions run sparse, in either space, fused with what follows them (BatchNorm, addition of a residual, ReLU);
-    activations between them stay in one memory layout. Autotuning times each layer dense and in several sparse ways.
-    3x3 convolutions that are still too dense for the sparse kernels may run dense by Winograd's minimal filtering
-    (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or infinity spreads over its tile of 4x4 pixels. Everything
-    else is left to torch.
+    2D convolutions and linear layers run sparse, in either space, fused with what follows them (BatchNorm, addition of
+    a residual, activation); pooling, concatenation and squeeze-and-excitation run in the same memory layout. Autotuning
+    times each convolution dense and in several sparse ways. 3x3 convolutions that are still too dense for the sparse
+    kernels may run dense by Winograd's minimal filtering (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or
+    infinity spreads over its tile of 4x4 pixels. Everything else is left to torch.
 
     What is prepared is run on the example input and compared with the model. If `torch.fx` cannot trace the forward, or
     traces another branch of it, as large parts of the model as possible are prepared instead, down to single

@@ -55,6 +55,12 @@ class Program:
         scratch = max((math.prod(step.scratch_shape) for step in self.steps), default=0)
         return Workspace(self._module, self.regions, scratch)
 
+    def timed(self, inputs: tuple[Tensor, ...]) -> tuple[Any, list[float]]:
+        """Run all steps once; the outputs, and the seconds of each step."""
+        took: list[list[float]] = [[] for _ in self.steps]
+        outputs = self.bind(self.workspace(), took=took)(inputs)
+        return outputs, [seconds[0] for seconds in took]
+
     def profile(self, inputs: tuple[Tensor, ...], rounds: int) -> list[float]:
         """Median seconds of each step."""
         took: list[list[float]] = [[] for _ in self.steps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.dense import faster_dense
 from ip_plugin.sparse.graph import Structure
+from ip_plugin.sparse.threads import warn_of_slow_threads
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -244,3 +246,16 @@ def test_other_programs_run_a_network_where_they_are_faster(name: str, monkeypat
     dense = faster_dense(model, model, Structure.of((images,), {})[0], (images,), 1e-3)
     assert dense is not None and dense.name == name
     torch.testing.assert_close(dense.run((images,))[0], model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "policy", "remedy"), [("workqueue", "", "libgomp1"), ("omp", "PASSIVE", "unset it"), ("omp", "", "")]
+)
+def test_slow_threads_are_warned_of(layer: str, policy: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ip_plugin.sparse.threads._layer", lambda: layer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_slow_threads(stacklevel=1)
+    assert [remedy in str(warning.message) for warning in caught] == ([True] if remedy else [])

@@ -23,7 +23,7 @@ from .loops import Choice, Loop
 _RUNS = 5
 #: A way is taken instead of the one that the rule chooses if it takes less than this share of the time.
 _CLEARLY = 0.95
-#: Below this density torch's way is not timed: it was never faster.
+#: Below this density torch's way is not timed, which saves time; a guess.
 _SPARSE = 0.02
 #: Bytes of responses at a time: about a first-level cache, or parts of a second-level one.
 _BUDGETS = (40_000, 80_000, 160_000, 320_000)

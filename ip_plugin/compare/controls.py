@@ -70,22 +70,13 @@ def _shuffled(criterion: Criterion) -> Criterion:
         criterion.prune(model, amount, training)
         shuffle_masks(model, training.seed)
         if whole:
-            _restore(model, initial)
+            shuffled = masks(model)
+            model.load_state_dict(initial)
+            set_masks(model, shuffled)
             training.train()
 
     trainings = criterion.trainings + (criterion.stage == "while training")
     return replace(criterion, title=f"{criterion.title}; mask shuffled in each layer", prune=prune, trainings=trainings)
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, initial: dict[str, Any]) -> None:
-    """Give parameters and buffers their values of before there were masks."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    renamed = {ref.name: ref.parameter for ref in prunable_tensors(model)}
-    for name, value in initial.items():
-        target = named.get(name, renamed.get(name))
-        if target is not None:
-            target.copy_(value)
 
 
 def _reinitialised(criterion: Criterion) -> Criterion:

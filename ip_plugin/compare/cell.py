@@ -24,7 +24,7 @@ from ip_plugin.core.convert import basis_pays, groups_of
 from ip_plugin.core.masking import masks
 from ip_plugin.core.tensor_ref import by_basis, prunable_tensors
 from ip_plugin.errors import InterspaceError, LayerCollapseWarning, StudyError
-from ip_plugin.reporting.measure import Row
+from ip_plugin.reporting.table import Row
 from ip_plugin.utils.seeds import derived_seed
 
 from . import criteria, data, models

@@ -1,4 +1,4 @@
-"""Write CIFAR-10 as the one file that ``ip-plugin compare --task cifar10 --data FILE`` reads.
+"""Write CIFAR-10 as the one file that ``ip-plugin compare --data FILE`` reads.
 
 From an archive of JPEG images: for "train" and "test" ``<split>_jpeg`` (the files joined, uint8), ``<split>_length``
 (bytes of each) and ``<split>_label``::

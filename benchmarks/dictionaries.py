@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ip_plugin.basis.dictionary import learn
 from ip_plugin.basis.fitting import Kernels, fit, kernel_rows, largest
-from ip_plugin.compare.config import Settings
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare import Study
+from ip_plugin.compare.cell import images_of
+from ip_plugin.compare.data import Split
 from ip_plugin.compare.training import accuracy
 from ip_plugin.methods import reestimate_batch_norm
 from ip_plugin.utils.topk import keep_largest
@@ -100,13 +101,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings("cifar10", arguments.data, TRAINED_ON, epochs=10)
-    train, test = TASKS["cifar10"].load(settings.data, settings.train_images)
+    data = {"source": arguments.data, "train_images": TRAINED_ON, "augment": ("RandomHorizontalFlip",)}
+    study = Study(data=data, training={"epochs": 10})
+    loaded = images_of(study)
+    train, test = loaded.train, loaded.test
+    assert isinstance(train, Split)
     batches = [(images, None) for images in train.images[:1000].split(100)]
     print("seed,sparsity,basis,relative_error,accuracy")
     for seed in range(arguments.seeds):
         for sparsity in (0.8, 0.9):
-            model = dense_network(seed, arguments.networks, settings, train)
+            model = dense_network(seed, arguments.networks, study, loaded)
             convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
             kernels = [kernel_rows(conv.weight).clone() for conv in convolutions]
             count = len(kernels)

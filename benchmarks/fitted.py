@@ -17,7 +17,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from torch import nn
 from trained import trained
 
 from ip_plugin import prunable, report
-from ip_plugin.compare.config import Settings
-from ip_plugin.compare.tasks import TASKS, Split
+from ip_plugin.compare import Study
+from ip_plugin.compare.cell import images_of
+from ip_plugin.compare.data import Augmented, Images
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.compare.training import Training, accuracy
 from ip_plugin.errors import LayerCollapseWarning
 from ip_plugin.methods import Batches, lamp, magnitude, prune, prune_fitted, reconstruct, reestimate_batch_norm
@@ -108,10 +110,10 @@ def _size(model: nn.Module) -> int:
     return sum(getattr(*target).numel() for target in prunable(model))
 
 
-def dense_network(seed: int, folder: Path, settings: Settings, train: Split) -> nn.Module:
+def dense_network(seed: int, folder: Path, study: Study, images: Images) -> nn.Module:
     """A trained network; read from the folder if it is there."""
     torch.manual_seed(seed)
-    return trained(TASKS[settings.task].network(), folder / f"dense_{seed}.pt", settings, train, seed)
+    return trained(NETWORKS["vgg"](3, 10), folder / f"dense_{seed}.pt", study, images, seed)
 
 
 def read(path: Path) -> list[Row]:
@@ -140,15 +142,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", LayerCollapseWarning)
-    settings = Settings("cifar10", arguments.data, TRAINED_ON, epochs=10, finetune_epochs=1)
-    task = TASKS["cifar10"]
-    train, test = task.load(settings.data, settings.train_images)
-    few = Split(train.images[:TUNED_ON], train.labels[:TUNED_ON])
+    data = {"source": arguments.data, "train_images": TRAINED_ON, "augment": ("RandomHorizontalFlip",)}
+    study = Study(data=data, training={"epochs": 10, "finetune_epochs": 1})
+    images = images_of(study)
+    train, test = images.train, images.test
+    assert isinstance(train, Augmented)
+    part = [tensor[:TUNED_ON] for tensor in (train.images, train.labels, train.raw)]
+    few = replace(images, train=Augmented(*part, train.augmentation, train.normalise))
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = read(arguments.output / "results.csv")
     done = {(row.seed, row.sparsity, row.variant) for row in rows}
     for seed in arguments.seeds:
-        dense = dense_network(seed, arguments.output, settings, train)
+        dense = dense_network(seed, arguments.output, study, images)
         before = accuracy(dense, test)
         for sparsity in reversed(SPARSITIES):
             for name, (how, score, data) in VARIANTS.items():
@@ -156,7 +161,7 @@ def main() -> None:
                     continue
                 started = time.perf_counter()
                 model = copy.deepcopy(dense)
-                training = Training(model, few, task, settings, seed, lambda: None)
+                training = Training(model, few, study.training, seed)
                 how(model, score, sparsity, training.batches(10) if data else None)
                 seconds = time.perf_counter() - started
                 pruned = accuracy(model, test)

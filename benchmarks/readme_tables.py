@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 
 from ip_plugin.compare import criteria
-from ip_plugin.compare.analysis import Analysis, mean, std
-from ip_plugin.compare.config import Study
-from ip_plugin.compare.report import SHORT, plus_minus, probability
-from ip_plugin.compare.store import read
+from ip_plugin.compare.analysis import KEYS, Analysis
+from ip_plugin.compare.answer import probability
+from ip_plugin.compare.statistics import mean, std
+from ip_plugin.compare.store import Results
+from ip_plugin.compare.tables import markdown, plus_minus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,14 +29,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def table(folder: Path) -> str:
     """A study's table in Markdown: one row for each criterion, two columns for each sparsity; losses are bold."""
     analysis = measured(folder)
-    sparsities = analysis.study.sparsities
+    sparsities, (inter,) = analysis.sparsities, analysis.interspaces
     heads = ["criterion", *(f"{head} {100 * s:g} %" for s in sparsities for head in ("SP at", "IP − SP at"))]
     body = []
-    for name in analysis.study.criteria:
+    for name in analysis.criteria:
         row = [criteria.load(name).title]
         for sparsity in sparsities:
             row.append(plus_minus(analysis.accuracy.loc[name, sparsity, "spatial"]))
-            row.append(difference(analysis.space_difference.loc[name, sparsity]))
+            row.append(difference(analysis.differences.loc["space", name, sparsity, inter]))
         body.append(row)
     return markdown(heads, body)
 
@@ -43,16 +44,17 @@ def table(folder: Path) -> str:
 def variety_table(folder: Path) -> str:
     """One row for each criterion in each space: without variety, what variety adds, and p of a paired t-test."""
     analysis = measured(folder)
-    variety, sparsities = analysis.variety, analysis.study.sparsities
-    heads = ["criterion", *(head for s in sparsities for head in (f"at {100 * s:g} %", "with variety", "p"))]
+    variety = analysis.differences.loc["variety"]
+    without = analysis.pairs[analysis.pairs["comparison"] == "variety"].set_index(KEYS)["first"]
+    heads = ["criterion", *(head for s in analysis.sparsities for head in (f"at {100 * s:g} %", "with variety", "p"))]
     body = []
     for name, space in dict.fromkeys((name, space) for name, _, space in variety.index):
-        row = [f"{criteria.load(name).title}, {SHORT[space]}"]
-        for sparsity in sparsities:
-            if (name, sparsity, space) in variety.index:
-                cell = variety.loc[name, sparsity, space]
-                p = probability(cell["difference"]["p_value"])
-                row += [plus_minus(cell["without"]), difference(cell["difference"]), p]
+        row = [f"{criteria.load(name).title}, {analysis.label(space)}"]
+        for key in ((name, sparsity, space) for sparsity in analysis.sparsities):
+            if key in variety.index:
+                first = without.loc[[key]].tolist()
+                row += [plus_minus({"mean": mean(first), "std": std(first)}), difference(variety.loc[key])]
+                row.append(probability(variety.loc[key, "p"]))
             else:
                 row += ["–"] * 3
         body.append(row)
@@ -61,19 +63,7 @@ def variety_table(folder: Path) -> str:
 
 def measured(folder: Path) -> Analysis:
     """The analysis of the results in a folder."""
-    results = read(folder / "results.csv")
-    study = Study(
-        criteria=tuple(dict.fromkeys(cell.criterion for cell in results)),
-        sparsities=tuple(sorted({cell.sparsity for cell in results})),
-        seeds=tuple(sorted({cell.seed for cell in results})),
-    )
-    return Analysis(study, results)
-
-
-def markdown(heads: list[str], body: list[list[str]], names: int = 1) -> str:
-    """A table in Markdown, of numbers but for the first columns."""
-    marks = ["---"] * names + ["--:"] * (len(heads) - names)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, marks, *body])
+    return Results.read(folder).analysis()
 
 
 def fitted_table(folder: Path) -> str:

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from scipy import stats
+from torch.utils.data import TensorDataset
 
-from ip_plugin.compare import tasks
-from ip_plugin.compare.config import Settings, Study
-from ip_plugin.compare.study import compare
-from ip_plugin.compare.tasks import Split
+from ip_plugin.compare import Study, run
+from ip_plugin.compare.config import Data
+from ip_plugin.compare.data import Split, load
 
 TODAY = "none-orthonormal-model"
 CELLS = (
@@ -29,13 +27,12 @@ CELLS = (
 )  # fmt: skip
 
 
-def held_out(data: str | None) -> tuple[Split, Split]:
+def held_out() -> tuple[TensorDataset, TensorDataset]:
     """Two halves of the training images of scikit-learn's digits."""
-    train, _ = DIGITS.read(data)
-    return Split(train.images[::2], train.labels[::2]), Split(train.images[1::2], train.labels[1::2])
-
-
-DIGITS = tasks.TASKS["digits"]
+    train = load(Data()).train
+    assert isinstance(train, Split)
+    first, second = (TensorDataset(train.images[start::2], train.labels[start::2]) for start in (0, 1))
+    return first, second
 
 
 def main() -> None:
@@ -44,13 +41,15 @@ def main() -> None:
     parser.add_argument("--cells", type=lambda text: tuple(text.split(",")), default=CELLS)
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=tuple(range(6)))
     args = parser.parse_args()
-    tasks.TASKS["digits"] = replace(DIGITS, read=held_out)
     for cell in args.cells:
         constraint, basis, sharing = cell.split("-")
-        settings = Settings(constraint=constraint, basis=basis, sharing=sharing)  # type: ignore[arg-type]
-        spaces = ("spatial", "interspace") if cell == TODAY else ("interspace",)
-        study = Study(settings=settings, spaces=spaces, seeds=args.seeds)  # type: ignore[arg-type]
-        compare(study, args.folder / cell, Console(quiet=True))
+        space = f"interspace(basis={basis}, sharing={sharing}, constraint={constraint})"
+        study = Study(
+            data={"source": f"{__file__}:held_out"},
+            spaces=("spatial", space) if cell == TODAY else (space,),
+            seeds=args.seeds,
+        )
+        run(study, args.folder / cell)
     found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for cell in CELLS:
         path = args.folder / cell / "results.csv"

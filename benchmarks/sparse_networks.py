@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from trained import trained
 
 import ip_plugin
-from ip_plugin.compare.config import Settings
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare import Study
+from ip_plugin.compare.cell import images_of
 from ip_plugin.compare.training import accuracy
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import prepare
@@ -66,10 +66,11 @@ def network(
 
 def trained_weights(path: Path, data: str, epochs: int) -> dict[str, Any]:
     """Of a ResNet-18 that is trained now, if they are not there."""
-    settings = Settings("cifar10", data, 10_000, epochs=epochs, batch_size=128)
-    train, test = TASKS[settings.task].load(settings.data, settings.train_images)
-    model = trained(network("resnet18", "dense", 0)[0], path, settings, train, seed=0)
-    print(f"{accuracy(model, test):.1f} % of the test images right")
+    images = {"source": data, "train_images": 10_000, "augment": ("RandomHorizontalFlip",)}
+    study = Study(data=images, training={"epochs": epochs, "batch_size": 128})
+    loaded = images_of(study)
+    model = trained(network("resnet18", "dense", 0)[0], path, study, loaded, seed=0)
+    print(f"{accuracy(model, loaded.test):.1f} % of the test images right")
     return model.state_dict()
 
 

@@ -209,7 +209,7 @@ class Sweep:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.prepared = prepare(self.model, self.inputs, deterministic=True)
-        status = compared(outputs(self.prepared, self.inputs), self.pruned)
+        status = compared(outputs(self.prepared, self.inputs), self.pruned, 1e-4)
         remarks = [
             str(w.message).split("Found: ")[1].split(" What to do")[0]
             for w in caught

@@ -36,7 +36,10 @@ from torch import Tensor, nn
 
 from ip_plugin import interspace, report
 from ip_plugin.adapters import torch_prune
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.augmentation import Augmentation
+from ip_plugin.compare.config import Data
+from ip_plugin.compare.data import Split, load
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.methods import Gradual, RigL, lamp, prune, snip
 from ip_plugin.utils.atomic import write_whole
 
@@ -80,10 +83,22 @@ def small() -> nn.Module:
     )  # fmt: skip
 
 
+def vgg() -> nn.Module:
+    """The network for CIFAR-10."""
+    return NETWORKS["vgg"](3, 10)
+
+
 SETTINGS = {
     "digits": Setting(small, train=600, held_out=298, epochs=20, tuned=6, batch=50, onecycle=0.05, constant=0.02),
     "cifar10": Setting(
-        TASKS["cifar10"].network, train=2000, held_out=2000, epochs=4, tuned=1, batch=50, onecycle=0.1, constant=0.03
+        lambda: NETWORKS["vgg"](3, 10),
+        train=2000,
+        held_out=2000,
+        epochs=4,
+        tuned=1,
+        batch=50,
+        onecycle=0.1,
+        constant=0.03,
     ),
 }
 
@@ -102,15 +117,19 @@ class Row:
 
 
 Splits = tuple[Tensor, Tensor, Tensor, Tensor]
+MIRRORED = Augmentation(("RandomHorizontalFlip",))
 
 
 def images(task: str, data: str | None, test: bool) -> Splits:
     """Images and labels to train on, and to measure on."""
     setting = SETTINGS[task]
-    train, last = TASKS[task].load(data)
+    loaded = load(Data(source=data or task))
+    train, last = loaded.train, loaded.test
+    assert isinstance(train, Split)
+    assert isinstance(last, Split)
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     chosen, held_out = order[: setting.train], order[setting.train : setting.train + setting.held_out]
-    measured = last if test else type(train)(train.images[held_out], train.labels[held_out])
+    measured = last if test else Split(train.images[held_out], train.labels[held_out])
     return train.images[chosen], train.labels[chosen], measured.images, measured.labels
 
 
@@ -150,7 +169,7 @@ class Script:
         x, y, _, _ = self.splits
         for _ in range(epochs):
             for batch in torch.randperm(len(y), generator=self.order).split(self.setting.batch):
-                inputs = TASKS[self.task].augment(x[batch], self.order)
+                inputs = MIRRORED(x[batch], self.order) if self.task == "cifar10" else x[batch]
 
                 def loss(inputs: Tensor = inputs, targets: Tensor = y[batch]) -> Tensor:
                     return F.cross_entropy(self.model(inputs), targets)

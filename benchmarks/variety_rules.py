@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ip_plugin.adapters.torch_pruning import pruner
 from ip_plugin.adapters.torch_pruning.variety import made_by
-from ip_plugin.compare.config import Settings
-from ip_plugin.compare.tasks import TASKS, Split
+from ip_plugin.compare import Study
+from ip_plugin.compare.cell import images_of, network_of
+from ip_plugin.compare.data import Split
 from ip_plugin.compare.training import Training, accuracy
 from ip_plugin.methods.filter_variety import similarities, varied
 
@@ -110,24 +111,30 @@ def importance(criterion: str, rule: Rule, ratio: float) -> Callable[..., Tensor
     return found
 
 
-def measure(settings: Settings, seed: int, cells: list[tuple[str, float, str]]) -> Iterator[tuple[Any, ...]]:
+def measure(study: Study, seed: int, cells: list[tuple[str, float, str]]) -> Iterator[tuple[Any, ...]]:
     """Train one network, and cut copies of it."""
-    task = TASKS[settings.task]
-    train, test = task.load(settings.data, settings.train_images)
-    test = Split(test.images[::2], test.labels[::2])
+    images = images_of(study)
+    assert isinstance(images.train, Split)
+    assert isinstance(images.test, Split)
+    test = Split(images.test.images[::2], images.test.labels[::2])
     torch.manual_seed(seed)
-    dense = task.network()
-    Training(dense, train, task, settings, seed, lambda: None).train()
+    dense = network_of(study, images)
+    Training(dense, images, study.training, seed).train()
     for criterion, ratio, rule in cells:
         model = copy.deepcopy(dense).eval()
         last = [module for module in model.modules() if isinstance(module, nn.Linear)]
         torch.manual_seed(seed + 1000)
         scorer = importance(criterion, RULES[rule], ratio)
         pruner(
-            tp.pruner.BasePruner, model, train.images[:1], importance=scorer, pruning_ratio=ratio, ignored_layers=last
+            tp.pruner.BasePruner,
+            model,
+            images.train.images[:1],
+            importance=scorer,
+            pruning_ratio=ratio,
+            ignored_layers=last,
         ).step()
         before = accuracy(model, test)
-        Training(model, train, task, settings, seed + 100, lambda: None).finetune()
+        Training(model, images, study.training, seed + 100).finetune()
         yield seed, criterion, rule, ratio, accuracy(model, test), before
 
 
@@ -138,7 +145,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    settings = Settings(task=given.task, data=given.data, train_images=10000, epochs=8, finetune_epochs=3)
+    study = Study(
+        data={"source": given.data, "train_images": 10000, "augment": ("RandomHorizontalFlip",)},
+        model={"name": {"cifar10": "auto", "cifar10-resnet": "resnet"}[given.task]},
+        training={"epochs": 8, "finetune_epochs": 3},
+    )
     torch.set_num_threads(1)
     if not given.output.exists():
         given.output.write_text("seed,criterion,rule,ratio,accuracy,accuracy_before_finetuning\n")
@@ -147,7 +158,7 @@ def main() -> None:
     for seed in given.seeds.split(","):
         grid = product(CRITERIA, (0.5, 0.3, 0.7), RULES)
         cells = [(c, ratio, rule) for c, ratio, rule in grid if (seed, c, rule, ratio) not in done]
-        for row in measure(settings, int(seed), cells) if cells else ():
+        for row in measure(study, int(seed), cells) if cells else ():
             with given.output.open("a", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)
 

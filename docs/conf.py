@@ -75,7 +75,8 @@ class CommandOptions(SphinxDirective):
         for option in group.commands[self.arguments[0]].params:
             name = ", ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
             text = (getattr(option, "help", None) or "").replace("`", "``")
-            default = "" if option.default in (None, False, "", ...) else f" Default: ``{option.default}``."
+            value = shown if isinstance(shown := getattr(option, "show_default", None), str) else option.default
+            default = "" if value in (None, False, "", ..., []) else f" Default: ``{value}``."
             lines.extend(StringList([f"``{name}``", f"    {text}{default}"], "options"))
         container = nodes.container()
         self.state.nested_parse(lines, self.content_offset, container)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-NEEDED = ("filelock", "jinja2", "matplotlib", "pandas", "scipy", "sklearn", "typer")
+NEEDED = ("filelock", "jinja2", "matplotlib", "pandas", "pydantic", "scipy", "sklearn", "typer")
 
 
 def main() -> None:

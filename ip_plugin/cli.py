@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect as inspect_module
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,19 +21,13 @@ from typer import Argument, Option
 from . import __version__, bake, load
 from .checkpoint import container
 from .checkpoint.inspection import inspect
+from .compare import config
 from .compare import criteria as known_criteria
-from .compare.config import Settings, Study
-from .compare.deployment import check_alone
-from .compare.engines import Engine, EngineError
-from .compare.engines.local import local
-from .compare.engines.nni import NniEngine
-from .compare.engines.processes import Processes
-from .compare.tasks import TASKS
-from .errors import InterspaceError
+from .compare.engines import EngineError
+from .errors import InterspaceError, StudyError
 from .launcher import command as launcher
-from .utils.atomic import replacing
+from .utils.atomic import replacing, write_whole
 
-T = TypeVar("T")
 CompactFile = Annotated[
     Path, Argument(help="File written by `ip_plugin.save`.", exists=True, dir_okay=False, readable=True)
 ]
@@ -62,111 +58,135 @@ def run_script(arguments: list[str]) -> None:
     launcher.main(arguments)
 
 
-def _values(text: str, read: Callable[[str], T], option: str) -> tuple[T, ...]:
-    """The values of a comma-separated option."""
-    try:
-        return tuple(read(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: {error}", param_hint=f"--{option}") from error
+#: Options of ``ip-plugin compare``, and the fields of the schema that they set; all others by ``--set``.
+OPTIONS = {
+    "criteria": "criteria", "sparsities": "sparsities", "spaces": "spaces", "seeds": "seeds", "data": "data.source",
+    "root": "data.root", "train_images": "data.train_images", "model": "model.name", "epochs": "training.epochs",
+    "finetune_epochs": "training.finetune_epochs", "lr": "training.lr", "basis_lr": "training.basis_lr",
+    "device": "training.device", "threads": "training.threads", "deploy_threads": "measure.deploy_threads",
+    "output": "run.output", "engine": "run.engine", "jobs": "run.jobs", "scheduler": "run.scheduler",
+    "nni_config": "run.nni_config", "nni_port": "run.nni_port",
+}  # fmt: skip
 
 
-def _text(values: tuple[Any, ...]) -> str:
-    return ",".join(map(str, values))
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``**options`` of a command by `OPTIONS`, described as in the schema."""
+    own = inspect_module.signature(command, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, field in OPTIONS.items():
+        text, default = config.described(field)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        option = Option(help=f"{text[0].upper()}{text[1:]}.", show_default=False if default is None else shown)
+        kind = inspect_module.Parameter.KEYWORD_ONLY
+        parameters.append(inspect_module.Parameter(name, kind, default=None, annotation=Annotated[str | None, option]))
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 @app.command()
+@_with_options
 def compare(
-    criteria: Annotated[str, Option(help="Criteria, comma-separated; `ip-plugin criteria` lists them.")] = _text(
-        Study.criteria
-    ),
-    sparsities: Annotated[
-        str, Option(help="Fractions of the entries (or channels) to prune, comma-separated.")
-    ] = _text(Study.sparsities),
-    spaces: Annotated[str, Option(help="spatial, interspace, or both, comma-separated.")] = _text(Study.spaces),
-    seeds: Annotated[str, Option(help="Random seeds, comma-separated.")] = _text(Study.seeds),
-    task: Annotated[str, Option(help=f"Data set and network: {', '.join(TASKS)}.")] = Settings.task,
-    data: Annotated[
-        str | None, Option(help="Data of the cifar10 tasks: torchvision's folder, or an .npz file.")
+    study: Annotated[
+        Path | None, Argument(help="TOML file that describes the study; options replace its values.")
     ] = None,
-    train_images: Annotated[int | None, Option(help="Use only this many training images.")] = None,
-    epochs: Annotated[int, Option(help="Epochs of training.")] = Settings.epochs,
-    finetune_epochs: Annotated[
-        int, Option(help="Epochs of fine-tuning after a trained network was pruned.")
-    ] = Settings.finetune_epochs,
-    basis: Annotated[str, Option(help="Initial filter bases: standard, orthonormal or dct.")] = Settings.basis,
-    sharing: Annotated[
-        str, Option(help="layer (one basis for each layer) or model (one for each kernel shape).")
-    ] = Settings.sharing,
-    constraint: Annotated[
-        str, Option(help="Constraint on basis filters: unit (norm), orthonormal or none.")
-    ] = Settings.constraint,
-    lr: Annotated[float, Option(help="Peak learning rate.")] = Settings.lr,
-    basis_lr: Annotated[float, Option(help="Learning rate of the bases, as a multiple of --lr.")] = Settings.basis_lr,
-    device: Annotated[str, Option(help="Torch device: cpu, cuda, mps.")] = Settings.device,
-    deploy: Annotated[
-        bool, Option("--deploy", help="Also measure the file size and the sparse latency of each pruned network.")
-    ] = False,
-    deploy_threads: Annotated[
-        int | None, Option(help="Threads with which latencies are measured; 1 by default.", min=1)
+    *,
+    set_: Annotated[
+        list[str], Option("--set", help="Any value of the study, as training.label_smoothing=0.1; can be repeated.")
+    ] = [],  # noqa: B006
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Write logs for TensorBoard.")] = False,
+    retry_failed: Annotated[bool, Option("--retry-failed", help="Also run the cells that failed before.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be run, and how long it takes.")] = False,
+    write_config: Annotated[
+        Path | None, Option(help="Write a commented TOML file with every value, and run nothing.")
     ] = None,
-    output: Annotated[Path, Option(help="Folder for the results.")] = Path("ip-compare"),
-    engine: Annotated[str, Option(help="local (on this machine) or nni (as an NNI experiment).")] = "local",
-    jobs: Annotated[int, Option(help="Processes of the local engine; they share the threads.", min=1)] = 1,
-    nni_config: Annotated[
-        Path | None, Option(help="NNI's YAML file, for training service and limits; by default this machine.")
-    ] = None,
-    nni_port: Annotated[
-        int | None,
-        Option(help="Port of NNI's web portal; by default the first free one from 8080.", min=1, max=65535),
-    ] = None,
-    nni_concurrency: Annotated[
-        int | None, Option(help="NNI trials at once; by default as the YAML file says, or 1.", min=1)
+    **options: str | None,
+) -> None:
+    """Train and prune a network in both spaces, and show which one is more accurate.
+
+    Without options: scikit-learn's digits, two criteria, three sparsities and six seeds, in about two minutes on
+    two cores. An interrupted study is resumed by the same command, with any engine.
+    """
+    if write_config is not None:
+        if write_config.exists():
+            raise typer.BadParameter(f"there is {str(write_config)!r} already", param_hint="--write-config")
+        with _files(write_config):
+            write_whole(write_config, config.commented())
+        return
+    changes: dict[str, Any] = {OPTIONS[name]: value for name, value in options.items() if value is not None}
+    changes |= dict(map(config.setting, set_)) | ({"measure.tensorboard": True} if tensorboard else {})
+    described = config.read(study, changes)
+    from .compare.terminal import run_and_show  # imports pandas, which other commands do without
+
+    command = shlex.join(["ip-plugin", *sys.argv[1:]])
+    raise typer.Exit(run_and_show(described, Console(), command, retry_failed=retry_failed, dry_run=dry_run))
+
+
+@app.command("report")
+def report_folders(
+    folders: Annotated[list[Path], Argument(help="Folders of results; several are shown as one study.")],
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="Folder for the report; by default that of the first results.")
     ] = None,
 ) -> None:
-    """Train and prune a small network in both spaces, and show which one is more accurate.
+    """Show the results in folders, and write their report; the data are not needed."""
+    from .compare.store import Results
+    from .compare.terminal import show
 
-    Without options: scikit-learn's digits, two criteria, three sparsities and five seeds, in about two minutes on
-    two cores. An interrupted study is resumed by the same command, with either engine.
+    results = Results.read(*folders)
+    results.report(output, shlex.join(["ip-plugin", *sys.argv[1:]]))
+    show(results, Console(), output)
+
+
+@app.command("sensitivity")
+def measure_sensitivity(
+    study: Annotated[Path | None, Argument(help="TOML file that describes the study, as for compare.")] = None,
+    *,
+    sparsities: Annotated[
+        str, Option(help="Sparsities of the layer that is pruned, comma-separated.")
+    ] = "0.5,0.8,0.9,0.95,0.98,0.99",
+    totals: Annotated[
+        str | None, Option(help="Total sparsities to suggest sparsities of layers for; by default those of the study.")
+    ] = None,
+    accuracy: Annotated[bool, Option("--accuracy", help="Measure the accuracy instead of the loss.")] = False,
+    images: Annotated[int, Option(help="Training images that are measured on.", min=1)] = 1000,
+    checkpoint: Annotated[
+        Path | None,
+        Option(help="Network of the study, trained and written by `ip_plugin.save`, instead of training.", exists=True),
+    ] = None,
+    set_: Annotated[list[str], Option("--set", help="Any value of the study, as training.epochs=4.")] = [],  # noqa: B006
+    output: Annotated[Path, Option("--output", "-o", help="Folder for what is written.")] = Path("ip-sensitivity"),
+) -> None:
+    """Prune each layer of a study's network alone, in both spaces, and suggest sparsities of layers.
+
+    Trains the dense network in each space, and measures its loss without further training. Writes the measurements
+    (sensitivity.csv), their picture, and sparsities that `ip_plugin.methods.prune` takes (suggested.json).
     """
-    from .compare.study import compare as run_study  # imports pandas, which other commands do without
+    from .compare import sensitivity  # imports pandas, which other commands do without
 
-    if deploy_threads is not None and not deploy:
-        raise typer.BadParameter("is an option of --deploy", param_hint="--deploy-threads")
-    study = Study(
-        settings=Settings(
-            task=task, data=data, train_images=train_images, epochs=epochs, finetune_epochs=finetune_epochs, lr=lr,
-            basis=basis, sharing=sharing, constraint=constraint,  # type: ignore[arg-type]  # checked there
-            basis_lr=basis_lr, device=device, deploy_threads=(deploy_threads or 1) if deploy else None,
-        ),
-        criteria=_values(criteria, str, "criteria"),
-        sparsities=_values(sparsities, float, "sparsities"),
-        spaces=_values(spaces, str, "spaces"),  # type: ignore[arg-type]
-        seeds=_values(seeds, int, "seeds"),
-    )  # fmt: skip
-    if jobs > 1 or engine == "nni":
-        check_alone(study.settings.deploy_threads, f"--jobs {jobs}" if jobs > 1 else "--engine nni")
+    described = config.read(study, dict(map(config.setting, set_))).study()
+    # Both are read as the sparsities of a study are: 90 % is 0.9.
+    measured = described.changed(sparsities=sparsities).sparsities
+    suggested = described.sparsities if totals is None else described.changed(sparsities=totals).sparsities
+    with sensitivity.writable(output):
+        pass  # a folder that cannot be made is found before anything is trained
+    results = sensitivity.sensitivities(
+        described, accuracy=accuracy, sparsities=measured, images=images, checkpoint=checkpoint, progress=True
+    )
+    sensitivity.write(results, suggested, output)
     console = Console()
-    cells = _engine(engine, jobs, (nni_config, nni_port, nni_concurrency), console)
+    console.print(sensitivity.table(results, suggested))
+    console.print(f"The picture is {output / 'sensitivity.png'}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _files(path: Path) -> Iterator[None]:
+    """Turn the failure to write a file into a message."""
     try:
-        failures = run_study(study, output, console, command=shlex.join(["ip-plugin", *sys.argv[1:]]), engine=cells)
-    except KeyboardInterrupt:
-        console.print(f"stopped; what has finished is in {output}, and the same command goes on from there")
-        raise typer.Exit(130) from None
-    if failures:
-        raise typer.Exit(1)
-
-
-def _engine(name: str, jobs: int, nni: tuple[Path | None, int | None, int | None], console: Console) -> Engine:
-    """The engine that the options name; `nni` are the options of NNI."""
-    if name == "nni":
-        if jobs > 1:
-            raise typer.BadParameter("for --engine nni it is --nni-concurrency", param_hint="--jobs")
-        return NniEngine(*nni, announce=lambda url: console.print(f"NNI's web portal: {url}"))
-    if name != "local":
-        raise typer.BadParameter(f"{name!r} is neither local nor nni", param_hint="--engine")
-    if any(option is not None for option in nni):
-        raise typer.BadParameter("options of NNI need --engine nni", param_hint="--nni-...")
-    return local if jobs == 1 else Processes(jobs)
+        yield
+    except OSError as error:
+        rule, remedy = f"{str(path)!r} must be a file that can be written.", "choose another file"
+        raise StudyError(rule, error.strerror or str(error), remedy) from error
 
 
 @app.command("inspect")
@@ -216,6 +236,10 @@ def _built(name: str) -> nn.Module:
 def list_criteria() -> None:
     """List the criteria that can be compared."""
     table = Table("name", "what it does")
-    for name, criterion in known_criteria.available().items():
+    console = Console()
+    known, broken = known_criteria.survey()
+    for name, criterion in known.items():
         table.add_row(name, criterion.title)
-    Console().print(table)
+    console.print(table)
+    for name, reason in broken.items():
+        console.print(f"{name}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)

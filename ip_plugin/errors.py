@@ -105,4 +105,4 @@ class LayerCollapseWarning(UserWarning):
 
 
 class SparseFallbackWarning(UserWarning):
-    """A network is run sparse in parts, because its forward cannot be traced as a whole."""
+    """A network is run sparse more slowly than it could be: in parts, or by threads that are slow to start."""

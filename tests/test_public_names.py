@@ -13,8 +13,8 @@ NAMES = {
     "ip_plugin": """Report adopt_masks bake errors interspace join_optimizer load masks normalize param_groups prunable
         report save set_masks switch_off switch_on switched_on""",
     "ip_plugin.methods": """SET Batches Gradual Loss LotteryTicket Masks Movement NofM RigL Scope Score Scores
-        apply_masks erk grasp lamp magnitude movement prune prune_fitted random ranks reconstruct reestimate_batch_norm
-        refine select snip synflow""",
+        Sensitivity apply_masks erk grasp lamp magnitude movement prune prune_fitted random ranks reconstruct
+        reestimate_batch_norm refine select sensitivity snip synflow""",
     "ip_plugin.sparse": "Run SparseNetwork prepare",
     "ip_plugin.adapters.torch_prune": """BasePruningMethod CustomFromMask Identity L1Unstructured LnStructured
         PruningContainer RandomStructured RandomUnstructured custom_from_mask global_unstructured identity is_pruned

@@ -16,12 +16,14 @@ from torch import nn
 
 from ip_plugin import interspace, masks
 from ip_plugin.adapters import torch_prune as prune
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.config import Data
+from ip_plugin.compare.data import load
 
 
 def script(seed: int, flag: bool) -> tuple[list[float], list[float]]:
     """Accuracies in percent, and shares of the linear layer kept, at 87.5 and 93.75 %."""
-    train, test = TASKS["digits"].load(None, 600)
+    images = load(Data(train_images=600))
+    train, test = images.train, images.test
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -30,16 +30,16 @@ def _size(model: nn.Module) -> int:
     return sum(getattr(*target).numel() for target in prunable(model))
 
 
-def _one_shot(score: methods.Score, model: nn.Module, count: int) -> None:
-    methods.apply_masks(model, methods.select(score(model), count=count, min_per_layer=1))
+def _one_shot(score: methods.Score, model: nn.Module, count: int, scope: methods.Scope = "global") -> None:
+    methods.apply_masks(model, methods.select(score(model), count=count, scope=scope, min_per_layer=1))
 
 
 _magnitude = partial(_one_shot, methods.magnitude)
 
 
-def _random(model: nn.Module, count: int) -> None:
+def _random(model: nn.Module, count: int, scope: methods.Scope = "global") -> None:
     seed = derived_seed(torch.initial_seed(), "random scores")
-    _one_shot(partial(methods.random, generator=torch.Generator().manual_seed(seed)), model, count)
+    _one_shot(partial(methods.random, generator=torch.Generator().manual_seed(seed)), model, count, scope)
 
 
 def _fitted(model: nn.Module, count: int) -> None:
@@ -132,6 +132,9 @@ def _dynamic(method: type[methods.SET | methods.RigL], model: nn.Module, count: 
 
 CRITERIA: dict[str, Criterion] = {
     "random": Criterion.simple("random, at initialisation", "at initialisation", _random),
+    "random_erk": Criterion.simple(
+        "random, densities by ERK, at initialisation", "at initialisation", partial(_random, scope="erk")
+    ),
     "magnitude_init": Criterion.simple("magnitude, at initialisation", "at initialisation", _magnitude),
     "snip": Criterion("SNIP, at initialisation", "at initialisation", partial(_with_data, methods.snip, 1)),
     "snip_rounds": Criterion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ip_plugin import save
+from ip_plugin.checkpoint import container
 from ip_plugin.errors import StudyError
 from ip_plugin.utils.timing import side_by_side
 
@@ -19,24 +20,22 @@ from ip_plugin.utils.timing import side_by_side
 ROUNDS, WARMUP = 200, 20
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """What was measured of a pruned network.
-
-    Attributes:
-        file_bytes: size of the file that `ip_plugin.save` writes.
-        latency: median time of a call with one image, in milliseconds, of the network that `ip_plugin.sparse.prepare`
-            makes of it.
-        dense_latency: that of the network before pruning, run by torch; calls of the two alternate.
-    """
-
-    file_bytes: int
-    latency: float
-    dense_latency: float
+def saved(model: nn.Module) -> bytes:
+    """The file that `ip_plugin.save` writes of a network."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save(model, path)
+        return path.read_bytes()
 
 
-def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> Deployment:
-    """Save a pruned network, prepare it, and time it side by side with a dense one.
+def stored(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of tensors."""
+    values = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return bytes(container.safetensors().torch.save(values))
+
+
+def latencies(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> dict[str, float]:
+    """Prepare a pruned network, and time it side by side with a dense one.
 
     Args:
         model: a pruned network in either space; as the other one in evaluation mode, and moved to the CPU.
@@ -44,27 +43,30 @@ def measure(model: nn.Module, dense: nn.Module, image: Tensor, threads: int) -> 
         image: a batch of one, ``(1, channels, height, width)``.
         threads: number of threads with which both run; torch's own number is restored afterwards.
 
+    Returns:
+        ``latency_ms``: median time of a call with one image, in milliseconds, of the network that
+        `ip_plugin.sparse.prepare` makes of it. ``dense_latency_ms``: that of the network before pruning, run by torch;
+        calls of the two alternate.
+
     Raises:
         StudyError: numba is not installed, or has fewer threads.
     """
     check_threads(threads)
     from ip_plugin.sparse import prepare
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "network.safetensors")
-        save(model, path)
-        file_bytes = path.stat().st_size
     image = image.cpu()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        calls = {"pruned": partial(prepare(model.cpu(), image), image), "dense": partial(dense.cpu(), image)}
+        calls = {
+            "latency_ms": partial(prepare(model.cpu(), image), image),
+            "dense_latency_ms": partial(dense.cpu(), image),
+        }
         with torch.inference_mode():
             times = side_by_side(calls, rounds=ROUNDS, warmup=WARMUP)
     finally:
         torch.set_num_threads(before)
-    latency, dense_latency = (round(1000 * statistics.median(times[name]), 5) for name in ("pruned", "dense"))
-    return Deployment(file_bytes, latency, dense_latency)
+    return {name: round(1000 * statistics.median(times[name]), 5) for name in calls}
 
 
 def check_threads(threads: int) -> None:
@@ -80,10 +82,3 @@ def check_threads(threads: int) -> None:
     if not 1 <= threads <= most:
         rule = f"`deploy_threads` must be a number from 1 to {most}, the threads that numba has here."
         raise StudyError(rule, f"{threads}", "change deploy-threads, or the variable NUMBA_NUM_THREADS")
-
-
-def check_alone(threads: int | None, company: str) -> None:
-    """Raise StudyError if latencies are to be measured (with so many threads) while other cells, `company`, may run."""
-    if threads is not None:
-        rule = "Latencies must be measured with nothing else running."
-        raise StudyError(rule, company, "leave out --jobs and --engine with --deploy, or leave out --deploy")

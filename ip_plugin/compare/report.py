@@ -1,283 +1,199 @@
-"""Show an analysis: tables and remarks on the console, plots of accuracy over sparsity, a self-contained HTML page."""
+"""Show an analysis: the answer and tables on the console, a self-contained HTML page with figures and their data."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from ip_plugin.errors import StudyError
 from ip_plugin.utils.atomic import write_whole
 
 from . import criteria
-from .analysis import Analysis, mean, p_value, std
-from .config import Space
-from .deployment import ROUNDS
-from .store import versions
-from .tasks import TASKS
+from .analysis import Analysis
+from .answer import answer, caution, headline, remarks
+from .plots import COLORS, FAINT, HOLLOW, INK, NARROW, WIDE, Plot, plots
+from .tables import Table, tables
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from markupsafe import Markup
     from rich.console import Console
-
-SHORT: dict[Space, str] = {"spatial": "SP", "interspace": "IP"}
-
-
-class TextTable(NamedTuple):
-    """A table as text; the console shows the caption below it."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str | None = None
 
 
 def write(analysis: Analysis, folder: Path, command: str = "") -> None:
-    """Write ``accuracy.png``, ``accuracy.svg`` and ``report.html``, which names the command that started the study."""
-    figure = plot(analysis)
-    svg = image(figure, "svg")
-    write_whole(folder / "accuracy.png", image(figure, "png"))
-    write_whole(folder / "accuracy.svg", svg)
-    write_whole(folder / "report.html", page(analysis, svg.decode(), command))
+    """Write ``report.html``, which names the command that started the study, and ``accuracy.png`` and ``.svg``."""
+    figures = plots(analysis)
+    for plot in figures:
+        if plot.name == "accuracy":
+            for kind, image in zip(("png", "svg"), plot.images("png", "svg"), strict=True):
+                write_whole(folder / f"accuracy.{kind}", image)
+    write_whole(folder / "report.html", page(analysis, figures, command))
 
 
 def show(analysis: Analysis, console: Console) -> None:
-    """Print the tables and remarks."""
+    """Print the tables, and the answer in at most five lines below them."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as Grid
 
-    sparsities = len(analysis.study.sparsities)
-    for number, (title, headers, rows, caption) in enumerate(tables(analysis)):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, caption=caption)
-        table.add_column(headers[0], overflow="fold", min_width=len(headers[0]))
-        for header in headers[1:]:
-            table.add_column(header.replace("s left", "s\nleft"), justify="right", no_wrap=True)
-        for index, row in enumerate(rows, start=1):
-            table.add_row(*row, end_section=number == 0 and index % sparsities == 0 and index < len(rows))
-        console.print(table)
-    for remark in remarks(analysis):
-        console.print(f"- {remark}")
-
-
-def tables(analysis: Analysis) -> list[TextTable]:
-    """The tables of a study: accuracies, and what filter variety and deployment bring where they were measured."""
-    others = [(analysis.variety, variety_table), (analysis.deployment, deployment_table)]
-    return [accuracy_table(analysis), *(make(analysis) for frame, make in others if len(frame))]
-
-
-def accuracy_table(analysis: Analysis) -> TextTable:
-    """One row for each criterion and sparsity."""
-    study, seeds = analysis.study, len(analysis.study.seeds)
-    compares = len(study.spaces) == 2
-    removes = any(criteria.load(name).removes_channels for name in study.criteria)
-    rows = []
-    for criterion, sparsity in product(study.criteria, study.sparsities):
-        row = [criterion, f"{sparsity:.4g}"]
-        row += [plus_minus(analysis.accuracy.loc[criterion, sparsity, space]) for space in study.spaces]
-        if compares:
-            row.append(plus_minus(analysis.space_difference.loc[criterion, sparsity], "+.1f"))
-        runs = analysis.results[analysis.results["criterion"].eq(criterion) & analysis.results["sparsity"].eq(sparsity)]
-        row.append(_alternatives(runs["parameters_left"], ","))
-        if removes:
-            row.append(_alternatives((runs["macs_left"] / runs["macs"]).dropna(), ".1%"))
-        rows.append(row)
-    return TextTable(
-        f"Accuracy, {seeds} seed{'s' if seeds > 1 else ''}: mean ± standard deviation",
-        [
-            "criterion", "sparsity", *(f"{SHORT[space]} %" for space in study.spaces), *["IP − SP"] * compares,
-            "parameters left", *["MACs left"] * removes,
-        ],
-        rows,
-        "parameters left: trained bases included, equally many in both spaces",
-    )  # fmt: skip
+    timed = analysis.costs["latency_ms", "mean"].notna().any()
+    wanted = {"accuracy": True, "overall": len(analysis.overall) > 1, "controls": True, "costs": timed}
+    for table in (table for table in reversed(tables(analysis)) if wanted[table.name]):
+        widths, gap = _widths(table, console.width)
+        grid = Grid(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0), title=table.title, title_justify="left",
+            title_style="bold",
+        )  # fmt: skip
+        for i, width in widths.items():
+            side: Literal["left", "right"] = "left" if i < table.texts else "right"
+            grid.add_column(table.headers[i], justify=side, overflow="fold", width=width)
+        for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
+            grid.add_row(*(row[i].text for i in widths), end_section=after is not None and after[0] != row[0])
+        console.print(grid)
+    for line in answer(analysis):
+        console.print(f"- {line}", markup=False, highlight=False)
 
 
-def variety_table(analysis: Analysis) -> TextTable:
-    """One row for each criterion, sparsity and space that was run with filter variety and without."""
-    return TextTable(
-        "With filter variety and without: accuracy, pairs of equal seed, a paired t-test",
-        ("criterion", "sparsity", "space", "without %", "with variety %", "difference", "p"),
-        [
-            [*_names(key), plus_minus(row["without"]), plus_minus(row["varied"]), plus_minus(row["difference"], "+.1f"),
-             probability(row["difference"]["p_value"])]
-            for key, row in analysis.variety.iterrows()
-        ],
-    )  # fmt: skip
+def _widths(table: Table, width: int) -> tuple[dict[int, int], int]:
+    """The columns that fit a console, their widths and the gap: extra columns go first, then names are folded."""
+    sizes = {
+        i: max(*(len(row[i].text) for row in table.rows), *map(len, header.split()))
+        for i, header in enumerate(table.headers)
+    }
+
+    def excess(gap: int) -> int:
+        return sum(sizes.values()) + gap * len(sizes) - width
+
+    for header in table.extra:
+        if excess(2) > 0:
+            del sizes[table.headers.index(header)]
+    gap = 2 if excess(2) <= 0 else 1
+    for i in sorted(range(table.texts), key=sizes.__getitem__, reverse=True):
+        sizes[i] = max(min(sizes[i], 8), sizes[i] - max(0, excess(gap)))
+    return sizes, gap
 
 
-def deployment_table(analysis: Analysis) -> TextTable:
-    """One row for each criterion, sparsity and space whose deployment was measured; 1 KB are 1,000 bytes."""
-    threads = analysis.study.settings.deploy_threads
-    return TextTable(
-        f"Deployed: compact file, and latency of one image on the CPU with {threads} thread{'s' * (threads != 1)}",
-        ("criterion", "sparsity", "space", "file KB", "sparse µs", "dense µs", "times faster"),
-        [
-            [*_names(key), plus_minus(1e-3 * row["file_bytes"], ",.1f"), plus_minus(1e3 * row["latency_ms"], ",.0f"),
-             plus_minus(1e3 * row["dense_latency_ms"], ",.0f"), plus_minus(row["speedup"], ".2f")]
-            for key, row in analysis.deployment.iterrows()
-        ],
-    )  # fmt: skip
+def inline(plot: Plot, width: float) -> Markup:
+    """A figure as an element of the page: ids of its own, colours of the page, a name for screen readers."""
+    from markupsafe import Markup
+
+    (svg,) = plot.images("svg", width=width)
+    text = svg.decode()
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*\n\s*", " ", text[text.index("<svg") :]).replace("> <", "><")
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
+    # Only ids that something refers to; text in the page's font, and not turned by nothing.
+    text = re.sub(r"""\sid="[^"]*_\d+"|\sfont-family: '[^']*';|\stransform="rotate\(-?0 [^"]*\)\"""", "", text)
+    prefix = f"{plot.name}-{width:g}-"
+    text = re.sub(r"""(\bid="|xlink:href="#|url\(#)""", rf"\g<1>{prefix}", text).replace("xlink:href", "href")
+    text = text.replace("fill: #ffffff", "fill: none", 1)  # the background
+    for variable, color in PALETTE.items():
+        text = text.replace(color, f"var(--{variable})")
+    box = re.findall(r'viewBox="([^"]*)"', text)[0]
+    size = f'style="max-width: {1.6 * float(box.split()[2]):.0f}px"'
+    head = f'<svg viewBox="{box}" {size} role="img" aria-label="{Markup.escape(plot.alt)}"'
+    return Markup(re.sub(r"<svg[^>]*", lambda _: head, text, count=1))
 
 
-def _names(key: tuple[str, float, Space]) -> list[str]:
-    criterion, sparsity, space = key
-    return [criterion, f"{sparsity:.4g}", SHORT[space]]
+#: Colours of figures by their names on the page, which has others for dark screens.
+PALETTE = {"ink": INK, "faint": FAINT, "page": HOLLOW} | {f"space-{n}": color for n, color in enumerate(COLORS)}
 
 
-def _alternatives(values: pd.Series, spec: str) -> str:
-    """The values that occur: one, unless the cells of a row differ."""
-    return " or ".join(f"{value:{spec}}" for value in sorted(set(values))) or "–"
+def data_uri(text: str, kind: str) -> str:
+    """A file inside of a page."""
+    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
-def plus_minus(row: Mapping[str, float], spec: str = ".1f") -> str:
-    """Mean and standard deviation, both in one format.
-
-    >>> plus_minus({"mean": -1.5, "std": 0.25}, "+.2f")
-    '−1.50 ± 0.25'
-    """
-    if pd.isna(row["mean"]):
-        return "–"
-    return f"{row['mean']:{spec}} ± {row['std']:{spec.lstrip('+')}}".replace("-", "−")
-
-
-def probability(p: float) -> str:
-    """A p-value.
-
-    >>> probability(0.0004), probability(0.25), probability(float("nan"))
-    ('< 0.001', '0.25', '–')
-    """
-    return "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
+def downloads(plot_or_table: Plot | Table) -> list[tuple[str, str, str]]:
+    """Name of the file, what it is, and its content as a data URI."""
+    if isinstance(plot_or_table, Plot):
+        texts = [("csv", "data (CSV)", _csv(plot_or_table.data))]
+    else:
+        texts = [("csv", "CSV", _csv(plot_or_table.frame())), ("md", "Markdown", plot_or_table.markdown()),
+                 ("tex", "LaTeX", plot_or_table.latex())]  # fmt: skip
+    return [
+        (f"{plot_or_table.name}.{end}", kind, data_uri(text, "text/csv" if end == "csv" else "text/plain"))
+        for end, kind, text in texts
+    ]
 
 
-def remarks(analysis: Analysis) -> list[str]:
-    """What a reader must know to read the tables rightly, including where interspace pruning loses."""
-    kinds = (_space_remarks, _network_remarks, _variety_remarks, _cost_remarks)
-    return [remark for kind in kinds for remark in kind(analysis)]
+def _csv(frame: pd.DataFrame) -> str:
+    text: str = frame.to_csv(index=False, float_format="%.10g")
+    return text
 
 
-def _space_remarks(analysis: Analysis) -> Iterable[str]:
-    differences = analysis.space_difference.dropna()
-    losses = [f"{criterion} at {sparsity:g}" for criterion, sparsity in differences.index[differences["mean"] < 0]]
-    unclear = int((differences["mean"].abs() < differences["std"]).sum())
-    if len(differences):
-        yield (
-            f"On average over the seeds interspace pruning is below ordinary pruning in {len(losses)} of "
-            f"{len(differences)} lines{': ' + '; '.join(losses) if losses else ''}."
-        )
-    if unclear:
-        yield (
-            f"In {unclear} of {len(differences)} lines the mean difference is smaller than its standard deviation "
-            "over the seeds."
-        )
+_TITLE = "spatial and interspace pruning compared"
 
 
-def _network_remarks(analysis: Analysis) -> Iterable[str]:
-    results = analysis.results
-    removing = results.loc[results["macs_left"].notna(), "criterion"].unique()
-    if len(removing):
-        yield (
-            f"{', '.join(removing)}: sparsity is the share of the channels that are removed. The networks of both "
-            "spaces are equally large, as that of the interspace is baked and needs no basis then."
-        )
-    unpaid = results[results["spatial_layers"] != ""]
-    for (criterion, sparsity), texts in unpaid.groupby(["criterion", "sparsity"], sort=False)["spatial_layers"]:
-        names = dict.fromkeys(" ".join(texts).split())
-        yield (
-            f"{criterion} at {sparsity:g}: {', '.join(names)} stayed spatial in the interspace runs, as the budget "
-            "would not pay for the basis."
-        )
-
-
-def _variety_remarks(analysis: Analysis) -> Iterable[str]:
-    if analysis.variety.empty:
-        return
-    difference = analysis.variety["difference"]
-    higher, clear = difference["mean"] > 0, difference["p_value"] < 0.05
-    text = (
-        f"With filter variety the mean is higher in {higher.sum()} of {len(difference)} lines. A paired t-test has "
-        f"p < 0.05 in {(clear & higher).sum()} lines where it is higher and in {(clear & ~higher).sum()} where it is "
-        "lower; by chance alone that is one line in twenty."
-    )
-    by_seed = analysis.variety_by_seed()
-    if len(by_seed) > 1:
-        overall = plus_minus({"mean": mean(by_seed), "std": std(by_seed)}, "+.1f")
-        text += f" Mean over all lines, by seed: {overall} (p = {probability(p_value(by_seed))})."
-    yield text
-
-
-def _cost_remarks(analysis: Analysis) -> Iterable[str]:
-    costs = analysis.deployment
-    if costs.empty:
-        return
-    slow = costs.index[costs["speedup", "mean"] < 1]
-    slower = [f"{criterion} at {sparsity:g}, {space}" for criterion, sparsity, space in slow]
-    yield (
-        f"Latencies are medians of {ROUNDS} calls: of the pruned network by ip_plugin.sparse, and in turns with it of "
-        "the network that was not pruned, by torch as it is. Run sparse, the pruned network is slower in "
-        f"{len(slower)} of {len(costs)} lines{': ' + '; '.join(slower) if slower else ''}."
-    )
-
-
-def plot(analysis: Analysis) -> Figure:
-    """Accuracy over sparsity, one panel for each criterion."""
-    from matplotlib.figure import Figure
-
-    study = analysis.study
-    columns = min(len(study.criteria), 4)
-    rows = -(-len(study.criteria) // columns)
-    figure = Figure(figsize=(1.2 + 4.2 * columns, 3.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for unused in panels[len(study.criteria) :]:
-        unused.set_axis_off()
-    positions = {sparsity: position for position, sparsity in enumerate(sorted(study.sparsities))}
-    style = {"spatial": {"color": "tab:gray", "fmt": "s--"}, "interspace": {"color": "tab:blue", "fmt": "o-"}}
-    for panel, name in zip(panels, study.criteria, strict=False):
-        criterion = criteria.load(name)
-        for offset, space in zip((-0.03, 0.03), study.spaces, strict=False):
-            points = analysis.accuracy.xs((name, space), level=("criterion", "space")).dropna().sort_index()
-            if len(points):
-                places = [positions[sparsity] + offset for sparsity in points.index]
-                label = f"{space} ({SHORT[space]})"
-                panel.errorbar(places, points["mean"], points["std"], capsize=3, label=label, **style[space])
-        panel.set_title(criterion.title, fontsize="medium")
-        panel.set_xticks(list(positions.values()), [f"{100 * sparsity:.4g} %" for sparsity in positions])
-        panel.set_xlabel("share of channels removed" if criterion.removes_channels else "sparsity")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy in %")
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(loc="lower left")
-    return figure
-
-
-def image(figure: Figure, kind: str) -> bytes:
-    """A figure as PNG or SVG."""
-    import matplotlib
-
-    out = io.BytesIO()
-    # Equal results give equal files: no date, no random ids.
-    with matplotlib.rc_context({"svg.hashsalt": "ip-plugin", "svg.fonttype": "path"}):
-        figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return out.getvalue()
-
-
-def page(analysis: Analysis, svg: str, command: str) -> str:
-    """The HTML page: tables, plot, remarks and settings, with no reference to anything outside of it."""
+def page(analysis: Analysis, figures: Sequence[Plot], command: str = "") -> str:
+    """The HTML page, with no reference to anything outside of it."""
     from jinja2 import Environment
 
-    study = analysis.study
     template = files("ip_plugin.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    lines = answer(analysis)
+    made = {table.name: table for table in tables(analysis)}
+    frames = {
+        "results": analysis.results, "differences": analysis.differences.reset_index(),
+        "overall": analysis.overall.reset_index(), "curves": analysis.curves, "density": analysis.density,
+    }  # fmt: skip
+    texts = {name: _csv(frame) for name, frame in frames.items() if len(frame)}
     return environment.from_string(template).render(
-        task=TASKS[study.settings.task].title,
-        seeds=study.seeds,
-        tables=tables(analysis),
-        svg=svg[svg.index("<svg") :],
+        title=f"{name}: {_TITLE}" if (name := getattr(analysis.study, "name", "")) else _TITLE.capitalize(),
+        headline=headline(analysis),
+        lines=[line for line in lines[1:] if line != caution(analysis)],
+        caution=caution(analysis),
         remarks=remarks(analysis),
+        figures={plot.name: plot for plot in figures},
+        inline={plot.name: (inline(plot, WIDE), inline(plot, NARROW)) for plot in figures},
+        tables=made,
+        downloads_of=downloads,
+        palette=PALETTE | {"page": "#ffffff"},
+        criteria=[(name, *described(name)) for name in analysis.criteria],
+        analysis=analysis,
         command=command,
-        criteria={name: criteria.load(name) for name in study.criteria},
-        facts=vars(study.settings) | versions(),
+        facts=list(facts(analysis)),
+        study_downloads=[
+            (f"{name}.csv", name, data_uri(text, "text/csv")) for name, text in texts.items() if len(text) < MOST_BYTES
+        ],
     )
+
+
+#: Larger tables of all runs are not part of the page; they are in the folder of the results.
+MOST_BYTES = 300_000
+
+
+def described(criterion: str) -> tuple[str, bool]:
+    """The title of a criterion and whether it removes channels; empty where its library is not installed."""
+    try:
+        known = criteria.load(criterion)
+    except StudyError:
+        return "", False
+    return known.title, known.removes_channels
+
+
+def facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    """What was run, with which settings and versions, on what machine, in how much time."""
+    seconds = analysis.results["seconds"].sum()
+    yield "runs", f"{len(analysis.results)} of {len(analysis.results) + analysis.missing()}"
+    yield "time of all runs together", f"{seconds / 60:,.1f} minutes"
+    yield "seeds", ", ".join(map(str, analysis.seeds))
+    yield "spaces", ", ".join(analysis.spaces)
+    yield from analysis.made.items()
+    dump = getattr(analysis.study, "model_dump", None)
+    if dump is not None:
+        axes = {"name", "criteria", "sparsities", "spaces", "seeds"}
+        yield from _flat(dump(mode="json", exclude=axes))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings by their dotted names, as in the study's TOML file; what is empty is left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value not in (None, [], ()):
+            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

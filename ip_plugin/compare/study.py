@@ -1,77 +1,162 @@
-"""A whole study: run the cells that are missing, keep their results, and show what they say."""
+"""A whole study: check it, run the cells that are missing, and keep their records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 
-from . import report
-from .analysis import Analysis
-from .cell import epochs_of
-from .config import Cell, Study
+from ip_plugin.errors import StudyError
+
+from .callbacks import Callback, open_callbacks
+from .cell import check_budgets, epochs_of, execute
+from .config import DENSE, Cell, Study
+from .deployment import check_threads
 from .engines import Engine
-from .engines.local import local
+from .engines.dask import Dask
+from .engines.local import Local
+from .engines.nni import NniEngine
 from .store import Results
+from .tuning import with_rates
 
 
-def compare(
-    study: Study, folder: Path, console: Console, *, command: str = "", engine: Engine = local
-) -> Mapping[Cell, Exception]:
-    """Run a study in a folder and write ``results.csv``, ``accuracy.png``, ``accuracy.svg`` and ``report.html`` there.
+def run(
+    study: Study,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    engine: str | Engine = "local",
+    jobs: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    retry_failed: bool = False,
+) -> Results:
+    """Run a study in a folder.
 
-    Cells whose results the folder holds are not run again. A cell that fails is reported, and the others go on.
+    Cells whose records the folder holds are not run again. A cell that fails keeps its traceback, and the others go on.
 
     Args:
         study: what to run.
-        folder: made if it does not exist.
-        console: where progress, tables and remarks are printed.
-        command: how the study was started, for the report.
-        engine: runs the cells that are missing.
+        folder: made if it does not exist; by default one with the name of the study.
+        engine: ``"local"``, ``"dask"`` (a cluster on this machine), ``"nni"``, or an engine, such as
+            ``Dask("tcp://host:8786")``.
+        jobs: cells that run at once; by default one for each core on a CPU, and one where latencies are measured or
+            the device is not the CPU.
+        callbacks: are told what happens, see `Callback`.
+        retry_failed: also run the cells that failed before.
 
     Returns:
-        The errors of the cells that failed.
+        The results of the study.
 
     Raises:
-        StudyError: the folder belongs to something else; nothing has changed.
+        StudyError: the study cannot run as it is, or the folder belongs to something else; nothing has changed.
         EngineError: the engine could not start, or broke off. What has finished is kept.
+
+    >>> import tempfile
+    >>> from ip_plugin.compare import Study, run
+    >>> quick = {"epochs": 1, "finetune_epochs": 0}
+    >>> study = Study(criteria=("torch:l1",), sparsities=(0.9,), seeds=(0,), training=quick)
+    >>> results = run(study, tempfile.mkdtemp(), jobs=1)
+    >>> results.frame()[["criterion", "space", "parameters_left"]]
+      criterion       space  parameters_left
+    0     dense     spatial            56224
+    1     dense  interspace            56224
+    2  torch:l1     spatial             5622
+    3  torch:l1  interspace             5622
     """
-    with Results.open(folder, study.settings) as results:
-        failures = _run(study, results, console, engine)
-        analysis = Analysis(study, results.rows)
-        report.write(analysis, results.folder, command)
-    report.show(analysis, console)
-    for cell, failure in failures.items():
-        console.print(f"failed: {cell}: {type(failure).__name__}: {failure}", style="red", markup=False)
-    console.print(f"\nEverything is in {folder}: results.csv, accuracy.png, accuracy.svg, report.html")
-    return failures
+    runner = engine if not isinstance(engine, str) else engine_of(engine, jobs, study)
+    check(study)
+    with Results.open(Path(folder or study.name), study) as results:
+        told = _Told([*callbacks, *open_callbacks(study, results.folder)])
+        cells = results.missing + (list(results.failures) if retry_failed else [])
+        left = {seed: sum(cell.seed == seed for cell in cells) for seed in study.seeds}
+        told.on_study(results, cells)
+        known = {record.cell.space: record.result.lr for record in results.records.values() if record.result}
+        tuned = with_rates(study, {space: lr for space, lr in known.items() if lr}) if cells else study
+        with closing(runner(cells, tuned, told)) as records:
+            for record in records:
+                results.add(record)
+                told.on_cell(results, record)
+                left[record.cell.seed] -= 1
+                if not left[record.cell.seed]:
+                    told.on_seed(results, record.cell.seed)
+    return results
 
 
-def _run(study: Study, results: Results, console: Console, engine: Engine) -> dict[Cell, Exception]:
-    """Run the cells that are missing, and keep their results; returns the errors of those that failed."""
-    failures: dict[Cell, Exception] = {}
-    cells = study.cells()
-    missing = [cell for cell in cells if cell not in results.rows]
-    if len(missing) < len(cells):
-        console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {results.folder} already")
-    epochs = {cell: epochs_of(cell, study.settings) for cell in cells}
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console,
-    ) as progress:  # fmt: skip
-        finished = sum(epochs[cell] for cell in cells if cell not in missing)
-        bar = progress.add_task("", total=sum(epochs.values()), completed=finished)
+class _Told(Callback):
+    """Several callbacks as one."""
 
-        def began(cell: Cell) -> None:
-            progress.update(bar, description=f"{cells.index(cell) + 1}/{len(cells)} {cell}")
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        for name in ("on_study", "on_begin", "on_epoch", "on_cell", "on_seed"):
+            setattr(self, name, self._all([getattr(callback, name) for callback in callbacks]))
 
-        with closing(engine(missing, study.settings, began, lambda: progress.advance(bar))) as outcomes:
-            for cell, outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    failures[cell] = outcome
-                else:
-                    results.add(outcome)
-    return failures
+    @staticmethod
+    def _all(methods: list[object]) -> object:
+        def tell(*arguments: object) -> None:
+            for method in methods:
+                method(*arguments)  # type: ignore[operator]
+
+        return tell
+
+
+def jobs_of(jobs: int | None, study: Study) -> int:
+    """The number of cells that run at once."""
+    alone = study.training.device != "cpu" or study.measure.deploy_threads is not None
+    if jobs is not None and jobs > 1 and study.measure.deploy_threads is not None:
+        rule = "Latencies must be measured with nothing else running."
+        raise StudyError(rule, f"{jobs} jobs at once", "leave out --jobs with --deploy-threads")
+    return jobs or (1 if alone else max(1, len(_cores()) // study.training.threads))
+
+
+def _cores() -> Sequence[int]:
+    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def engine_of(name: str, jobs: int | None, study: Study, scheduler: str | None = None, **nni: object) -> Engine:
+    """An engine by its name."""
+    if name != "local" and study.measure.deploy_threads is not None:
+        rule = "Latencies must be measured with nothing else running."
+        raise StudyError(rule, f"the engine {name}, whose cells may run together", "use --engine local")
+    if name == "local":
+        return Local(jobs_of(jobs, study))
+    if name == "dask":
+        if scheduler is not None and jobs is not None:
+            raise StudyError("A Dask scheduler has its own workers.", f"{jobs} jobs", "leave out --jobs or --scheduler")
+        return Dask(scheduler, jobs_of(jobs, study))
+    if name == "nni":
+        return NniEngine(concurrency=jobs, name=study.name, **nni)  # type: ignore[arg-type]
+    raise StudyError("An engine must be local, dask or nni.", f"{name!r}", "use one of these names")
+
+
+def check(study: Study) -> None:
+    """Find what cannot run before anything does.
+
+    Raises:
+        StudyError: a budget is smaller than the bases, data or device are not there, or latencies cannot be measured.
+    """
+    if study.measure.deploy_threads is not None:
+        check_threads(study.measure.deploy_threads)
+    device = study.training.device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        rule, found = "`device` must be a device that torch can use here.", str(error).splitlines()[0]
+        remedy = "use cpu, or install a build of torch for the device"
+        raise StudyError(rule, f"{device!r}: {found}", remedy) from error
+    check_budgets(study)
+
+
+def estimate(study: Study, cells: Sequence[Cell], jobs: int, known: Results | None = None) -> float:
+    """Seconds that cells take: by the records of other cells, or by two epochs that are run here."""
+    epochs = sum(epochs_of(cell, study) for cell in cells)
+    done = [record for record in (known.records.values() if known else ()) if record.result and record.curve]
+    if done:
+        spent = sum(record.result.seconds for record in done if record.result)
+        return spent / sum(len(record.curve) for record in done) * epochs / jobs
+    short = study.changed({"training.epochs": 2, "training.finetune_epochs": 0, "tune.learning_rates": ()})
+    record = execute(Cell(DENSE, 0.0, study.spaces[-1], study.seeds[0]), short)
+    assert record.result is not None
+    first, second = (epoch.seconds for epoch in record.curve)
+    once = record.result.seconds - second  # data, conversion and test
+    return ((second - first) * epochs + once * len(cells)) / jobs

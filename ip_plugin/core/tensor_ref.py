@@ -204,13 +204,13 @@ def parametrized_by_another(
     )
 
 
-def unknown_layer(name: str, known: Iterable[str], argument: str = "layers") -> SelectionError:
-    """The error for a layer name that the model does not have; it suggests similar names."""
+def unknown_layer(name: str, known: Iterable[str], argument: str = "layers", kind: str = "module") -> SelectionError:
+    """The error for the name of a module (or of one of another kind) that is not there; it suggests similar names."""
     names = [known_name for known_name in known if known_name]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return SelectionError(
-        f"Every name in `{argument}` must be the name of a module of the model.",
-        f"no module {name!r}",
+        f"Every name in `{argument}` must be the name of a {kind} of the model.",
+        f"no {kind} {name!r}",
         f"use names from `model.named_modules()`; the closest are {listed(close)}",
     )
 

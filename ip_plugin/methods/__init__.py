@@ -2,11 +2,13 @@
 
 `scores` rate every prunable entry, `selection` turns scores into masks, and the rest says when to prune: once, in
 rounds or gradually while training (`schedules`), repeatedly with rewinding (`lottery_ticket`), with masks that change
-while training (`dynamic`), or without training (`post_training`).
+while training (`dynamic`), or without training (`post_training`). What each layer alone can lose is measured by
+`layer_sensitivity`.
 """
 
 from .derivatives import Batches, Loss
 from .dynamic import SET, RigL
+from .layer_sensitivity import Sensitivity, sensitivity
 from .lottery_ticket import LotteryTicket
 from .post_training.fitted import prune_fitted
 from .post_training.reconstruction import reconstruct, reestimate_batch_norm
@@ -28,6 +30,7 @@ __all__ = [
     "Scope",
     "Score",
     "Scores",
+    "Sensitivity",
     "apply_masks",
     "erk",
     "grasp",
@@ -42,6 +45,7 @@ __all__ = [
     "reestimate_batch_norm",
     "refine",
     "select",
+    "sensitivity",
     "snip",
     "synflow",
 ]

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..core.tensor_ref import Model
-from ..errors import AmountError, ArgumentError
+from ..core.tensor_ref import Model, Target, TensorRef, prunable_tensors, unknown_layer
+from ..errors import AmountError, ArgumentError, SelectionError
 from ..utils.validation import check_fraction, is_count
 from .scores import Scores, magnitude
-from .selection import Scope, apply_masks, select
+from .selection import Masks, Scope, apply_masks, least, select
 
 #: A function of the model: a score of `ip_plugin.methods`, with its other arguments bound by `functools.partial`.
 Score = Callable[[nn.Module], Scores]
@@ -22,7 +22,7 @@ def prune(
     model: Model,
     score: Score = magnitude,
     *,
-    sparsity: float,
+    sparsity: float | Mapping[str | Target, float],
     rounds: int = 1,
     scope: Scope = "global",
     min_per_layer: int = 0,
@@ -33,17 +33,21 @@ def prune(
     Args:
         model: its masks are changed in place.
         score: entries with the highest scores are kept.
-        sparsity: of the prunable tensors at the end. Rounds whose sparsity the model has already are skipped.
+        sparsity: of the prunable tensors at the end. Rounds whose sparsity the model has already are skipped. Or that
+            of each layer: {module name, or target of `ip_plugin.prunable(model)`: fraction}, as `Sensitivity.suggest`
+            returns it; layers without a key are left alone.
         rounds: 100 for SynFlow (Tanaka et al. 2020, arXiv 2006.05467), a few for iterative SNIP.
-        scope, min_per_layer: see `select`.
+        scope, min_per_layer: see `select`. Where layers have a sparsity of their own, there is no scope.
         after_round: called after each round that has pruned, the last one included; `reconstruct` for example.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: fewer than one round.
+        ArgumentError: fewer than one round; a scope besides sparsities of layers.
         AmountError: see `select`; the model keeps the rounds that were done.
+        SelectionError: a key of `sparsity` that is no prunable layer, or two for one layer. Sparsities of layers are
+            checked before anything changes.
 
     >>> from functools import partial
     >>> import torch
@@ -53,17 +57,68 @@ def prune(
     >>> model = prune(model, partial(synflow, example_input=torch.ones(1, 1, 5, 5)), sparsity=0.9, rounds=100)
     >>> report(model).prunable.nonzeros
     65
+    >>> model = prune(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), sparsity={"0": 0.75, "2": 0.5})
+    >>> [row.nonzeros for row in report(model).rows]
+    [8, 4]
     """
     check_whole(rounds, "rounds", 1)
-    check_fraction(sparsity)
+    by_layer = _by_layer(model, sparsity, scope, min_per_layer) if isinstance(sparsity, Mapping) else None
+    total = 0.0 if isinstance(sparsity, Mapping) else check_fraction(sparsity)
+
+    def masks(scores: Scores, done: int) -> Masks:
+        """The masks after round `done`, of what is to be pruned further in it."""
+        parts = [(scores, total)]
+        if by_layer is not None:
+            layers = [layer for layer in prunable_tensors(model) if layer.module_name in by_layer]
+            parts = [({layer.target: scores[layer.target]}, by_layer[layer.module_name]) for layer in layers]
+        chosen: Masks = {}
+        for part, final in parts:
+            now = 1 - (1 - final) ** (done / rounds) if done < rounds else final
+            if done == rounds or now > pruned_share(part):
+                chosen |= select(part, sparsity=now, scope=scope, min_per_layer=min_per_layer)
+        return chosen
+
     for done in range(1, rounds + 1):
-        scores = score(model)
-        sparsity_now = 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity
-        if done == rounds or sparsity_now > pruned_share(scores):
-            apply_masks(model, select(scores, sparsity=sparsity_now, scope=scope, min_per_layer=min_per_layer))
-            del scores
+        if chosen := masks(score(model), done):
+            apply_masks(model, chosen)
             after_round()
     return model
+
+
+def _by_layer(
+    model: nn.Module, sparsities: Mapping[str | Target, float], scope: Scope, min_per_layer: int
+) -> dict[str, float]:
+    """Sparsities of layers by module name; raises as `prune`."""
+    if scope != "global":
+        raise ArgumentError(
+            "`scope` must be left out where every layer has a sparsity of its own.", f"{scope!r}", "leave it out"
+        )
+    layers = {layer.module_name: layer for layer in prunable_tensors(model)}
+    names = {layer.target: name for name, layer in layers.items()}
+    by_layer: dict[str, float] = {}
+    for key, value in sparsities.items():
+        name = key if isinstance(key, str) else f"{key!r} ({type(key).__name__})"
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], nn.Module):
+            name = names.get(TensorRef(*key).target, f"{key[1]} of a {type(key[0]).__name__}")
+        if name not in layers:
+            raise unknown_layer(name, layers, "sparsity", "prunable layer")
+        if name in by_layer:
+            rule = "`sparsity` must have one key for each layer."
+            raise SelectionError(rule, f"a name and a target of layer {name!r}", "keep one of them")
+        by_layer[name] = check_fraction(value, f"sparsity[{name!r}]")
+        entries, mask = layers[name].parameter.numel(), layers[name].mask
+        left, keep = entries if mask is None else int(mask.sum()), entries - round(value * entries)
+        if keep > left:
+            raise AmountError(
+                f"The sparsity of layer {name!r} must not be below the one that it has: pruned entries stay pruned.",
+                f"{value!r}, which keeps {keep} entries of {entries}; {left} are not pruned",
+                "ask for a higher sparsity, or leave the layer out",
+            )
+        least(min_per_layer, [left], keep)
+    if not by_layer:
+        rule = "`sparsity` must be a fraction, or name at least one layer."
+        raise SelectionError(rule, "an empty mapping", "pass {layer: fraction}")
+    return by_layer
 
 
 class Gradual:

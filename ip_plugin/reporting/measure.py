@@ -25,12 +25,20 @@ from .table import Report, Row
 
 
 class LayerCall(NamedTuple):
-    """A call of a layer by a `Network`: how it was run, bytes of what it read, and output positions of all images."""
+    """A call of a layer by a `Network`.
+
+    Attributes:
+        layer, how: which, and how it was run.
+        bytes: of what it read.
+        positions: of the output, over all images.
+        milliseconds: that it took, if that was measured.
+    """
 
     layer: str
     how: str
     bytes: int
     positions: int
+    milliseconds: float | None = None
 
 
 class Network(Protocol):
@@ -289,6 +297,7 @@ def _include(
         layer = _joined(name, row.layer)
         own = [call for call in calls if call.layer == row.layer]
         runs = dict.fromkeys(call.how for call in own)
+        times = [call.milliseconds for call in own if call.milliseconds is not None]
         if not own or (macs is not None and macs.get(_weight(layer))):
             runs["dense"] = None
         if macs is not None:
@@ -296,7 +305,7 @@ def _include(
         size = sum(call.bytes for call in part.first_calls() if call.layer == row.layer)
         size += row.bytes_dense if row.layer in part.by_torch else 0
         row = dataclasses.replace(row, layer=layer, basis=row.basis and _joined(name, row.basis), bytes_sparse=size)
-        measured.rows.append(dataclasses.replace(row, runs=", ".join(runs)))
+        measured.rows.append(dataclasses.replace(row, runs=", ".join(runs), milliseconds=sum(times) if times else None))
     measured.transforms.update({_joined(name, layer): count for layer, count in part.measured.transforms.items()})
     measured.others.update({_joined(name, tensor): other for tensor, other in part.measured.others.items()})
     measured.stored += part.measured.stored

@@ -36,6 +36,9 @@ class Row:
         runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
             multiplications) or ``"dense"`` (by torch); several, comma-separated, if calls differ. None in other models
             and in sums. In a sparse network `bytes_sparse` is the memory that the layer takes.
+        milliseconds: that the layer took in a sparse network, in one call with the example input
+            (`SparseNetwork.profile` repeats calls); None if it is not one of the network's steps, and without an
+            example input.
     """
 
     layer: str
@@ -55,6 +58,7 @@ class Row:
     largest_similarity: float | None = None
     effective_rank: float | None = None
     runs: str | None = None
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,9 @@ class Report:
         if with_variety:
             for header in ("mean sim.", "largest sim.", "eff. rank"):
                 table.add_column(header, justify="right")
+        with_times = any(row.milliseconds is not None for row in self.rows)
+        if with_times:
+            table.add_column("ms", justify="right")
         for row in (*self.rows, self.prunable, self.everything):
             if row is self.prunable:
                 table.add_section()
@@ -141,6 +148,8 @@ class Report:
                 ]
             if with_variety and row.effective_rank is not None:
                 cells += [f"{row.mean_similarity:.3f}", f"{row.largest_similarity:.3f}", f"{row.effective_rank:.1f}"]
+            if with_times and row.milliseconds is not None:
+                cells += [""] * (len(table.columns) - 1 - len(cells)) + [f"{row.milliseconds:.3f}"]
             table.add_row(*cells)
         return table
 

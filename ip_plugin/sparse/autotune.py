@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -16,11 +16,15 @@ from .addressing import Addressing, Window
 from .convolution import Convolution
 from .images import Images, Packing
 from .kernels import winograd
-from .layout import WIDEST
+from .layout import WIDEST, Layout
 from .loops import Choice, Loop
 
-#: How often each candidate is run; the fastest run counts.
+#: How often each candidate is run.
 _RUNS = 5
+#: A way is taken instead of the one that the rule chooses if it takes less than this share of the time.
+_CLEARLY = 0.95
+#: Below this density torch's way is not timed, which saves time; a guess.
+_SPARSE = 0.02
 #: Bytes of responses at a time: about a first-level cache, or parts of a second-level one.
 _BUDGETS = (40_000, 80_000, 160_000, 320_000)
 #: From this density on the rule runs a convolution dense.
@@ -35,12 +39,13 @@ _FILTERS, _PATCHES = 5_000_000, 1_500_000
 #: How many numbers are read between two runs, by all threads: other layers' coefficients take second-level caches.
 _OTHER_MEMORY = 2_000_000
 
-Chooser = Callable[[Convolution, Addressing, bool], Choice | None]
+Chooser = Callable[[Convolution, Addressing, bool, "Layout | None"], Choice | None]
 
 
 def by_rule(
-    convolution: Convolution, addressing: Addressing, _packs: bool, response_dtype: torch.dtype = torch.float32
-) -> Choice | None:
+    convolution: Convolution, addressing: Addressing, _packs: bool = False, _original: Layout | None = None,
+    response_dtype: torch.dtype = torch.float32,
+) -> Choice | None:  # fmt: skip
     """Choose how to run a convolution by a rule, which is the same on every machine; arguments as of `Autotuner`."""
     candidate = next(_winograd_choices(convolution, addressing), None)
     if candidate and convolution.density >= _WINOGRAD and _winograd_tiles(addressing) >= _WINOGRAD_TILES:
@@ -48,7 +53,8 @@ def by_rule(
     if convolution.density >= _DENSE:
         return None
     width = 64 if addressing.target.pixels > 32 else 32
-    if convolution.coefficients.basis is None and (convolution.density < 0.03 or convolution.groups > 1):
+    standard = convolution.coefficients.basis is None
+    if convolution.depthwise or (standard and (convolution.density < 0.03 or convolution.groups > 1)):
         return Choice("direct", width)
     return Choice("fused", width, response_dtype=response_dtype)
 
@@ -58,55 +64,77 @@ class Autotuner:
 
     Args:
         response_dtype: dtype in which basis-filter responses are stored.
-        timer: returns the seconds that a candidate takes.
+        timer: returns the seconds that each of several ways takes.
     """
 
     def __init__(
-        self, response_dtype: torch.dtype = torch.float32, timer: Callable[[Callable[[], object]], float] | None = None
+        self,
+        response_dtype: torch.dtype = torch.float32,
+        timer: Callable[[Sequence[Callable[[], object]]], Sequence[float]] | None = None,
     ) -> None:
         self._response_dtype, self._timer = response_dtype, timer
         self._known: dict[tuple[Any, ...], Choice | None] = {}
 
-    def __call__(self, convolution: Convolution, addressing: Addressing, packs: bool) -> Choice | None:
-        """How to run a convolution; None: by torch. `packs` is whether its input must be packed first."""
+    def __call__(
+        self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None = None
+    ) -> Choice | None:
+        """How to run a convolution; None: by torch.
+
+        Args:
+            convolution, addressing: what is run, and on what.
+            packs: whether its input must be packed first.
+            original: layout of its input, if that lies in a buffer; torch's way is timed on a view of it.
+        """
         level = round(4 * math.log2(convolution.density)) if convolution.density else None
         key = (
             convolution.inputs, convolution.coefficients.channels, convolution.groups, convolution.window,
-            addressing.source, addressing.target, packs, level, convolution.coefficients.basis is None,
-            torch.get_num_threads(),
+            addressing.source, addressing.target, packs, original, level, convolution.coefficients.basis is None,
+            convolution.activation.kind, torch.get_num_threads(),
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = self._fastest(convolution, addressing, packs)
+            self._known[key] = self._fastest(convolution, addressing, packs, original)
         return self._known[key]
 
-    def _fastest(self, convolution: Convolution, addressing: Addressing, packs: bool) -> Choice | None:
+    def _fastest(
+        self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None
+    ) -> Choice | None:
         source = addressing.source.empty(convolution.inputs * len(addressing.phases))
         target = addressing.target.empty(convolution.coefficients.channels)
         view = addressing.target.view(target, convolution.coefficients.channels)
         shape = addressing.source.images, convolution.inputs, *addressing.size
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        weight, bias = convolution.weight(), torch.from_numpy(convolution.bias)
+        if original is not None:
+            images = original.view(original.empty(convolution.inputs), convolution.inputs).copy_(images)
         seconds = self._timer or partial(_seconds, other_memory=torch.ones(_OTHER_MEMORY))
+        weight, bias = convolution.weight(), torch.from_numpy(convolution.bias)
 
-        def dense() -> object:
+        def dense() -> object:  # its result must be moved to where it is read
             return view.copy_(F.conv2d(images, weight, bias, *convolution.window[1:], convolution.groups))
 
-        def time(choices: Iterable[Choice]) -> None:
-            for choice in choices:
-                loop = Loop(convolution.coefficients, convolution.bias, addressing, choice)
-                times[choice] = seconds(loop.bind(source, target))
+        def loop(choice: Choice) -> Callable[[], object]:
+            entries = convolution.entries(choice.order)
+            return Loop(entries, convolution.bias, addressing, choice, convolution.activation).bind(source, target)
 
-        times: dict[Choice, float] = {}
-        time(self._by_nonzeros(convolution, addressing))
-        fastest = min(times, key=times.__getitem__)
-        if fastest.order == "fused":
-            time(fastest._replace(budget=budget) for budget in _BUDGETS if budget != fastest.budget)
+        def fastest(default: Choice | None, runs: dict[Choice | None, Callable[[], object]]) -> Choice | None:
+            times = dict(zip(runs, seconds(list(runs.values())), strict=True))
+            best = min(times, key=times.__getitem__)
+            return best if times[best] < _CLEARLY * times[default] else default
+
+        pack = partial(Packing.to_read(addressing).pack, Images.of(images), source)
+        pack()
+        by_the_rule = by_rule(convolution, addressing, response_dtype=self._response_dtype)
+        choices = list(self._by_nonzeros(convolution, addressing))
         if convolution.density >= _WINOGRAD_TIMED:
-            time(_winograd_choices(convolution, addressing))
-        fastest = min(times, key=times.__getitem__)
-        packing = partial(Packing.to_read(addressing).pack, Images.of(images), source)
-        sparse = times[fastest] + (seconds(packing) if packs else 0.0)
-        return fastest if sparse < seconds(dense) else None
+            choices += _winograd_choices(convolution, addressing)
+        sparse = by_the_rule or choices[0]
+        sparse = fastest(sparse, {choice: loop(choice) for choice in (sparse, *choices)}) or sparse
+        if sparse.order == "fused":
+            others = (sparse._replace(budget=budget) for budget in _BUDGETS)
+            sparse = fastest(sparse, {choice: loop(choice) for choice in (sparse, *others)}) or sparse
+        if convolution.density < _SPARSE:
+            return sparse
+        run = partial(_both, pack, loop(sparse)) if packs else loop(sparse)
+        return fastest(by_the_rule and sparse, {sparse: run, None: dense})
 
     def _by_nonzeros(self, convolution: Convolution, addressing: Addressing) -> Iterator[Choice]:
         """Orders by non-zeros, widths and parts."""
@@ -117,8 +145,10 @@ class Autotuner:
                 continue
             tiles = -(-pixels // width)
             for parts in {1, threads} if tiles < 8 * threads else {1}:
-                if standard:
+                if standard or convolution.depthwise:
                     yield Choice("direct", width, parts)
+                if convolution.depthwise:
+                    continue
                 if not standard or len(addressing.offsets) > 1 or convolution.groups == 1:
                     yield Choice("fused", width, parts, response_dtype=self._response_dtype)
 
@@ -146,13 +176,24 @@ def _winograd_tiles(addressing: Addressing) -> int:
     return images * -(-height // winograd.TILE) * -(-width // winograd.TILE)
 
 
-def _seconds(run: Callable[[], object], other_memory: Tensor) -> float:
-    """Seconds of the fastest run; other memory is read in between, as the rest of a network does."""
-    run()
-    took = []
-    for _ in range(_RUNS):
-        other_memory.sum()
-        begin = perf_counter()
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    """Run two functions."""
+    first()
+    second()
+
+
+def _seconds(runs: Sequence[Callable[[], object]], other_memory: Tensor) -> list[float]:
+    """Seconds of each of several ways, which take turns; other memory is read in between, as by the rest of a network.
+
+    The fastest run counts: what else the machine does makes runs slower, never faster.
+    """
+    for run in runs:
         run()
-        took.append(perf_counter() - begin)
-    return min(took)
+    took: list[list[float]] = [[] for _ in runs]
+    for _ in range(_RUNS):
+        for times, run in zip(took, runs, strict=True):
+            other_memory.sum()
+            begin = perf_counter()
+            run()
+            times.append(perf_counter() - begin)
+    return [min(times) for times in took]

@@ -35,6 +35,10 @@ class Coefficients(NamedTuple):
         short = np.uint16
         return cls(outputs.astype(short), inputs.astype(short), filters.astype(short), values, len(dense), basis)
 
+    def composed(self, inputs: int, groups: int, taps: int) -> Coefficients:
+        """The same kernels in the standard basis."""
+        return self if self.basis is None else Coefficients.of(self.kernels(inputs, groups, taps), groups, None)
+
     def kernels(self, inputs: int, groups: int, taps: int) -> Floats:
         """Compose the dense kernels, ``(outputs, inputs / groups, taps)``."""
         dense = np.zeros((self.channels, inputs // groups, taps), np.float32)

@@ -12,29 +12,28 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from ..errors import SparseExecutionError
+from .activation import NONE, Activation
 from .addressing import Window
 from .coefficients import Coefficients
 from .layout import Floats
 
-UNLIMITED = (-math.inf, math.inf)
-
 
 class Convolution(nn.Module):
-    """A 2D convolution, the addition of a residual, and a clamp; `forward` is the dense way to run it.
+    """A 2D convolution, the addition of a residual, and an activation; `forward` is the dense way to run it.
 
     Args:
         name, window, groups, inputs: of the layer in the model; `inputs` is its number of input channels.
         coefficients, bias: with the BatchNorm that follows folded in.
-        limits: what the result is clamped to.
+        activation: of the result.
     """
 
     def __init__(
         self, name: str, window: Window, groups: int, inputs: int, coefficients: Coefficients, bias: Floats,
-        limits: tuple[float, float] = UNLIMITED,
+        activation: Activation = NONE,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.window, self.groups, self.inputs = name, window, groups, inputs
-        self.coefficients, self.bias, self.limits = coefficients, bias, limits
+        self.coefficients, self.bias, self.activation = coefficients, bias, activation
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -45,6 +44,17 @@ class Convolution(nn.Module):
     def density(self) -> float:
         """Share of the coefficients that are not zero."""
         return len(self.coefficients.values) / max(1, math.prod(self.shape))
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output channel reads one input channel."""
+        return self.groups == self.inputs
+
+    def entries(self, order: str) -> Coefficients:
+        """The coefficients that a loop takes: for ``"direct"`` those of the standard basis."""
+        if order != "direct":
+            return self.coefficients
+        return self.coefficients.composed(self.inputs, self.groups, math.prod(self.window.kernel))
 
     def weight(self) -> Tensor:
         """The dense weight, composed now."""
@@ -57,10 +67,14 @@ class Convolution(nn.Module):
 
     def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result by torch; the dense weight stays in memory from the first call on."""
-        result = F.conv2d(images, *self._dense, *self.window[1:], self.groups)
+        result = self.convolved(images)
         if residual is not None:
             result += residual
-        return result if self.limits == UNLIMITED else result.clamp_(*self.limits)
+        return self.activation(result)
+
+    def convolved(self, images: Tensor) -> Tensor:
+        """The convolution alone, by torch."""
+        return F.conv2d(images, *self._dense, *self.window[1:], self.groups)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Shape of the output for an input of this shape; SparseExecutionError unless that is a batch of images."""

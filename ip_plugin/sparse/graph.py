@@ -16,7 +16,8 @@ from ..core.tensor_ref import TensorRef, prunable_tensors
 from ..errors import SparseExecutionError
 from .convolution import Convolution, can_run_sparse
 from .fusion import fuse
-from .nodes import called_plainly, function_name, is_of_torch, module_of
+from .linear import DENSE, Linear, is_sparse_linear
+from .nodes import called_plainly, function_name, is_of_torch, is_switched_off, module_of
 
 #: Methods that change the shape of an argument, but not the buffer that it lies in.
 _RESHAPE_IN_PLACE = (
@@ -151,8 +152,16 @@ def baked(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, TensorRef]]:
             "remove tensors that the model keeps from earlier calls, with their graphs, and wrappers around it",
         ) from error
     plain = bake(plain).eval().requires_grad_(False)
-    refs = [ref for ref in prunable_tensors(model) if can_run_sparse(ref.module)]
+    refs = [ref for ref in prunable_tensors(model) if can_run_sparse(ref.module) or _is_pruned_linear(ref)]
     return plain, {plain.get_submodule(ref.module_name): ref for ref in refs}
+
+
+def _is_pruned_linear(ref: TensorRef) -> bool:
+    """Whether a tensor is the weight of a linear layer that is sparse enough for the loops."""
+    if ref.tensor_name != "weight" or not is_sparse_linear(ref.module) or ref.interspace is not None:
+        return False
+    kept = ref.parameter != 0 if ref.mask is None else (ref.parameter != 0) & (ref.mask != 0)
+    return int(kept.count_nonzero()) < DENSE * kept.numel()
 
 
 def trace(
@@ -192,7 +201,8 @@ def trace(
                 if node.op == "get_attr" and not node.users:
                     traced.graph.erase_node(node)
             _remove_identities(traced)
-            leaves, shapes = _run(traced, tensors)
+            leaves, values = _run(traced, tensors)
+            shapes = {node: value.shape for node, value in values.items()}
         except UntraceableError:
             raise
         except Exception as error:  # a forward that is given a stand-in may raise anything
@@ -207,7 +217,7 @@ def trace(
             raise UntraceableError(f"{function_name(node)} changes a shape in place")
     fuse(traced, sparse, shapes)
     try:  # convolutions now make zeros
-        again = value_shapes(traced, tensors)
+        again = {node: value.shape for node, value in values_of(traced, tensors).items()}
     except Exception as error:
         raise UntraceableError("shapes depend on values") from error
     if any(shape != again.get(node, shape) for node, shape in shapes.items()):
@@ -266,8 +276,8 @@ class _Parameter(fx.Proxy):
         return getattr(self._parameter, k) if k in _METADATA else super().__getattr__(k)
 
 
-def value_shapes(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, torch.Size]:
-    """Shapes of all values that are tensors, for these inputs.
+def values_of(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    """All values that are tensors, for these inputs, without their numbers: on the device meta.
 
     Raises:
         SparseExecutionError: a convolution is given something else than a batch of images.
@@ -276,20 +286,21 @@ def value_shapes(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.No
 
 
 @torch.no_grad()
-def _run(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, dict[fx.Node, torch.Size]]:
-    """What a graph computes for copies of these inputs, and the shapes of all values."""
+def _run(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, dict[fx.Node, Tensor]]:
+    """What a graph computes for copies of these inputs, and all values on the device meta."""
     interpreter = _Shapes(traced, garbage_collect_values=False)
     with torch.random.fork_rng(devices=[]):
         outputs = interpreter.run(*(value.clone() for value in inputs))
-    return outputs, {node: value.shape for node, value in interpreter.env.items() if isinstance(value, Tensor)}
+    values = interpreter.env.items()
+    return outputs, {node: torch.empty_like(v, device="meta") for node, v in values if isinstance(v, Tensor)}
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph, but instead of a `Convolution` only makes a tensor of the right shape."""
+    """Runs a graph, but instead of a `Convolution` or `Linear` only makes a tensor of the right shape."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
-        if isinstance(module, Convolution):
+        if isinstance(module, (Convolution, Linear)):
             return torch.zeros(module.output_shape(args[0].shape))
         given = [
             leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and not leaf.is_inference()
@@ -304,7 +315,8 @@ class _Shapes(fx.Interpreter):
 def _remove_identities(traced: fx.GraphModule) -> None:
     """Remove nodes whose value is their argument."""
     for node in traced.graph.nodes:
-        if type(module_of(node)) in (nn.Identity, nn.Dropout, nn.Dropout2d) and called_plainly(node):
+        module = type(module_of(node)) in (nn.Identity, nn.Dropout, nn.Dropout2d) and called_plainly(node)
+        if module or is_switched_off(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.recompile()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .addressing import Addressing
-from .kernels import nonzero
+from .kernels import images as image_loops
 from .layout import Floats, Ints, Layout
 
 
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
 
     def pack(self, images: Images, buffer: Floats) -> None:
         """Copy images into a buffer."""
-        nonzero.pack(
+        image_loops.pack(
             *images.shape[:2], self.phases, images.flat, *images.strides, *self.stride, buffer,
             *self.layout.distances(),
         )  # fmt: skip

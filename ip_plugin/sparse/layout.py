@@ -90,6 +90,14 @@ class Layout(NamedTuple):
         shape = (self.images, channels, self.height, self.width)
         return torch.from_numpy(buffer).as_strided(shape, strides, self.first)
 
+    def one_run(self, *others: Layout | None) -> npt.NDArray[np.uint8]:
+        """For `images.pointwise`: bits of pixels that are none of a gap; empty unless all rows have one distance."""
+        if any(other is not None and other.pitch != self.pitch for other in others):
+            return np.empty(0, np.uint8)
+        length = (self.height - 1) * self.pitch + self.width
+        place = np.arange(-(-length // 16) * 16)
+        return np.packbits((place % self.pitch < self.width) & (place < length), bitorder="little")
+
     def inside(self) -> npt.NDArray[np.uint8]:
         """One bit for each pixel of whole tiles, lowest first: whether it belongs to an image, not to a gap."""
         count = -(-self.pixels // WIDEST) * WIDEST

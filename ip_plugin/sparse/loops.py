@@ -11,9 +11,9 @@ import numba
 import numpy as np
 import torch
 
+from .activation import NONE, Activation
 from .addressing import Addressing
 from .coefficients import Coefficients, arrange
-from .convolution import UNLIMITED
 from .kernels import nonzero, winograd
 from .kernels.vectors import lanes
 from .layout import Floats, Ints, aligned
@@ -53,7 +53,7 @@ class _Kernel(NamedTuple):
 
 
 class Loop:
-    """A convolution, with its coefficients laid out for one of the compiled loops; results are clamped to `limits`.
+    """A convolution, with its coefficients laid out for one of the compiled loops; with an activation.
 
     Attributes:
         scratch_shape: of the float32 working memory of a call: a row for each thread.
@@ -62,9 +62,9 @@ class Loop:
 
     def __init__(
         self, coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice,
-        limits: tuple[float, float] = UNLIMITED,
+        activation: Activation = NONE,
     ) -> None:  # fmt: skip
-        self._target, self._limits = addressing.target, tuple(map(np.float32, limits))
+        self._target, self._activation = addressing.target, activation.arguments
         self._kernel = _KERNELS[choice.order](coefficients, bias, addressing, choice)
         self.bytes = sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
         self.scratch_shape = numba.config.NUMBA_NUM_THREADS, self._kernel.scratch_size
@@ -79,11 +79,11 @@ class Loop:
             scratch = aligned(math.prod(self.scratch_shape)).reshape(self.scratch_shape)
         return partial(
             kernel.function, *kernel.sizes, *kernel.arrays, *kernel.rest, source, *kernel.source, *added,
-            *self._limits, target, *kernel.target, *((scratch,) if scratch.size else ()),
+            *self._activation, target, *kernel.target, *((scratch,) if scratch.size else ()),
         )  # fmt: skip
 
 
-def _parts(coefficients: Coefficients, count: int) -> Ints:
+def parts_of(coefficients: Coefficients, count: int) -> Ints:
     """First output channel of each part, and the end: parts of about equally many coefficients and channels."""
     work = np.bincount(coefficients.outputs, minlength=coefficients.channels) + 1
     done = np.append(0, work.cumsum())
@@ -96,7 +96,7 @@ def _direct(coefficients: Coefficients, bias: Floats, addressing: Addressing, ch
     lengths = np.bincount(coefficients.outputs, minlength=coefficients.channels)
     positions = coefficients.inputs.astype(np.int64) * addressing.channel_stride
     arrays = (
-        _parts(coefficients, choice.parts),
+        parts_of(coefficients, choice.parts),
         np.append(0, lengths.cumsum()).astype(np.uint32),
         np.arange(coefficients.channels, dtype=np.uint16),
         (positions + addressing.offsets[coefficients.filters]).astype(np.int32),
@@ -112,7 +112,7 @@ def _fused(coefficients: Coefficients, bias: Floats, addressing: Addressing, cho
     bfloat16 = choice.response_dtype == torch.bfloat16 and basis is not None
     size = choice.width // 2 if bfloat16 else choice.width
     most = max(taps, choice.budget // (4 * size))
-    count, begin, used, rows = arrange(coefficients, _parts(coefficients, choice.parts), taps, most)
+    count, begin, used, rows = arrange(coefficients, parts_of(coefficients, choice.parts), taps, most)
     responses = max(1, int(np.diff(begin).max()))
     arrays = (
         responses,

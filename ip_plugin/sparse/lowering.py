@@ -7,13 +7,17 @@ from typing import Any
 from torch import Tensor, fx
 
 from .autotune import Chooser
+from .elementwise import Concatenation, Elementwise, Scale
 from .memory import Region
 from .placement import Placement
+from .pooling import AveragePool, MaxPool, Mean
 from .program import Program
-from .steps import GlobalMean, MaxPool, SparseConvolution, Step, Torch
+from .steps import SparseConvolution, SparseLinear, Step, Torch
 
 #: Kinds of steps; the first one that can make the value of a node does.
-KINDS: tuple[type[Step], ...] = (SparseConvolution, MaxPool, GlobalMean, Torch)
+KINDS: tuple[type[Step], ...] = (
+    SparseConvolution, SparseLinear, MaxPool, Mean, AveragePool, Concatenation, Elementwise, Scale, Torch,
+)  # fmt: skip
 
 
 def lower(
@@ -40,7 +44,7 @@ def lower(
 def _share_buffers(program: Program, inputs: tuple[Tensor, ...]) -> None:
     """Let regions that are not in use at the same time have one buffer."""
     last_uses, steps = _last_uses(program, inputs), list(enumerate(program.steps))
-    first_uses = {region: number for number, step in reversed(steps) for region in step.regions}
+    first_uses = {region.root: number for number, step in reversed(steps) for region in step.regions}
     sizes: list[int] = []
     busy_until: list[int] = []
     for region in program.regions:
@@ -60,7 +64,7 @@ def _last_uses(program: Program, inputs: tuple[Tensor, ...]) -> dict[Region, int
     """Number of the last step that uses each region; run once, to see which values are views of which buffer."""
     workspace = program.workspace()
     owners = {workspace.view(region).untyped_storage().data_ptr(): region for region in program.regions}
-    last_uses = {region: number for number, step in enumerate(program.steps) for region in step.regions}
+    last_uses = {region.root: number for number, step in enumerate(program.steps) for region in step.regions}
 
     def watch(node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor) and (region := owners.get(value.untyped_storage().data_ptr())):

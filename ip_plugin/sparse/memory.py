@@ -16,12 +16,24 @@ from .layout import Floats, Layout, aligned
 class Region:
     """Where a value of this layout lies: at the beginning of the buffer of this number, at first one of its own.
 
-    Values that are not alive together share a buffer.
+    Values that are not alive together share a buffer. A region may be a range of channels of another one, `whole`.
     """
 
     layout: Layout
     channels: int
+    whole: Region | None = None
+    begin: int = 0
     buffer: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def root(self) -> Region:
+        """The region that has a buffer: this one, or the outermost one that it is a part of."""
+        return self if self.whole is None else self.whole.root
+
+    @property
+    def first_channel(self) -> int:
+        """Its first channel in `root`."""
+        return 0 if self.whole is None else self.begin + self.whole.first_channel
 
     @property
     def size(self) -> int:
@@ -44,12 +56,13 @@ class Workspace:
         self._scratch = aligned(scratch)
 
     def buffer(self, region: Region) -> Floats:
-        """The buffer that a region lies in."""
-        return self._buffers[region.buffer]
+        """The buffer that a region lies in, from its first channel on."""
+        return self._buffers[region.root.buffer][region.first_channel * region.layout.stride :]
 
     def view(self, region: Region) -> Tensor:
         """The images of a region, without a copy."""
-        return region.layout.view(self.buffer(region), region.channels)
+        whole = region.layout.view(self._buffers[region.root.buffer], region.root.channels)
+        return whole[:, region.first_channel : region.first_channel + region.channels]
 
     def scratch(self, shape: tuple[int, int]) -> Floats:
         """Working memory of a step."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
@@ -16,10 +16,13 @@ from torch.utils._pytree import tree_unflatten
 from ..errors import SparseExecutionError
 from ..reporting.measure import LayerCall
 from .autotune import Chooser
+from .dense import Dense
 from .graph import ROOT, Structure, Traced
 from .lowering import lower
+from .profile import Profile, profile_of
 from .program import Program
 from .steps import Run
+from .threads import one_at_a_time, share_threads
 
 
 class SparseNetwork(nn.Module):
@@ -27,6 +30,9 @@ class SparseNetwork(nn.Module):
 
     Its weights are those that the model had then. Floating point inputs are float32 on the CPU; each new shape is
     prepared for once. Calls from several threads at once work in memory of their own.
+
+    Attributes:
+        dense: how the whole network is run instead for inputs of one shape, where that is faster; or None.
 
     Args:
         traced: what `graph.trace` has made of the model.
@@ -41,6 +47,7 @@ class SparseNetwork(nn.Module):
         self._programs: dict[tuple[torch.Size, ...], Program] = {}
         self._lock = threading.Lock()
         self.noted: list[LayerCall] | None = None
+        self.dense: Dense | None = None
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,18 +58,50 @@ class SparseNetwork(nn.Module):
                 tensors, a floating point tensor is not float32 on the CPU, or a convolution gets no batch of images.
         """
         program, tensors = self._program(args, kwargs)
+        dense = self._dense_for(tensors)
+        seconds: list[float] = []
+        with one_at_a_time():
+            if dense is not None:
+                leaves = dense.run(tensors)
+            elif self.noted is None:
+                leaves = program(tensors)
+            else:
+                leaves, seconds = program.timed(tensors)
         if self.noted is not None:
-            self.noted.extend(_calls(program))
-        with _one_at_a_time():
-            return tree_unflatten(program(tensors), self._outputs)
+            self.noted.extend(_calls(program, dense, seconds))
+        return tree_unflatten(leaves, self._outputs)
 
     def runs(self, *args: Any, **kwargs: Any) -> list[Run]:
-        """How each convolution is run for inputs of these shapes, in order."""
-        return [step.layer.run for step in self._program(args, kwargs)[0].steps if step.layer is not None]
+        """How each layer is run for inputs of these shapes, in order."""
+        program, tensors = self._program(args, kwargs)
+        dense = self._dense_for(tensors)
+        runs = [step.layer.run for step in program.steps if step.layer is not None]
+        return runs if dense is None else [run._replace(how=f"dense by {dense.name}") for run in runs]
+
+    def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> Profile:
+        """How long each step takes in a call with these arguments: the median of so many calls.
+
+        >>> from ip_plugin.sparse import prepare
+        >>> network = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(1, 3, 8, 8))
+        >>> [step.layer for step in network.profile(torch.rand(1, 3, 8, 8)) if step.layer]
+        ['0']
+        """
+        program, tensors = self._program(args, kwargs)
+        with torch.no_grad(), one_at_a_time():
+            return profile_of(program, program.profile(tensors, rounds))
 
     def first_calls(self) -> list[LayerCall]:
         """Calls of convolutions for the inputs that the network was prepared for, for `ip_plugin.report`."""
-        return _calls(next(iter(self._programs.values())))
+        return _calls(next(iter(self._programs.values())), self.dense)
+
+    def extra_repr(self) -> str:
+        """Whether it is run dense, and why."""
+        return "" if self.dense is None else str(self.dense)
+
+    def _dense_for(self, tensors: tuple[Tensor, ...]) -> Dense | None:
+        """The dense way, if inputs of these shapes are run by it."""
+        shapes = tuple(tensor.shape for tensor in tensors)
+        return self.dense if self.dense is not None and self.dense.shapes == shapes else None
 
     def layers_by_torch(self) -> dict[str, nn.Module]:
         """Modules with parameters of which torch runs calls, by their names in the model."""
@@ -91,7 +130,7 @@ class SparseNetwork(nn.Module):
             )
         for value in tensors:
             check_input(value)
-        _share_threads()
+        share_threads()
         key = tuple(value.shape for value in tensors)
         with self._lock:
             if key not in self._programs:
@@ -100,29 +139,18 @@ class SparseNetwork(nn.Module):
             return self._programs[key], tensors
 
 
-def _calls(program: Program) -> list[LayerCall]:
-    """The layers that a program runs."""
+def _calls(program: Program, dense: Dense | None, seconds: Sequence[float] = ()) -> list[LayerCall]:
+    """The layers that a program, whose steps take so long, runs, or a dense way instead."""
+    times = [1e3 * took for step, took in zip(program.steps, seconds, strict=False) if step.layer is not None]
     layers = [step.layer for step in program.steps if step.layer is not None]
-    return [LayerCall(layer.run.layer, layer.run.how, layer.run.bytes, layer.positions) for layer in layers]
-
-
-def _share_threads() -> None:
-    """Give numba as many threads as torch has; OpenMP has one number for both, which numba sets when it starts."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
-_SERIAL = threading.Lock()
-
-
-def _one_at_a_time() -> AbstractContextManager[object]:
-    """A lock where numba has neither OpenMP nor TBB: its own threads can serve one call at a time."""
-    try:
-        return _SERIAL if numba.threading_layer() == "workqueue" else nullcontext()
-    except ValueError:  # no loop has run yet
-        return _SERIAL
+    if dense is not None:
+        how = f"dense by {dense.name}"
+        return [LayerCall(r.run.layer, how, 4 * math.prod(r.layer.shape), r.positions) for r in layers]
+    milliseconds: Sequence[float | None] = times or [None] * len(layers)
+    return [
+        LayerCall(layer.run.layer, layer.run.how, layer.run.bytes, layer.positions, took)
+        for layer, took in zip(layers, milliseconds, strict=True)
+    ]
 
 
 def check_input(value: Tensor) -> None:

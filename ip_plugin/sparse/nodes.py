@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx, nn
 
 #: Names of functions that change an argument, besides those that end with an underscore.
@@ -26,6 +29,33 @@ def function_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def bound(node: fx.Node, *names: str) -> dict[str, Any] | None:
+    """The arguments of a node by these names; None if it has others."""
+    if len(node.args) > len(names) or not set(node.kwargs) <= set(names[len(node.args) :]):
+        return None
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def is_switched_off(node: fx.Node) -> bool:
+    """Whether a node calls a dropout, or torchvision's stochastic depth, that does nothing outside of training."""
+    names = {
+        "dropout": ("input", "p", "training", "inplace"),
+        "stochastic_depth": ("input", "p", "mode", "training"),
+    }.get(function_name(node))
+    arguments = (bound(node, *names) if names and node.op == "call_function" else None) or {}
+    return arguments.get("training") is False and isinstance(arguments.get("input"), fx.Node)
+
+
+def joined_channels(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The values whose channels a node concatenates; empty if it does something else."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return ()
+    arguments = bound(node, "tensors", "dim") or {}
+    parts = arguments.get("tensors", ())
+    listed = isinstance(parts, (list, tuple)) and all(isinstance(part, fx.Node) for part in parts)
+    return tuple(parts) if listed and arguments.get("dim", 0) in (1, -3) else ()
 
 
 def is_of_torch(module: nn.Module | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from ..errors import ArgumentError, SparseExecutionError, SparseFallbackWarning
 from ..reporting.measure import PREPARED, Prepared, measure
 from ..utils.example_input import arguments, run
 from .autotune import Autotuner, Chooser, by_rule
+from .dense import faster_dense
 from .graph import Outputs, Structure, UntraceableError, baked, outputs_of, trace
 from .network import SparseNetwork, check_input
+from .threads import warn_of_slow_threads
 
 #: How much outputs may differ from the model's, relative to the largest one, by dtype of responses.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -28,14 +30,15 @@ def prepare(
     *,
     deterministic: bool = False,
     response_dtype: torch.dtype = torch.float32,
+    dense: Literal["auto", "torch"] = "auto",
 ) -> nn.Module:
     """Make a network for inference on a CPU that computes the same outputs, skipping zeros where that is faster.
 
-    2D convolutions run sparse, in either space, fused with what follows them (BatchNorm, addition of a residual, ReLU);
-    activations between them stay in one memory layout. Autotuning times each layer dense and in several sparse ways.
-    3x3 convolutions that are still too dense for the sparse kernels may run dense by Winograd's minimal filtering
-    (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or infinity spreads over its tile of 4x4 pixels. Everything
-    else is left to torch.
+    2D convolutions and linear layers run sparse, in either space, fused with what follows them (BatchNorm, addition of
+    a residual, activation); pooling, concatenation and squeeze-and-excitation run in the same memory layout. Autotuning
+    times each convolution dense and in several sparse ways. 3x3 convolutions that are still too dense for the sparse
+    kernels may run dense by Winograd's minimal filtering (Lavin and Gray 2016, arXiv 1509.09308), where a NaN or
+    infinity spreads over its tile of 4x4 pixels. Everything else is left to torch.
 
     What is prepared is run on the example input and compared with the model. If `torch.fx` cannot trace the forward, or
     traces another branch of it, as large parts of the model as possible are prepared instead, down to single
@@ -48,6 +51,9 @@ def prepare(
         deterministic: choose by a rule instead of by timing: slower, but outputs are bit-equal in every process.
         response_dtype: dtype in which basis-filter responses are stored while a layer runs: float32, or bfloat16, which
             halves their cache footprint and rounds them to 8 bits; sums and everything else stay float32.
+        dense: by what a network may be run as a whole where that is faster: ``"torch"``, or, if ``"auto"``, ONNX
+            Runtime and OpenVINO as well, where they are installed. ``network.dense`` says whether it is. With
+            `deterministic` it never is.
 
     Returns:
         A module that takes what the model takes, without gradients: a `SparseNetwork`, or a copy of the model, parts of
@@ -55,12 +61,12 @@ def prepare(
 
     Raises:
         BatchError: the model does not run on the example input.
-        ArgumentError: `response_dtype` is another type.
+        ArgumentError: `response_dtype` is another type, or `dense` another word.
         SparseExecutionError: model or input are not float32 on the CPU, or the model cannot be copied, or a baked copy
             computes something else.
 
     Warns:
-        SparseFallbackWarning: the model is run in parts.
+        SparseFallbackWarning: the model is run in parts, or threads are slow.
 
     >>> import torch
     >>> from ip_plugin.methods import prune_fitted
@@ -77,6 +83,8 @@ def prepare(
             f"response_dtype={response_dtype}",
             "leave it out for results that are exact to float32",
         )
+    if dense not in ("auto", "torch"):
+        raise ArgumentError("`dense` must be 'auto' or 'torch'.", f"dense={dense!r}", "leave it out for 'auto'")
     args, kwargs = arguments(example_input)
     structure, tensors = Structure.of(args, kwargs)
     for value in (*tensors, *(parameter.detach() for parameter in model.parameters())):
@@ -90,18 +98,25 @@ def prepare(
     try:
         prepared = parts.network(parts.plain, args, kwargs, expected)
         networks, by_torch = [prepared], prepared.layers_by_torch()
+        if not deterministic and any(run.how != "dense" for run in prepared.runs(*args, **kwargs)):
+            prepared.dense = faster_dense(
+                prepared, parts.plain, structure, tensors, _TOLERANCES[torch.float32], dense == "auto"
+            )
     except UntraceableError as error:
         prepared, networks, by_torch = parts.plain, *parts.assemble(args, kwargs, expected)
-        sparse = len({call.layer for network in networks for call in network.first_calls()})
+        sparse = len(
+            {call.layer for network in networks for call in network.first_calls()} & {*parts.convolutions.values()}
+        )
         how, reason = "in parts, which is slower" if networks else "dense", str(error).rstrip(".")
         warnings.warn(
             f"The network is run {how}: torch.fx cannot trace its forward as a whole. Found: {reason}. {len(networks)} "
-            f"parts are sparse networks, with {sparse} of {len(parts.sparse)} convolutions for which there are loops"
-            f"{parts.difference}. What to do: keep Python that depends on values or types of tensors out of the "
-            "forward, or accept the speed",
+            f"parts are sparse networks, with {sparse} of {len(parts.convolutions)} convolutions for which there "
+            f"are loops{parts.difference}. What to do: keep Python that depends on values or types of tensors out of "
+            "the forward, or accept the speed",
             SparseFallbackWarning,
             stacklevel=2,
         )
+    warn_of_slow_threads(stacklevel=3)
     setattr(prepared, PREPARED, Prepared(measure(model, packing=False), by_torch, networks))
     return prepared
 
@@ -115,12 +130,14 @@ class _Parts:
 
     Attributes:
         plain: a baked copy of the model.
-        sparse: its layers that can run sparse.
+        convolutions: names of those that can run sparse.
         difference: in words, what `assemble` has found different in the outputs of the whole model.
     """
 
     def __init__(self, model: nn.Module, choose: Chooser, tolerance: float) -> None:
-        self.plain, self.sparse = baked(model)
+        self.plain, self._sparse = baked(model)
+        layers = self._sparse.items()
+        self.convolutions = {m: ref.module_name for m, ref in layers if isinstance(m, nn.Conv2d)}
         self.difference = ""
         self._choose, self._tolerance = choose, tolerance
 
@@ -138,7 +155,7 @@ class _Parts:
         for opaque in (False, True):
             try:
                 traced = trace(
-                    module, self.sparse, args, kwargs, expected=expected, opaque=opaque, tolerance=self._tolerance
+                    module, self._sparse, args, kwargs, expected=expected, opaque=opaque, tolerance=self._tolerance
                 )
                 network = SparseNetwork(traced, self._choose, module.forward).eval()
                 difference = expected.difference(outputs_of(network, structure, tensors), self._tolerance)
@@ -221,7 +238,7 @@ class _Parts:
         hooks: list[RemovableHandle] = []
         for part in module.modules():
             hooked = part._forward_hooks or part._forward_pre_hooks
-            if part is not module and not hooked and not self.sparse.keys().isdisjoint(part.modules()):
+            if part is not module and not hooked and not self.convolutions.keys().isdisjoint(part.modules()):
                 hooks.append(part.register_forward_pre_hook(enter, with_kwargs=True))
                 hooks.append(part.register_forward_hook(leave, always_call=True))
         structure, tensors = Structure.of(args, kwargs)

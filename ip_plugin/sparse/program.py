@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ class Program:
 
     def __init__(self, module: fx.GraphModule, steps: list[Step]) -> None:
         self.steps, self._module = steps, module
-        self.regions = list(dict.fromkeys(region for step in steps for region in step.regions))
+        self.regions = list(dict.fromkeys(region.root for step in steps for region in step.regions))
         *_, self._output = module.graph.nodes
         nodes = [*((step.node, *step.node.all_input_nodes) for step in steps), tuple(self._output.all_input_nodes)]
         self.last_uses = {node: number for number, used in enumerate(nodes) for node in used}
@@ -53,12 +55,38 @@ class Program:
         scratch = max((math.prod(step.scratch_shape) for step in self.steps), default=0)
         return Workspace(self._module, self.regions, scratch)
 
-    def bind(self, workspace: Workspace, watch: Callable[[fx.Node, Any], None] | None = None) -> Call:
-        """A function that runs all steps in a workspace; `watch` gets each node with every part of its value."""
+    def timed(self, inputs: tuple[Tensor, ...]) -> tuple[Any, list[float]]:
+        """Run all steps once; the outputs, and the seconds of each step."""
+        took: list[list[float]] = [[] for _ in self.steps]
+        outputs = self.bind(self.workspace(), took=took)(inputs)
+        return outputs, [seconds[0] for seconds in took]
+
+    def profile(self, inputs: tuple[Tensor, ...], rounds: int) -> list[float]:
+        """Median seconds of each step."""
+        took: list[list[float]] = [[] for _ in self.steps]
+        call = self.bind(self.workspace(), took=took)
+        for _ in range(rounds + 1):
+            call(inputs)
+        return [statistics.median(times[1:]) for times in took]
+
+    def bind(
+        self,
+        workspace: Workspace,
+        watch: Callable[[fx.Node, Any], None] | None = None,
+        took: list[list[float]] | None = None,
+    ) -> Call:
+        """A function that runs all steps in a workspace.
+
+        Args:
+            workspace: its memory.
+            watch: gets each node with every part of its value.
+            took: of each step, a list that its seconds are appended to.
+        """
         output = self._output.args[0]
-        steps = [
-            (step.node, step.bind(workspace), unused) for step, unused in zip(self.steps, self._unused, strict=False)
-        ]
+        runs = [(step.node, step.bind(workspace)) for step in self.steps]
+        if took is not None:
+            runs = [(node, partial(_timed, run, took, number)) for number, (node, run) in enumerate(runs)]
+        steps = [(*run, unused) for run, unused in zip(runs, self._unused, strict=False)]
 
         def call(inputs: tuple[Tensor, ...]) -> Any:
             workspace.interpreter.args_iter = iter(inputs)
@@ -72,6 +100,13 @@ class Program:
             return fx.node.map_aggregate(fx.node.map_arg(output, values.__getitem__), _owned)
 
         return call
+
+
+def _timed(run: Callable[[Values], None], took: list[list[float]], number: int, values: Values) -> None:
+    """Run a step, and note how long that took."""
+    begin = perf_counter()
+    run(values)
+    took[number].append(perf_counter() - begin)
 
 
 def _owned(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The steps of a sparse network: one class for each kind, which knows how it is lowered and run."""
+"""Steps of a sparse network: a class for each kind, which knows how it is lowered and run; here those of layers.
+
+The others are in `pooling` and `elementwise`.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,25 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..errors import SparseExecutionError
-from .addressing import Window
+from .addressing import Addressing, Window
 from .convolution import Convolution
 from .images import Images, Packing
+from .kernels import images as image_loops
 from .kernels import nonzero
-from .layout import Layout
-from .loops import Loop
+from .linear import Linear
+from .loops import Choice, Loop, parts_of
 from .memory import Region, Workspace
-from .nodes import called_plainly, changes_a_value, module_of, needs_contiguous
+from .nodes import changes_a_value, module_of, needs_contiguous
 from .placement import Placement
+from .pointwise import Pointwise
 
 Values = dict[fx.Node, Any]
 
@@ -51,7 +55,7 @@ class Run(NamedTuple):
 class LayerRun(NamedTuple):
     """A layer of the model that a step runs: what, how, and at how many output positions over all images."""
 
-    layer: Convolution
+    layer: Convolution | Linear
     run: Run
     positions: int
 
@@ -104,7 +108,7 @@ class Torch(Step):
         call, target = getattr(interpreter, node.op), node.target
         if module is not None:  # looked up once
             call, target = interpreter.call_function, module
-        contiguous = not isinstance(module, Convolution) and needs_contiguous(node)
+        contiguous = not isinstance(module, (Convolution, Linear, Pointwise)) and needs_contiguous(node)
 
         def run(values: Values) -> None:
             arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -162,20 +166,21 @@ class SparseConvolution(Step):
         images, channels, height, width = placement.shapes[node]
         source, addressing = placement.addressing(value, layer.window)
         reachable = layer.inputs * addressing.channel_stride <= placement.max_offset
-        choice = placement.choose(layer, addressing, source is None) if reachable else None
+        original = placement.original(value)
+        layout = None if original is None else original.layout
+        choice = placement.choose(layer, addressing, source is None, layout) if reachable else None
         if choice is None:
-            run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))
-            return [Torch(node, layer=LayerRun(layer, run, images * height * width))]
+            return DenseConvolution.lower(node, placement)
         steps: list[Step] = []
         if source is None:
-            original, source = placement.original(value), placement.place_copy(value, addressing)
+            source = placement.place_copy(value, addressing)
             steps.append(Pack(node, value, placement.shapes[value], Packing.to_read(addressing), source, original))
         residual = None if addend is None else placement.regions.get(addend)
         if addend is not None and (residual is None or residual.layout != addressing.target):
             residual = Region(addressing.target, channels)
             original, shape = placement.original(addend), placement.shapes[addend]
             steps.append(Pack(node, addend, shape, Packing.whole(residual.layout), residual, original))
-        loop = Loop(layer.coefficients, layer.bias, addressing, choice, layer.limits)
+        loop = Loop(layer.entries(choice.order), layer.bias, addressing, choice, layer.activation)
         run = Run(layer.name, layer.density, choice.order, choice.width, choice.parts, loop.bytes)
         record = LayerRun(layer, run, images * height * width)
         return [*steps, cls(node, loop, source, placement.place(node, addressing.target), residual, layer=record)]
@@ -188,86 +193,150 @@ class SparseConvolution(Step):
         residual = None if self.residual is None else workspace.buffer(self.residual)
         source, target = workspace.buffer(self.source), workspace.buffer(self.target)
         call = self.loop.bind(source, target, residual, workspace.scratch(self.scratch_shape))
-        return _into(self.node, workspace.view(self.target), call)
+        return into(self.node, workspace.view(self.target), call)
 
 
-@dataclass(eq=False)
-class MaxPool(Step):
-    """A max pooling from one region into another."""
-
-    window: Window
-    source: Region
-    target: Region
-
-    @classmethod
-    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
-        """The pooling, if its input lies in a buffer."""
-        module = module_of(node)
-        if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices or not called_plainly(node):
-            return []
-        source = placement.regions.get(node.all_input_nodes[0])
-        if source is None:
-            return []
-        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-        window = Window(*((size, size) if isinstance(size, int) else (size[0], size[1]) for size in sizes))
-        images, _, height, width = placement.shapes[node]
-        rows, columns = placement.gap((height, width))
-        pitch = width + columns
-        layout = Layout(images, height, width, height + rows, pitch, rows * pitch + columns)
-        return [cls(node, window, source, placement.place(node, layout))]
-
-    @property
-    def scratch_shape(self) -> tuple[int, int]:
-        span = max(self.source.layout.width, (self.target.layout.width - 1) * self.window.stride[1] + 1)
-        length = span + 2 * self.window.padding[1] + self.window.kernel[1] * self.window.dilation[1] + 64
-        return 2 * numba.config.NUMBA_NUM_THREADS, length
-
-    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
-        source, target = self.source.layout, self.target.layout
-        call = partial(
-            nonzero.max_pool, source.images, self.source.channels, source.height, source.width, *self.window,
-            workspace.buffer(self.source), *source.distances(), target.height, target.width,
-            workspace.buffer(self.target), *target.distances(), workspace.scratch(self.scratch_shape),
-        )  # fmt: skip
-        return _into(self.node, workspace.view(self.target), call)
-
-
-@dataclass(eq=False)
-class GlobalMean(Step):
-    """The average over all pixels of each channel of a region."""
-
-    source: Region
-
-    @classmethod
-    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
-        """The average pooling, if it makes one pixel and its input lies in a buffer."""
-        module = module_of(node)
-        if module is None:
-            averages = node.target is F.adaptive_avg_pool2d
-            size: Any = node.args[1] if len(node.args) == 2 else node.kwargs.get("output_size")
-        else:
-            averages = type(module) is nn.AdaptiveAvgPool2d and called_plainly(node)
-            size = module.output_size if averages else None
-        source = placement.regions.get(node.all_input_nodes[0]) if averages else None
-        return [] if source is None or size not in (1, (1, 1), [1, 1]) else [cls(node, source)]
-
-    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
-        node, layout, buffer = self.node, self.source.layout, workspace.buffer(self.source)
-        shape, distances = (layout.images, self.source.channels), layout.distances()[:3]
-        sizes = (*shape, (layout.height - 1) * layout.pitch + layout.width, layout.height * layout.width)
-
-        def run(values: Values) -> None:
-            values[node] = means = torch.empty(*shape, 1, 1)
-            nonzero.mean(*sizes, buffer, *distances, means.numpy().reshape(-1))
-
-        return run
-
-
-def _into(node: fx.Node, view: Tensor, call: Callable[[], Any]) -> Callable[[Values], None]:
+def into(node: fx.Node, view: Tensor, call: Callable[[], Any]) -> Callable[[Values], None]:
     """A function that runs a loop and makes the view of the region that it writes the value of a node."""
 
     def run(values: Values) -> None:
         call()
         values[node] = view
+
+    return run
+
+
+def read(node: fx.Node, value: fx.Node, placement: Placement) -> tuple[list[Step], Region]:
+    """Steps before that of a node, and the region that they let it read a value in, which is a batch of images."""
+    if value in placement.regions:
+        return [], placement.regions[value]
+    layout = placement.layout(value)
+    region = Region(layout, placement.shapes[value][1])
+    placement.remember_copy(value, region)
+    return [Pack(node, value, placement.shapes[value], Packing.whole(layout), region, None)], region
+
+
+#: Arguments of `pointwise` where there is no scale, and nothing is added.
+NO_SCALE = NOTHING = np.empty(0, np.float32), 0, 0, 0
+NO_ADDEND = (*NOTHING, 0)
+
+
+def images_in(workspace: Workspace, region: Region | None) -> tuple[Any, ...]:
+    """The arguments of a loop that reads a region: its buffer, and where the pixels are."""
+    return NO_ADDEND if region is None else (workspace.buffer(region), *region.layout.distances())
+
+
+@dataclass(eq=False)
+class DenseConvolution(Step):
+    """A convolution by torch, whose result is moved to a region, where other steps read it."""
+
+    value: fx.Node
+    source: Region | None
+    target: Region
+    residual: Region | None
+
+    @classmethod
+    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
+        layer = module_of(node)
+        assert isinstance(layer, Convolution)
+        nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        images, _, height, width = placement.shapes[node]
+        steps, residual = ([], None) if len(nodes) == 1 else read(node, nodes[1], placement)
+        run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))
+        record, source = LayerRun(layer, run, images * height * width), placement.original(nodes[0])
+        return [*steps, cls(node, nodes[0], source, placement.place(node), residual, layer=record)]
+
+    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
+        assert self.layer is not None
+        assert isinstance(self.layer.layer, Convolution)
+        node, value, layer, layout = self.node, self.value, self.layer.layer, self.target.layout
+        source = None if self.source is None else workspace.view(self.source)
+        view, target = workspace.view(self.target), images_in(workspace, self.target)
+        sizes = layout.images, self.target.channels, layout.height, layout.width
+        by_rows = np.empty(0, np.uint8)
+        rest = (*images_in(workspace, self.residual), *layer.activation.arguments, *target)
+
+        def run(values: Values) -> None:
+            made = layer.convolved(values[value] if source is None else source).contiguous()
+            image_loops.pointwise(
+                *sizes,
+                by_rows,
+                NOTHING[0],
+                *NO_SCALE,
+                made.numpy().reshape(-1),
+                0,
+                *made.stride()[1::-1],
+                made.stride(2),
+                *rest,
+            )
+            values[node] = view
+
+        return run
+
+
+@dataclass(eq=False)
+class SparseLinear(Step):
+    """A linear layer by its non-zeros, of few rows of inputs or of many."""
+
+    value: fx.Node
+
+    @classmethod
+    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
+        layer = module_of(node)
+        if not isinstance(layer, Linear):
+            return []
+        rows = math.prod(placement.shapes[node][:-1])
+        size = layer.coefficients.values.nbytes + layer.coefficients.inputs.nbytes
+        record = LayerRun(layer, Run(layer.name, layer.density, "direct", 0, 0, size), rows)
+        return [cls(node, node.all_input_nodes[0], layer=record)]
+
+    def bind(self, workspace: Workspace) -> Callable[[Values], None]:  # noqa: ARG002
+        assert self.layer is not None
+        assert isinstance(self.layer.layer, Linear)
+        node, layer, value = self.node, self.layer.layer, self.value
+        call = _many_rows(layer, self.layer.positions) if self.layer.positions > _FEW else _few_rows(layer)
+
+        def run(values: Values) -> None:
+            rows = values[value].reshape(-1, layer.inputs)
+            values[node] = call(rows).view(*values[value].shape[:-1], -1)
+
+        return run
+
+
+#: So many rows of inputs are multiplied one by one.
+_FEW = 4
+
+
+def _few_rows(layer: Linear) -> Callable[[Tensor], Tensor]:
+    """A function that runs a linear layer on rows of inputs, one by one."""
+    entries = layer.coefficients
+    begin = parts_of(entries, 4 * numba.config.NUMBA_NUM_THREADS)
+    row_begin = np.append(0, np.bincount(entries.outputs, minlength=entries.channels).cumsum()).astype(np.uint32)
+
+    def run(rows: Tensor) -> Tensor:
+        made = torch.empty(len(rows), entries.channels)
+        nonzero.linear(
+            len(begin) - 1, begin, row_begin, entries.inputs, entries.values, layer.bias,
+            rows.contiguous().numpy().reshape(-1), layer.inputs, *layer.activation.arguments,
+            made.numpy().reshape(-1), entries.channels,
+        )  # fmt: skip
+        return made
+
+    return run
+
+
+def _many_rows(layer: Linear, count: int) -> Callable[[Tensor], Tensor]:
+    """A function that runs a linear layer like a 1x1 convolution of an image whose pixels are the rows."""
+    addressing = Addressing.new(Window((1, 1)), 1, 1, count)
+    choice = Choice("direct", 64, numba.config.NUMBA_NUM_THREADS)
+    source, target = addressing.source.empty(layer.inputs), addressing.target.empty(layer.coefficients.channels)
+    call = Loop(layer.coefficients, layer.bias, addressing, choice, layer.activation).bind(source, target)
+    view = addressing.target.view(target, layer.coefficients.channels)[0, :, 0].t()
+    packing = Packing.to_read(addressing)
+
+    def run(rows: Tensor) -> Tensor:
+        packing.pack(Images.of(rows.t()[None, :, None]), source)
+        call()
+        return view.contiguous()
 
     return run

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from records import SMALL
 
 from ip_plugin import cli
+from ip_plugin.compare import Results, run
 
 
 @pytest.fixture
@@ -22,3 +24,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of `SMALL`, run in this process."""
+    return run(SMALL, tmp_path_factory.mktemp("reference"), jobs=1)

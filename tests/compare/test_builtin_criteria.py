@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from records import result_of
 from torch import Tensor, nn
 
 from ip_plugin import interspace, masks, prunable
 from ip_plugin.adapters import Begin
 from ip_plugin.adapters.torch_prune import criteria as torch_criteria
-from ip_plugin.compare import builtin_criteria, config
+from ip_plugin.compare import builtin_criteria
 from ip_plugin.compare.builtin_criteria import CRITERIA
-from ip_plugin.compare.cell import epochs_of, execute, train_and_prune
-from ip_plugin.compare.config import Cell, Settings
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare.cell import epochs_of, train_and_prune
+from ip_plugin.compare.config import Cell, Data, Study
+from ip_plugin.compare.data import load
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.compare.training import Training
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, movement, prune, select, snip, synflow
@@ -28,23 +30,23 @@ from ip_plugin.methods import Movement, apply_masks, grasp, lamp, magnitude, mov
 #: Criteria as they are: some leave layers almost empty.
 pytestmark = pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
 
-SETTINGS = Settings(epochs=1, finetune_epochs=1)
-FEW_IMAGES = Settings(epochs=1, finetune_epochs=1, train_images=200)
+SETTINGS = Study(training={"epochs": 1, "finetune_epochs": 1})
+FEW_IMAGES = Study(training={"epochs": 1, "finetune_epochs": 1}, data={"train_images": 200})
 TOTAL = 56224
 
 
 def network(space: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = TASKS["digits"].network()
+    model = NETWORKS["convnet"](1, 10)
     return interspace(model, basis="orthonormal", sharing="model", seed=seed) if space == "interspace" else model
 
 
 class Watched(Training):
     """A training that remembers the state at the beginning of each part, and the masks after each step."""
 
-    def __init__(self, model: nn.Module, settings: Settings = SETTINGS) -> None:
-        train, _ = TASKS["digits"].load(None, settings.train_images)
-        super().__init__(model, train, TASKS["digits"], settings, 0)
+    def __init__(self, model: nn.Module, settings: Study = SETTINGS) -> None:
+        images = load(Data(train_images=settings.data.train_images))
+        super().__init__(model, images, settings.training, 0)
         self.parts: list[tuple[int, dict[str, Tensor], int]] = []
         self.pruned: list[int] = []
         self.masks: list[dict[str, Tensor]] = []
@@ -78,9 +80,9 @@ def count(model: nn.Module) -> int:
     return sum(int((~mask).sum()) for mask in masks(model).values())
 
 
-def run(name: str, model: nn.Module, number: int, settings: Settings = SETTINGS) -> Watched:
+def run(name: str, model: nn.Module, number: int, settings: Study = SETTINGS) -> Watched:
     training = Watched(model, settings)
-    train_and_prune(CRITERIA[name], number, training, training.split)
+    train_and_prune(CRITERIA[name], number, training, training.images.test)
     return training
 
 
@@ -89,9 +91,9 @@ def run(name: str, model: nn.Module, number: int, settings: Settings = SETTINGS)
     [(name, 0.95) for name in CRITERIA] + [(name, 0.0) for name in ("random", "snip", "gradual", "rigl", "movement")],
 )
 def test_both_spaces_keep_equally_many_parameters(name: str, sparsity: float) -> None:
-    for space in config.SPACES:
+    for space in ("spatial", "interspace"):
         cell, done = Cell(f"ip:{name}", sparsity, space, 0), []
-        result = execute(cell, FEW_IMAGES, lambda done=done: done.append(1))
+        result = result_of(cell, FEW_IMAGES, lambda _, done=done: done.append(1))
         assert (result.parameters, result.parameters_left) == (TOTAL, round((1 - sparsity) * TOTAL))
         assert result.basis_parameters == (81 if space == "interspace" else 0)
         assert len(done) == epochs_of(cell, FEW_IMAGES)
@@ -102,9 +104,9 @@ def test_both_spaces_keep_equally_many_parameters(name: str, sparsity: float) ->
 @pytest.mark.parametrize("name", ["random", "set", "rigl", "movement"])
 def test_equal_runs_give_equal_results(name: str) -> None:
     cell = Cell(f"ip:{name}", 0.9, "interspace", 3)
-    first = execute(cell, FEW_IMAGES)
+    first = result_of(cell, FEW_IMAGES)
     torch.manual_seed(99)
-    assert replace(execute(cell, FEW_IMAGES), seconds=0) == replace(first, seconds=0)
+    assert result_of(cell, FEW_IMAGES) == first
 
 
 @pytest.mark.parametrize("name", ["torch:random", "ip:random"])
@@ -120,7 +122,7 @@ def test_random_pruning_does_not_look_at_the_weights(name: str, monkeypatch: pyt
     module: Any = {"torch": torch_criteria, "ip": builtin_criteria}[host]
     original = module.CRITERIA[criterion]
     monkeypatch.setitem(module.CRITERIA, criterion, replace(original, prune=partial(watched, original.prune)))
-    execute(Cell(name, 0.9, "spatial", 0), SETTINGS)
+    result_of(Cell(name, 0.9, "spatial", 0), SETTINGS)
     positive = float((torch.cat([values.flatten() for values in kept]) > 0).float().mean())
     assert 0.45 < positive < 0.55  # of 5,622
 
@@ -136,7 +138,7 @@ def test_random_scores_have_nothing_to_do_with_weights_of_the_same_seed() -> Non
 
 @pytest.mark.parametrize(
     ("name", "space"),
-    [*product(("snip", "grasp"), config.SPACES), ("snip_rounds", "spatial"), ("synflow", "interspace")],
+    [*product(("snip", "grasp"), ("spatial", "interspace")), ("snip_rounds", "spatial"), ("synflow", "interspace")],
 )
 def test_scores_at_initialisation_choose_before_training(name: str, space: str) -> None:
     model, reference = network(space), network(space)
@@ -163,9 +165,9 @@ def test_scores_without_data(name: str, score: Any) -> None:
     assert all(torch.equal(mask, masks(reference)[n]) for n, mask in masks(model).items())
 
 
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_gradual_pruning_goes_on_until_three_quarters_of_the_training(space: str) -> None:
-    training = run("gradual", network(space), 50000, replace(SETTINGS, epochs=4))
+    training = run("gradual", network(space), 50000, SETTINGS.changed({"training.epochs": 4}))
     assert training.steps == len(training.pruned) == 36
     # From step 7 (a fifth) to step 27; the law is cubic, so after half of that time seven eighths are gone.
     assert training.pruned[5] == training.pruned[6] == 0 < training.pruned[7]
@@ -173,10 +175,10 @@ def test_gradual_pruning_goes_on_until_three_quarters_of_the_training(space: str
     assert training.pruned[25] < 50000 == training.pruned[26] == training.pruned[-1]
 
 
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 @pytest.mark.parametrize("name", ["set", "rigl"])
 def test_dynamic_methods_move_until_three_quarters_and_keep_the_count(name: str, space: str) -> None:
-    training = run(name, network(space), 50000, replace(SETTINGS, epochs=4))
+    training = run(name, network(space), 50000, SETTINGS.changed({"training.epochs": 4}))
     assert set(training.pruned) == {50000}
     moved = [
         any(not torch.equal(now[n], before[n]) for n in now)
@@ -190,11 +192,11 @@ def test_rigl_and_set_grow_other_entries() -> None:
     assert any(not torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_tickets_are_rewound_with_their_bases_and_lose_more_each_time(space: str) -> None:
     model = network(space)
     start = values(model)
-    training = run("ticket", model, 50000, replace(SETTINGS, epochs=2))
+    training = run("ticket", model, 50000, SETTINGS.changed({"training.epochs": 2}))
     # Density d = 6224 / 56224; after rounds 1, 2 and 3 the densities are 0.4802, 0.2305 and d.
     assert [pruned for _, _, pruned in training.parts] == [0, 29228, 43262, 50000]
     first, *later = [state for _, state, _ in training.parts]
@@ -205,10 +207,10 @@ def test_tickets_are_rewound_with_their_bases_and_lose_more_each_time(space: str
         assert all(torch.equal(state[n], later[0][n]) for n in state)
 
 
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_movement_prunes_while_fine_tuning(space: str) -> None:
     model = network(space)
-    training = run("movement", model, 50000, replace(SETTINGS, finetune_epochs=2))
+    training = run("movement", model, 50000, SETTINGS.changed({"training.finetune_epochs": 2}))
     assert [(epochs, pruned) for epochs, _, pruned in training.parts] == [(1, 0), (2, 0)]
     during = training.pruned[9:]
     assert set(training.pruned[:9]) == {0} and during == sorted(during) and during[-1] == 50000
@@ -227,13 +229,13 @@ def test_movement_is_followed_at_every_step_of_the_fine_tuning(monkeypatch: pyte
         updates.append(1)
 
     monkeypatch.setattr(Movement, "update", followed)
-    run("movement", network("interspace"), 50000, replace(SETTINGS, finetune_epochs=2))
+    run("movement", network("interspace"), 50000, SETTINGS.changed({"training.finetune_epochs": 2}))
     assert len(updates) == 18
 
 
 def test_movement_without_fine_tuning_prunes_at_the_end() -> None:
     model = network("spatial")
-    training = run("movement", model, 50000, replace(SETTINGS, finetune_epochs=0))
+    training = run("movement", model, 50000, SETTINGS.changed({"training.finetune_epochs": 0}))
     assert training.pruned[-1] == 0 and count(model) == 50000
     reference = network("spatial")
     again = Watched(reference)
@@ -255,7 +257,7 @@ def test_no_layer_loses_everything(name: str) -> None:
 def test_bases_have_their_own_learning_rate() -> None:
     models = {factor: network("interspace") for factor in (0.0, 1.0, 0.5)}
     for factor, model in models.items():
-        Watched(model, replace(SETTINGS, basis_lr=factor)).train()
+        Watched(model, SETTINGS.changed({"training.basis_lr": factor})).train()
     start = values(network("interspace"))["basis 0"]
     moved = {factor: float((values(model)["basis 0"] - start).norm()) for factor, model in models.items()}
     assert moved[0.0] == 0 < moved[0.5] < moved[1.0]

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from records import result_of
 from torch import Tensor, nn
 
 from ip_plugin import interspace
 from ip_plugin.adapters import VARIED, Begin
-from ip_plugin.compare import config, criteria
-from ip_plugin.compare.cell import epochs_of, execute
-from ip_plugin.compare.config import Cell, Settings
-from ip_plugin.compare.tasks import TASKS
+from ip_plugin.compare import criteria
+from ip_plugin.compare.cell import epochs_of
+from ip_plugin.compare.config import Cell, Study
+from ip_plugin.compare.models import NETWORKS
 from ip_plugin.core.tensor_ref import prunable_tensors
 from ip_plugin.methods import movement
 from ip_plugin.methods.filter_variety import removal_order
 
 pytest.importorskip("torch_pruning")
 
-SETTINGS = Settings(epochs=1, finetune_epochs=1, train_images=200)
+SETTINGS = Study(training={"epochs": 1, "finetune_epochs": 1}, data={"train_images": 200})
 
 
 def network(space: str) -> Any:
     torch.manual_seed(0)
-    model = TASKS["digits"].network()
+    model = NETWORKS["convnet"](1, 10)
     return interspace(model, basis="orthonormal", sharing="model", seed=0) if space == "interspace" else model
 
 
@@ -81,15 +81,15 @@ def test_every_channel_criterion_is_there_with_variety_and_without() -> None:
 def test_with_variety_as_many_channels_go_but_others(name: str) -> None:
     if name.startswith("nni"):
         pytest.importorskip("nni")
-    for space in config.SPACES:
-        plain, varied = (execute(Cell(name + suffix, 0.5, space, 0), SETTINGS) for suffix in ("", VARIED))
+    for space in ("spatial", "interspace"):
+        plain, varied = (result_of(Cell(name + suffix, 0.5, space, 0), SETTINGS) for suffix in ("", VARIED))
         assert varied.macs_left == plain.macs_left and varied.parameters_left == plain.parameters_left
         assert plain.macs_left == 64 * (144 + 4608) + 16 * 9216 + 320
         assert plain.accuracy_before_pruning == varied.accuracy_before_pruning
 
 
 @pytest.mark.parametrize("name", ["tp:l1", "tp:random_trained", "nni:l1_norm"])
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_with_variety_other_channels_are_kept(name: str, space: str) -> None:
     if name.startswith("nni"):
         pytest.importorskip("nni")
@@ -103,10 +103,10 @@ def test_with_variety_other_channels_are_kept(name: str, space: str) -> None:
 
 
 def test_epochs_of_those_that_take_part_in_the_training() -> None:
-    settings = replace(SETTINGS, epochs=2)
+    settings = SETTINGS.changed({"training.epochs": 2})
     for name, expected in (("tp:movement", 3), ("tp:ticket+variety", 4)):
         cell, done = Cell(name, 0.5, "spatial", 0), []
-        execute(cell, settings, lambda done=done: done.append(1))  # type: ignore[misc]
+        result_of(cell, settings, lambda _, done=done: done.append(1))  # type: ignore[misc]
         assert len(done) == epochs_of(cell, settings) == expected
 
 
@@ -118,7 +118,7 @@ def run_acted(name: str, space: str, ratio: float = 0.5) -> tuple[Any, Acted]:
 
 
 @pytest.mark.parametrize("varied", [False, True])
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_movement_removes_the_filters_of_least_movement(space: str, varied: bool) -> None:
     _, training = run_acted("tp:movement" + VARIED * varied, space)
     reference = network(space)
@@ -136,7 +136,7 @@ def test_movement_removes_the_filters_of_least_movement(space: str, varied: bool
 
 
 @pytest.mark.parametrize("varied", [False, True])
-@pytest.mark.parametrize("space", config.SPACES)
+@pytest.mark.parametrize("space", ("spatial", "interspace"))
 def test_a_ticket_begins_with_what_its_channels_began_with(space: str, varied: bool) -> None:
     model, training = run_acted("tp:ticket" + VARIED * varied, space)
     reference = network(space)
@@ -174,9 +174,9 @@ def test_the_residual_network_gets_the_same_shape_in_both_spaces(name: str) -> N
     if name.startswith("nni"):
         pytest.importorskip("nni")
     shapes = []
-    for space in config.SPACES:
+    for space in ("spatial", "interspace"):
         torch.manual_seed(0)
-        model = TASKS["cifar10-resnet"].network()
+        model = NETWORKS["resnet"](3, 10)
         if space == "interspace":
             interspace(model, basis="orthonormal", sharing="model", seed=0)
         training, images, labels = Acted(model), torch.randn(4, 3, 32, 32), torch.arange(4)

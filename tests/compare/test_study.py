@@ -1,417 +1,309 @@
-"""ip-plugin compare: what it runs, keeps and shows."""
+"""A whole study: what is run, in Python and by the command, and what is told while it runs."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
+import random
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
+from records import SMALL, MadeUp, made_up, rows, timeless
 from rich.console import Console
-from torch import nn
 from typer.testing import CliRunner
 
-from ip_plugin import cli, interspace, masks, report
-from ip_plugin.adapters import torch_prune
-from ip_plugin.compare import config, criteria
-from ip_plugin.compare.analysis import Analysis
-from ip_plugin.compare.cell import Result, epochs_of, execute
-from ip_plugin.compare.config import Cell, Settings, Study
+from ip_plugin import cli
+from ip_plugin.compare import Callback, Cell, Record, Results, config, run, terminal
+from ip_plugin.compare import study as studies
+from ip_plugin.compare.callbacks import Progress
 from ip_plugin.compare.engines import EngineError
-from ip_plugin.compare.engines.local import one_by_one
-from ip_plugin.compare.report import accuracy_table, image, plot, remarks
-from ip_plugin.compare.store import COLUMNS, Results, from_row, to_row
-from ip_plugin.compare.study import compare
-from ip_plugin.compare.tasks import TASKS
 from ip_plugin.errors import StudyError
 
-#: Criteria as they are: some leave layers almost empty.
-pytestmark = pytest.mark.filterwarnings("ignore::ip_plugin.errors.LayerCollapseWarning")
-
-QUICK = Settings(epochs=2, finetune_epochs=1)
-SMALL = Study(settings=QUICK, sparsities=(0.9,), seeds=(0, 1))
-COMMAND = [sys.executable, "-m", "ip_plugin", "compare", "--epochs", "2", "--finetune-epochs", "1", "--seeds", "0,1"]
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=120)
+COMMAND = [sys.executable, "-m", "ip_plugin", "compare", "--output"]
+OPTIONS = [
+    "--criteria", "torch:random,torch:l1", "--sparsities", "50,90", "--seeds", "0..1", "--train-images", "100",
+    "--epochs", "1", "--finetune-epochs", "1",
+]  # fmt: skip
 
 
-def made_up(cell: Cell, settings: Settings = QUICK, epoch_done: Callable[[], None] = lambda: None) -> Result:
-    """SP has accuracies of 80, 81, ...; IP is 1, 2, ... above it."""
-    for _ in range(epochs_of(cell, settings)):
-        epoch_done()
-    accuracy = 80.0 + cell.seed + (1 + cell.seed if cell.space == "interspace" else 0) - 10 * (cell.sparsity == 0.98)
-    basis = 81 if cell.space == "interspace" else 0
-    return Result(cell, accuracy, None, 1000, 100, basis, (), 0.5)
+class Noted(Callback):
+    def __init__(self) -> None:
+        self.said: list[tuple[str, object]] = []
+
+    def on_study(self, results: Results, cells: list[Cell]) -> None:
+        self.said.append(("study", len(cells)))
+
+    def on_begin(self, cell: Cell) -> None:
+        self.said.append(("begin", cell))
+
+    def on_epoch(self, cell: Cell, epoch: Any) -> None:
+        self.said.append(("epoch", epoch.epoch))
+
+    def on_cell(self, results: Results, record: Record) -> None:
+        assert results.records[record.cell] is not None
+        self.said.append(("cell", record.cell))
+
+    def on_seed(self, results: Results, seed: int) -> None:
+        self.said.append(("seed", seed))
 
 
-# Cells
-
-
-@pytest.mark.parametrize("sharing", ["layer", "model"])
-@pytest.mark.parametrize(
-    ("criterion", "sparsity"),
-    [("torch:random", 0.0), ("torch:random", 0.95), ("torch:l1", 0.5), ("torch:l1_init", 0.95)],
-)
-def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: float, sharing: Any) -> None:
-    settings = replace(QUICK, epochs=1, sharing=sharing, train_images=200)
-    spatial, inter = (execute(Cell(criterion, sparsity, space, 0), settings) for space in config.SPACES)
-    total = sum(p.numel() for n, p in TASKS["digits"].network().named_parameters() if p.ndim > 1)
-    assert spatial.parameters == inter.parameters == total == 56224
-    assert spatial.parameters_left == inter.parameters_left == round((1 - sparsity) * total)
-    assert spatial.basis_parameters == 0
-    layers = {"layer": 2 if sparsity == 0.95 else 3, "model": 1}[sharing]
-    assert inter.basis_parameters == 81 * layers
-    # At 95 % the 288 coefficients of the first layer keep 14 values, and its basis has 81 numbers.
-    assert inter.spatial_layers == (("0",) if layers == 2 else ())
-
-
-def test_both_spaces_start_from_the_same_weights_and_batches() -> None:
-    # With the standard basis, which does not move, an unpruned interspace network is the plain one, in every digit.
-    settings = replace(QUICK, basis="standard", basis_lr=0.0)
-    spatial, inter = (execute(Cell("torch:l1", 0.0, space, 3), settings) for space in config.SPACES)
-    assert inter.accuracy_before_pruning == spatial.accuracy_before_pruning
-    assert inter.basis_parameters == 81
-
-
-def test_equal_runs_give_equal_results_and_leave_the_random_state() -> None:
-    cell = Cell("torch:random", 0.9, "interspace", 5)
-    state = torch.get_rng_state()
-    first = execute(cell, QUICK)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(99)
-    assert replace(execute(cell, QUICK), seconds=0) == replace(first, seconds=0)
-    assert execute(cell._replace(seed=6), QUICK).accuracy != first.accuracy
-
-
-def test_training_learns_and_pruning_is_measured() -> None:
-    result = execute(Cell("torch:l1", 0.5, "spatial", 0), Settings(epochs=6, finetune_epochs=2))
-    assert result.accuracy > 90 and result.accuracy_before_pruning is not None and result.accuracy_before_pruning > 90
-    chance = execute(Cell("torch:random", 0.999, "spatial", 0), QUICK)
-    assert chance.accuracy < 40 and chance.accuracy_before_pruning is None
-
-
-def test_a_sparsity_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(StudyError, match="keep at least one parameter"):
-        execute(Cell("torch:random", 0.999999, "interspace", 0), QUICK)
-
-
-def test_progress_counts_every_epoch() -> None:
-    for criterion, expected in (("torch:random", 2), ("torch:l1", 3)):
-        cell, done = Cell(criterion, 0.9, "spatial", 0), []
-        execute(cell, QUICK, lambda done=done: done.append(1))
-        assert len(done) == epochs_of(cell, QUICK) == expected
-
-
-# Config
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: Study(criteria=("torch:l2",)), "'torch:l2'\n.*use one of .*torch:l1"),
-        (lambda: Study(criteria=("snip",)), "'snip'"),
-        (lambda: Study(criteria=("jax:l1",)), "'jax:l1'"),
-        (lambda: Study(criteria=()), "`criteria` must have at least one value"),
-        (lambda: Study(sparsities=(0.9, 1.0)), "1.0"),
-        (lambda: Study(sparsities=(-0.1,)), "-0.1"),
-        (lambda: Study(sparsities=(float("nan"),)), "nan"),
-        (lambda: Study(spaces=("fourier",)), "'fourier'"),  # type: ignore[arg-type]
-        (lambda: Study(seeds=(0, 0)), "every value once"),
-        (lambda: Study(seeds=(-1,)), "-1"),
-        (lambda: Settings(epochs=0), "`epochs`"),
-        (lambda: Settings(lr=0.0), "`lr`"),
-        (lambda: Settings(basis="wavelet"), "'wavelet'"),  # type: ignore[arg-type]
-        (lambda: Settings(sharing="stage"), "'stage'"),  # type: ignore[arg-type]
-        (lambda: Settings(task="mnist"), "'mnist'"),
-        (lambda: Settings(device="cuda:77"), "device.*\n.*'cuda:77'"),
-        (lambda: Settings(device="abacus"), "'abacus'"),
-    ],
-)
-def test_studies_that_make_no_sense_are_refused(make: Callable[[], object], text: str) -> None:
-    with pytest.raises(StudyError, match=text):
-        make()
-
-
-def test_the_grid_is_whole_and_pairs_run_one_after_the_other() -> None:
-    cells = Study().cells()
-    assert len(cells) == len(set(cells)) == 2 * 3 * 2 * 5
-    for spatial, inter in zip(cells[::2], cells[1::2], strict=True):
-        assert inter == spatial._replace(space="interspace") and spatial.space == "spatial"
-
-
-def test_criteria_prune_in_either_space() -> None:
-    batch = torch.randn(8, 1, 8, 8), torch.arange(8)
-    context: Any = SimpleNamespace(batches=lambda count: [batch], loss=nn.functional.cross_entropy)
-    for name, criterion in criteria.available().items():
-        for convert in (False, True):
-            if criterion.stage == "while training":  # see test_builtin_criteria.py, test_channel_criteria.py
-                continue
-            model = TASKS["digits"].network()
-            model = interspace(model) if convert else model
-            criterion.prune(model, 0.5 if criterion.removes_channels else 50000, context)
-            if criterion.removes_channels:
-                assert [module.out_channels for module in model if isinstance(module, nn.Conv2d)] == [16, 32, 32], name
-                assert all(p.grad is None for p in model.parameters())
-            else:
-                assert report(model).prunable.nonzeros == 6224, name
-
-
-@pytest.mark.parametrize("name", ["tp:magnitude", "tp:random"])
-def test_both_spaces_keep_equally_many_channels(name: str) -> None:
-    pytest.importorskip("torch_pruning")
-    results = [execute(Cell(name, 0.5, space, 0), replace(QUICK, epochs=1)) for space in config.SPACES]
-    # 16, 32 and 32 channels of 3x3 kernels on 8x8 and 4x4 positions, and a linear layer.
-    assert [result.parameters_left for result in results] == [144 + 4608 + 9216 + 320] * 2
-    assert [result.macs for result in results] == [64 * (288 + 18432) + 16 * 36864 + 640] * 2
-    assert [result.macs_left for result in results] == [64 * (144 + 4608) + 16 * 9216 + 320] * 2
-    assert [result.basis_parameters for result in results] == [0, 81]
-
-
-def test_multiply_adds_are_shown_where_channels_are_removed(tmp_path: Path) -> None:
-    pytest.importorskip("torch_pruning")
-    study = replace(SMALL, criteria=("tp:magnitude", "torch:l1"))
-
-    def made(cell: Cell, *rest: Any) -> Result:
-        return replace(made_up(cell, *rest), **({"macs": 200, "macs_left": 31} if cell.criterion[:2] == "tp" else {}))
-
-    out = io.StringIO()
-    compare(study, tmp_path, Console(file=out, width=150), engine=one_by_one(made))
-    last = [accuracy_table(Analysis(grid, {})).headers[-1] for grid in (study, SMALL)]
-    assert last == ["MACs left", "parameters left"]
-    assert re.search(r"tp:magnitude .* 15.5%", out.getvalue())
-    assert re.search(r"torch:l1 .* –", out.getvalue())
-    assert "sparsity is the share of the channels that are removed" in (tmp_path / "report.html").read_text()
-
-
-# Results
-
-
-def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
-    first = made_up(Cell("torch:l1", 0.95, "interspace", 0))
-    second = replace(
-        first, cell=first.cell._replace(seed=1), accuracy=1 / 3, accuracy_before_pruning=0.1, spatial_layers=("a", "b"),
-        macs=200, macs_left=31,
-    )  # fmt: skip
-    with Results.open(tmp_path / "new" / "folder", QUICK) as results:
-        results.add(first)
-        results.add(second)
-    with Results.open(tmp_path / "new" / "folder", QUICK) as results:
-        assert results.rows == {first.cell: first, second.cell: second}
-    assert [from_row(json.loads(json.dumps(to_row(result)))) for result in (first, second)] == [first, second]
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [".lock", "results.csv", "study.json"]
-
-
-FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "other files": (lambda f: (f / "thesis.tex").write_text("x"), "no study.json, but thesis.tex"),
-    "other settings": (lambda f: open_and_close(f, replace(QUICK, epochs=3)), "epochs is 3 there and 2 here"),
-    "other versions": (
-        lambda f: (f / "study.json").write_text(json.dumps({"settings": vars(QUICK), "versions": {"torch": "1.0"}})),
-        "torch is '1.0' there",
-    ),
-    "a broken study.json": (lambda f: (f / "study.json").write_text("{"), "study.json that cannot be read"),
-    "a list": (lambda f: (f / "study.json").write_text("[]"), "study.json that cannot be read"),
-    "a broken results.csv": (
-        lambda f: (open_and_close(f, QUICK), (f / "results.csv").write_text(",".join(COLUMNS) + "\ntorch:l1,0.9\n")),
-        "results.csv, whose line 2 cannot be read",
-    ),
-    "an unknown space": (
-        lambda f: (
-            open_and_close(f, QUICK),
-            (f / "results.csv").write_text(",".join(COLUMNS) + "\nx,0,y,0,0,,0,0,0,,0\n"),
-        ),
-        "line 2 cannot be read .space 'y'",
-    ),
-}
-
-
-def open_and_close(folder: Path, settings: Settings) -> None:
-    with Results.open(folder, settings):
-        pass
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_folder_of_something_else_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
-    make, text = FOREIGN[name]
-    make(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(StudyError, match=text):
-        compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up))
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
-
-
-def test_a_file_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StudyError, match="a file"):
-        compare(SMALL, tmp_path / "file", silent(), engine=one_by_one(made_up))
-    open_and_close(tmp_path / "used", QUICK)
-    with FileLock(tmp_path / "used" / ".lock"), pytest.raises(StudyError, match="another process"):
-        compare(SMALL, tmp_path / "used", silent(), engine=one_by_one(made_up))
-
-
-# Studies
+# In Python
 
 
 def test_a_study_goes_on_where_it_was_and_grows(tmp_path: Path) -> None:
-    executed: list[Cell] = []
-
-    def counting(cell: Cell, settings: Settings, epoch_done: Callable[[], None]) -> Result:
-        if len(executed) == 5:
-            raise KeyboardInterrupt
-        executed.append(cell)
-        return made_up(cell, settings, epoch_done)
-
+    cells = SMALL.cells()
+    first = MadeUp(stops_at=cells[5])
     with pytest.raises(KeyboardInterrupt):
-        compare(SMALL, tmp_path, silent(), engine=one_by_one(counting))
-    assert len(read(tmp_path)) == 5
-    finished = list(executed)
-    executed.clear()
-    console = silent()
-    noted = one_by_one(lambda cell, *rest: (executed.append(cell), made_up(cell, *rest))[1])
-    assert compare(SMALL, tmp_path, console, engine=noted) == {}
-    assert executed == SMALL.cells()[5:] and finished == SMALL.cells()[:5]
-    assert "5 of 8 runs are in" in console.file.getvalue()  # type: ignore[attr-defined]
-    # More seeds and another criterion: only what is new is run.
-    executed.clear()
-    more = replace(SMALL, seeds=(0, 1, 2), criteria=("torch:l1",))
-    compare(more, tmp_path, silent(), engine=noted)
-    assert {cell.seed for cell in executed} == {2} and len(executed) == 2
-    assert len(read(tmp_path)) == 10
+        run(SMALL, tmp_path, engine=first)
+    assert first.ran == cells[:5] == list(Results.read(tmp_path).records)
+    second = MadeUp()
+    assert len(run(SMALL, tmp_path, engine=second).frame()) == len(cells)
+    assert second.ran == cells[5:]
+    third = MadeUp()
+    more = SMALL.changed(seeds=(0, 1, 2), criteria=("torch:l1",))
+    results = run(more, tmp_path, engine=third)
+    assert {cell.seed for cell in third.ran} == {2} and len(third.ran) == 6
+    assert len(results.frame()) == 18 and len(Results.read(tmp_path).frame()) == 26
 
 
-def read(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_failed_cell_keeps_its_traceback_and_is_run_again_on_request(tmp_path: Path) -> None:
     bad = SMALL.cells()[3]
-
-    def failing(cell: Cell, settings: Settings, epoch_done: Callable[[], None]) -> Result:
-        if cell == bad:
-            raise RuntimeError("out of [memory]")
-        return made_up(cell, settings, epoch_done)
-
-    console = silent()
-    failures = compare(SMALL, tmp_path, console, engine=one_by_one(failing))
-    assert list(failures) == [bad] and len(read(tmp_path)) == 7
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"failed: {bad}: RuntimeError: out of [memory]" in " ".join(text.split())
-    assert (tmp_path / "report.html").exists()
-    assert compare(SMALL, tmp_path, silent(), engine=one_by_one(made_up)) == {} and len(read(tmp_path)) == 8
+    results = run(SMALL, tmp_path, engine=MadeUp(fails=[bad]))
+    assert results.failures == {bad: "Traceback\nRuntimeError: out of [memory]"} == Results.read(tmp_path).failures
+    assert len(results.frame()) == 19
+    again = MadeUp()
+    assert run(SMALL, tmp_path, engine=again).failures.keys() == {bad} and again.ran == []
+    assert run(SMALL, tmp_path, engine=again, retry_failed=True).failures == {} and again.ran == [bad]
 
 
-def test_the_table_by_hand() -> None:
-    study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9, 0.98), seeds=(0, 1, 2))
-    analysis = Analysis(study, {cell: made_up(cell) for cell in study.cells()})
-    table = accuracy_table(analysis)
-    assert table.headers == ["criterion", "sparsity", "SP %", "IP %", "IP − SP", "parameters left"]
-    # SP 80, 81, 82; IP 81, 83, 85; differences 1, 2, 3.
-    assert table.rows == [
-        ["torch:l1", "0.9", "81.0 ± 1.0", "83.0 ± 2.0", "+2.0 ± 1.0", "100"],
-        ["torch:l1", "0.98", "71.0 ± 1.0", "73.0 ± 2.0", "+2.0 ± 1.0", "100"],
-    ]
-    assert "below ordinary pruning in 0 of 2 lines." in remarks(analysis)[0]
+def test_callbacks_are_told_in_order(tmp_path: Path) -> None:
+    noted = Noted()
+    study = SMALL.changed(criteria="torch:l1", sparsities=0.9, spaces="SP")
+    run(study, tmp_path, engine=MadeUp(), callbacks=[noted])
+    dense, pruned = study.cells()[:2]
+    assert noted.said[:9] == [
+        ("study", 4), ("begin", dense), ("epoch", 1), ("epoch", 2), ("cell", dense), ("begin", pruned), ("epoch", 1),
+        ("epoch", 2), ("cell", pruned),
+    ]  # fmt: skip
+    assert noted.said[9] == ("seed", 0) and noted.said[-1] == ("seed", 1)
 
 
-def test_a_loss_is_said() -> None:
-    study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0, 1))
-    results = {cell: made_up(cell) for cell in study.cells()}
-    for cell in results:
-        if cell.space == "interspace":
-            results[cell] = replace(results[cell], accuracy=70.0 + cell.seed, spatial_layers=("0",))
-    analysis = Analysis(study, results)
-    assert accuracy_table(analysis).rows[0][4] == "−10.0 ± 0.0"
-    first, second = remarks(analysis)
-    assert "below ordinary pruning in 1 of 1 lines: torch:l1 at 0.9" in first
-    assert "0 stayed spatial" in second
+def test_an_error_of_a_callback_ends_the_study_and_keeps_what_has_finished(tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_cell(self, results: Results, record: Record) -> None:
+            raise RuntimeError("no connection")
+
+    with pytest.raises(RuntimeError, match="no connection"):
+        run(SMALL, tmp_path, engine=MadeUp(), callbacks=[Broken()])
+    assert len(Results.read(tmp_path).records) == 1
 
 
-def test_half_a_study_and_one_space_are_shown() -> None:
-    study = Study(settings=QUICK, criteria=("torch:l1",), sparsities=(0.9,), seeds=(0,))
-    nothing = Analysis(study, {})
-    assert accuracy_table(nothing).rows == [["torch:l1", "0.9", "–", "–", "–", "–"]]
-    alone = replace(study, spaces=("interspace",))
-    analysis = Analysis(alone, {cell: made_up(cell) for cell in alone.cells()})
-    assert accuracy_table(analysis).rows == [["torch:l1", "0.9", "81.0 ± 0.0", "100"]]
-    assert len(accuracy_table(analysis).headers) == 4
-    for analysis in (nothing, Analysis(alone, {})):
-        assert image(plot(analysis), "png").startswith(b"\x89PNG")
+def test_curves_go_to_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(SMALL.changed({"measure.tensorboard": True}, seeds=0), tmp_path, engine=MadeUp())
+    folder = tmp_path / "tensorboard" / "torch-l1" / "0.9" / "interspace" / "seed 0"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == [1.0, 0.5]
+    assert events.Scalars("test accuracy")[0].value == 81.0
 
 
-def test_the_page_stands_alone_and_equal_results_give_equal_files(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        compare(SMALL, tmp_path / name, silent(), command="ip-plugin compare <x>", engine=one_by_one(made_up))
-    for file in ("results.csv", "accuracy.png", "accuracy.svg", "report.html", "study.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
-    html = (tmp_path / "a" / "report.html").read_text()
-    assert "ip-plugin compare &lt;x&gt;" in html and "<svg" in html and "+1.5 ± 0.7" in html
-    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", html)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"sparsities": (0.9, 0.999999)}, "keep at least one parameter.\nFound: torch:random at 0.999999, spatial"),
+        ({"training.device": "cuda:77"}, "`device`.*\nFound: 'cuda:77'"),
+        ({"training.device": "abacus"}, "'abacus'"),
+        ({"data.source": "nowhere.npz"}, "nowhere.npz"),
+        ({"measure.deploy_threads": 100000}, "a number from 1 to"),
+    ],
+)
+def test_what_cannot_run_is_found_before_anything_does(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
+    engine = MadeUp()
+    with pytest.raises(StudyError, match=text):
+        run(SMALL.changed(changes), tmp_path / "out", engine=engine)
+    assert not (tmp_path / "out").exists() and engine.ran == []
+
+
+def test_jobs_are_cores_where_cells_may_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "_cores", lambda: range(8))
+    assert studies.jobs_of(None, SMALL) == 8
+    assert studies.jobs_of(None, SMALL.changed({"training.threads": 3})) == 2
+    assert studies.jobs_of(3, SMALL) == 3
+    for alone in ({"training.device": "cuda"}, {"measure.deploy_threads": 1}):
+        assert studies.jobs_of(None, SMALL.changed(alone)) == 1
+    with pytest.raises(StudyError, match="nothing else running.\nFound: 2 jobs"):
+        studies.jobs_of(2, SMALL.changed({"measure.deploy_threads": 1}))
+    for engine in ("dask", "nni"):
+        with pytest.raises(StudyError, match=f"nothing else running.\nFound: the engine {engine}"):
+            studies.engine_of(engine, None, SMALL.changed({"measure.deploy_threads": 1}))
+    with pytest.raises(StudyError, match="'ray'"):
+        studies.engine_of("ray", None, SMALL)
+
+
+def test_the_package_loads_nothing_until_it_is_used() -> None:
+    script = "import sys, ip_plugin.compare; print({'pandas', 'pydantic', 'nni', 'distributed'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
 
 
 # The command
 
 
-def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240, **options)
+def told(*arguments: str) -> tuple[int, str]:
+    """Exit status and output of the command, in this process."""
+    done = CliRunner().invoke(cli.app, ["compare", *arguments])
+    return done.exit_code, done.output
 
 
-def test_killed_half_way_and_started_again_it_loses_no_finished_run(tmp_path: Path) -> None:
-    study = replace(SMALL, criteria=("torch:random",), settings=replace(QUICK, train_images=300))
-    grid = ["--criteria", "torch:random", "--sparsities", "0.9", "--train-images", "300"]
-    arguments = [*grid, "--output", str(tmp_path / "killed")]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL)
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    """What the command runs cells by."""
+    made = MadeUp()
+    monkeypatch.setattr(terminal, "engine_of", lambda *arguments, **options: made)
+    monkeypatch.setattr(Results, "report", lambda self, *arguments, **options: (self.folder / "report.html").touch())
+    return made
+
+
+def test_the_command_gives_what_python_gives(reference: Results, tmp_path: Path) -> None:
+    status, output = told("--output", str(tmp_path), "--jobs", "1", *OPTIONS)
+    results = Results.read(tmp_path)
+    assert status == 0 and results.study == reference.study and rows(results).equals(rows(reference))
+    assert list(map(timeless, results.records.values())) == list(map(timeless, reference.records.values()))
+    lines = [line for line in output.splitlines() if re.match(r"\d+/20 ", line)]
+    assert len(lines) == 20 and lines[-1].startswith("20/20 ") and "0 s left; best " in lines[-1]
+    assert f"{tmp_path / 'report.html'}" in output and (tmp_path / "report.html").exists()
+
+
+def test_killed_at_a_random_moment_and_started_again_it_loses_the_cell_in_flight_alone(
+    reference: Results, tmp_path: Path
+) -> None:
+    script = "import sys; from records import SMALL; from ip_plugin.compare import run; run(SMALL, sys.argv[1], jobs=1)"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    chance = random.Random(time.time_ns())
+    wanted = chance.randint(1, 15)
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], env=os.environ | {"PYTHONPATH": path})
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "results.csv").exists() or len(read(tmp_path / "killed")) < 2:
+    while len(list(tmp_path.glob("cells/*.json"))) < wanted:
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    time.sleep(0.3 * chance.random())
+    process.kill()
     process.wait()
-    before = read(tmp_path / "killed")
-    assert 2 <= len(before) < 4
-    again = run_command(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(before)} of 4 runs are in" in again.stdout
-    assert compare(study, tmp_path / "whole", silent()) == {}
-    killed, expected = read(tmp_path / "killed"), read(tmp_path / "whole")
-    assert killed[: len(before)] == before
-    for row in (*killed, *expected):
-        del row["seconds"]
-    assert killed == expected
-    assert (tmp_path / "killed" / "accuracy.png").read_bytes() == (tmp_path / "whole" / "accuracy.png").read_bytes()
+    assert len(Results.read(tmp_path).records) >= wanted
+    noted = Noted()
+    kept = len(Results.read(tmp_path).records)
+    results = run(SMALL, tmp_path, jobs=1, callbacks=[noted])
+    assert noted.said[0] == ("study", 20 - kept)
+    assert rows(results).equals(rows(reference))
+
+
+def test_it_stops_on_ctrl_c_with_a_report(tmp_path: Path, engine: MadeUp) -> None:
+    engine.stops_at = SMALL.cells()[13]
+    status, output = told("--output", str(tmp_path), *OPTIONS)
+    assert status == 130 and "the same command goes on from there" in " ".join(output.split())
+    assert (tmp_path / "report.html").exists() and len(Results.read(tmp_path).records) == 13
+
+
+def test_the_report_is_there_after_the_first_seed(tmp_path: Path, engine: MadeUp) -> None:
+    seen: list[tuple[Path, bool]] = []
+    report = tmp_path / "report.html"
+    run(SMALL, tmp_path, engine=engine, callbacks=[terminal.Report("x"), Seen(report, seen)])
+    assert seen == [(report, False)] * 10 + [(report, True)] * 10
+
+
+class Seen(Callback):
+    def __init__(self, path: Path, seen: list[tuple[Path, bool]]) -> None:
+        self.path, self.seen = path, seen
+
+    def on_begin(self, cell: Cell) -> None:
+        self.seen.append((self.path, self.path.exists()))
+
+
+def test_failures_are_shown_and_status_1(tmp_path: Path, engine: MadeUp) -> None:
+    bad = SMALL.cells()[3]
+    engine.fails = [bad]
+    status, output = told("--output", str(tmp_path), *OPTIONS)
+    assert status == 1 and f"failed: {bad}: RuntimeError: out of [memory]" in output and "--retry-failed" in output
+    engine.fails, engine.ran = [], []
+    assert told("--output", str(tmp_path), *OPTIONS)[0] == 1 and engine.ran == []
+    assert told("--output", str(tmp_path), "--retry-failed", *OPTIONS)[0] == 0 and engine.ran == [bad]
+
+
+def test_a_file_describes_a_study_and_options_replace_its_values(
+    tmp_path: Path, engine: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert told("--write-config", "study.toml")[0] == 0
+    assert config.read(Path("study.toml")) == config.Config()
+    assert told("study.toml", "--set", "training.label_smoothing=0.1", "--set", "name=mine", *OPTIONS)[0] == 0
+    study = Results.read("mine").study
+    assert study == SMALL.changed({"training.label_smoothing": 0.1, "name": "mine"})
+    assert json.loads(Path("mine/study.json").read_text())["study"]["training"]["threads"] == 1
+
+
+def test_a_dry_run_says_what_it_would_do(tmp_path: Path) -> None:
+    status, output = told("--output", str(tmp_path / "out"), "--dry-run", "--jobs", "2", *OPTIONS)
+    assert status == 0 and not (tmp_path / "out").exists()
+    assert re.search(r"20 runs, 0 of them .*about \d+ s with local, 2 at once", output.replace("\n", " "))
+    run(SMALL, tmp_path / "half", engine=half)
+    _, output = told("--output", str(tmp_path / "half"), "--dry-run", "--jobs", "1", *OPTIONS)
+    # Ten cells took 1.5 s each for two epochs; the other ten have fourteen epochs.
+    assert re.search(r"20 runs, 10 of them .*about 10 s", output.replace("\n", " "))
+
+
+def half(cells: list[Cell], *arguments: object) -> Iterator[Record]:
+    yield from map(made_up, cells[:10])
+
+
+def test_a_bar_is_shown_on_a_terminal(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=150)
+    progress = Progress(console)
+    run(SMALL, tmp_path, engine=MadeUp(), callbacks=[progress])
+    progress.close()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "20/20" in text and "100%" in text and "best 82.0 %" in text
+
+
+def test_folders_are_reported_together(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(SMALL.changed(seeds=seed), tmp_path / str(seed), engine=MadeUp())
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    done = CliRunner().invoke(cli.app, ["report", *folders, "--output", str(tmp_path / "both")])
+    assert done.exit_code == 0 and "2 seeds" in done.output and (tmp_path / "both" / "report.html").exists()
+    assert not (tmp_path / "0" / "report.html").exists()
 
 
 def test_mistakes_are_messages_and_status_2(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "study.toml").write_text("[training]\nepoch = 3\n")
     for arguments, text in (
         (["--output", str(tmp_path)], "no study.json, but notes.txt"),
+        (["--output", "notes.txt"], "must be one that can be written to. Found: Not a directory"),
+        (["--output", "notes.txt/below"], "Found: Not a directory"),
+        (["study.toml"], "'epoch' (study.toml, line 2) What to do: use 'epochs'"),
+        (["other.toml"], "No such file"),
         (["--criteria", "torch:l7"], "'torch:l7'"),
         (["--sparsities", "0.9,many"], "'0.9,many'"),
-        (["--sparsities", "90"], "fractions of at least 0 and below 1"),
+        (["--sparsities", "100"], "fractions of at least 0 and below 1"),
+        (["--sparsities", "0.999999"], "keep at least one parameter"),
         (["--device", "cuda:99"], "'cuda:99'"),
+        (["--engine", "dusk"], "use 'dask'"),
+        (["--jobs", "0"], "`jobs` must be greater than or equal to 1"),
+        (["--set", "training.lr"], "name=value"),
+        (["--nni-port", "0", "--engine", "nni"], "`nni_port`"),
+        (["--write-config", "study.toml"], "there is 'study.toml' already"),
     ):
-        assert text in refused("compare", *arguments)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_mistake_leaves_no_traceback(tmp_path: Path) -> None:
-    run = run_command("--criteria", "torch:l7", cwd=tmp_path)
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr
-    assert not list(tmp_path.iterdir())
+        assert text in refused("compare", *arguments), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "study.toml"]
 
 
 def test_an_engine_that_fails_leaves_no_traceback(
@@ -420,7 +312,7 @@ def test_an_engine_that_fails_leaves_no_traceback(
     def broken(*arguments: object) -> Any:
         raise EngineError("out of order")
 
-    monkeypatch.setattr(cli, "local", broken)
+    monkeypatch.setattr(terminal, "engine_of", lambda *arguments, **options: broken)
     assert refused("compare", "--output", str(tmp_path / "out")) == "error: out of order"
 
 
@@ -429,6 +321,23 @@ def test_criteria_and_version_are_listed() -> None:
     assert "torch:l1" in listed.output and "global magnitude, after training" in listed.output
     version = CliRunner().invoke(cli.app, ["--version"])
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", version.output)
+
+
+def test_criteria_that_crash_are_named_with_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from ip_plugin.compare import criteria
+
+    (tmp_path / "crashing.py").write_text("x = 1\nraise RuntimeError('no licence')\n")
+    (tmp_path / "wrong.py").write_text("CRITERIA = {'number': 3}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    real = criteria.hosts()
+    more = {name: EntryPoint(name, name, "ip_plugin.adapters") for name in ("crashing", "wrong")}
+    monkeypatch.setattr(criteria, "hosts", lambda: real | more)
+    listed = CliRunner().invoke(cli.app, ["criteria"])
+    assert listed.exit_code == 0 and "torch:l1" in listed.output
+    assert re.search(r"crashing: RuntimeError: no licence \(.*crashing.py, line 2\)", listed.output)
+    assert "wrong:number: a int in wrong, not a Criterion" in listed.output
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -440,14 +349,5 @@ find = importlib.util.find_spec
 entry.find_spec = lambda name: None if name == "matplotlib" else find(name)
 entry.main()
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 1 and "matplotlib not installed; run: pip install 'ip-plugin[compare]'" in run.stderr
-
-
-def test_magnitude_pruning_of_the_study_is_the_adapters() -> None:
-    model, reference = (TASKS["digits"].network() for _ in range(2))
-    reference.load_state_dict(model.state_dict())
-    criteria.load("torch:l1").prune(model, 1000)
-    pairs = [(m, "weight") for m in reference.modules() if hasattr(m, "weight") and m.weight.ndim > 1]
-    torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=1000)
-    assert all(torch.equal(mask, masks(reference)[name]) for name, mask in masks(model).items())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "matplotlib not installed; run: pip install 'ip-plugin[compare]'" in done.stderr

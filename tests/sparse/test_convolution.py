@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
+from ip_plugin.sparse.activation import NONE, Activation
 from ip_plugin.sparse.addressing import Addressing, Window
 from ip_plugin.sparse.coefficients import Coefficients
 from ip_plugin.sparse.images import Images, Packing
@@ -25,13 +26,13 @@ pairs = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 def run(
     images: Tensor, coefficients: Tensor, basis: Tensor | None, bias: Tensor, window: Window, groups: int,
-    choice: Choice, gap: tuple[int, int] = (0, 0), limits: tuple[float, float] = (-math.inf, math.inf),
+    choice: Choice, gap: tuple[int, int] = (0, 0), activation: Activation = NONE,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Layout]:  # fmt: skip
     """The output of a sparse convolution, the buffer that it is in, and the layout."""
     addressing = Addressing.new(window, len(images), *images.shape[2:], gap)
     entries = Coefficients.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
-    loop = Loop(entries, bias.numpy(), addressing, choice, limits)
+    loop = Loop(entries, bias.numpy(), addressing, choice, activation)
     source = addressing.source.empty(images.shape[1] * len(addressing.phases))
     target = addressing.target.empty(len(coefficients))
     target[:] = math.nan
@@ -95,7 +96,7 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
     expected = expected if residual is None else expected + residual
 
     got, buffer, layout = run(
-        images, coefficients, basis, bias, window, groups, choice, case["gap"], (-0.5, 2.0), residual
+        images, coefficients, basis, bias, window, groups, choice, case["gap"], Activation(0, -0.5, 2.0), residual
     )
 
     largest = float(expected.abs().max())
@@ -174,7 +175,14 @@ def test_nan_and_infinity_stay_in_the_winograd_tiles_that_read_them(value: float
 def test_nan_goes_through_a_clamp_as_it_does_in_torch() -> None:
     images = torch.tensor([math.nan, -1.0, 3.0, 9.0]).reshape(1, 1, 1, 4)
     got, _, _ = run(
-        images, torch.ones(1, 1, 1), None, torch.zeros(1), Window((1, 1)), 1, Choice("direct", 32), limits=(0.0, 6.0)
+        images,
+        torch.ones(1, 1, 1),
+        None,
+        torch.zeros(1),
+        Window((1, 1)),
+        1,
+        Choice("direct", 32),
+        activation=Activation(0, 0.0, 6.0),
     )
     torch.testing.assert_close(got, images.clamp(0, 6), equal_nan=True)
 

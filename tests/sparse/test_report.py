@@ -43,7 +43,7 @@ def pruned(model: nn.Module, space: str, sparsity: float = 0.85) -> nn.Module:
 
 def shared(row: Row) -> dict[str, object]:
     """The columns that are equal for a sparse network and its model."""
-    others = ("bytes_sparse", "runs")
+    others = ("bytes_sparse", "runs", "milliseconds")
     return {name: value for name, value in asdict(row).items() if name not in others}
 
 
@@ -85,7 +85,8 @@ def test_text_csv_and_json_say_how_layers_run() -> None:
     actual = report(made, X)
     header, *lines = (line for line in str(actual).splitlines() if "│" in line or "┃" in line)
     assert "runs" in header and "as run" in header and "compact file" not in header
-    assert [line.split("│")[3].strip() for line in lines][:6] == ["fused", "dense", "fused", "fused", "dense", "dense"]
+    assert [line.split("│")[3].strip() for line in lines][:6] == ["fused", "dense", "fused", "fused", "dense", "direct"]
+    assert "ms" in header and all(row.milliseconds > 0 for row in actual.rows if row.runs != "dense")
     assert [row["runs"] for row in csv.DictReader(io.StringIO(actual.to_csv()))][:2] == ["fused", "dense"]
     assert [row["runs"] for row in json.loads(json.dumps(actual.to_dict()))["layers"]][:2] == ["fused", "dense"]
     plain = report(network(), X)

@@ -7,24 +7,21 @@ so trials name the cell that they run in everything that they report.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ip_plugin.errors import StudyError
 
-from ..cell import EpochDone, Result
-from ..config import Cell, Settings
-from ..deployment import check_alone
-from ..store import from_row, versions
-from . import Began, EngineError, Outcomes, nni_trial
+from ..config import Cell, Study
+from ..record import Epoch, Record, versions
+from . import EngineError, Records, Watcher, nni_trial
 from .nni_experiment import portal, request, running
 
 _ENDED = ("SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED")
@@ -46,6 +43,7 @@ class NniEngine:
             (where Python has another path) must run the module `ip_plugin.compare.engines.nni_trial`.
         port: of NNI's web portal; None is the first free one from 8080.
         concurrency: number of trials that run at once; None is what `config` says, or 1.
+        name: of the experiment, in NNI's portal.
         announce: called with the address of the portal.
 
     Raises:
@@ -55,6 +53,7 @@ class NniEngine:
     config: Path | None = None
     port: int | None = None
     concurrency: int | None = None
+    name: str | None = None
     announce: Callable[[str], None] = field(default=lambda _: None)
 
     def __post_init__(self) -> None:
@@ -65,20 +64,20 @@ class NniEngine:
             raise StudyError("The engine nni must have NNI.", str(error), remedy) from error
         self._configured(["?"], Path.cwd())
 
-    def __call__(self, cells: Sequence[Cell], settings: Settings, began: Began, epoch_done: EpochDone) -> Outcomes:
+    def __call__(self, cells: Sequence[Cell], study: Study, watcher: Watcher) -> Records:
         """Run cells, see `ip_plugin.compare.engines.Engine`."""
-        check_alone(settings.deploy_threads, "the engine nni, whose trials may run together")
+        if study.measure.keep:
+            rule = "An NNI experiment must keep no files of runs: its trials report numbers."
+            raise StudyError(rule, f"measure.keep is {study.measure.keep}", "leave it out, or use --engine dask")
         if not cells:
             return
         with tempfile.TemporaryDirectory(prefix="ip-plugin-trial-", ignore_cleanup_errors=True) as code:
-            data = None if settings.data is None else str(Path(settings.data).resolve())
-            values = asdict(replace(settings, data=data))
-            given = {"settings": values, "versions": versions(), "threads": torch.get_num_threads()}
-            Path(code, nni_trial.SETTINGS).write_text(json.dumps(given), encoding="utf-8")
+            given = {"study": study.model_dump_json(), "versions": versions(), "path": sys.path, "folder": os.getcwd()}
+            Path(code, nni_trial.STUDY).write_text(json.dumps(given), encoding="utf-8")
             config = self._configured([cell._asdict() for cell in cells], Path(code))
             with running(config, port=self.port) as experiment:
                 self.announce(portal(experiment))
-                yield from follow(experiment, cells, began, epoch_done)
+                yield from follow(experiment, cells, watcher)
 
     def _configured(self, choices: Sequence[object], code: Path) -> Any:
         """The experiment's configuration, checked."""
@@ -90,6 +89,7 @@ class NniEngine:
         config.tuner = AlgorithmConfig(name="BatchTuner")
         config.max_trial_number = len(choices)
         config.trial_code_directory = code
+        config.experiment_name = config.experiment_name or self.name
         if config.trial_command is None:
             config.trial_command = f"{shlex.quote(sys.executable)} -m {nni_trial.__name__}"
         if self.concurrency is not None:
@@ -132,7 +132,7 @@ def _load(path: Path) -> Any:
 
 def _refused(found: str) -> StudyError:
     rule = "The engine nni must have a configuration that NNI accepts."
-    return StudyError(rule, found, "correct the file of --nni-config, or --nni-concurrency")
+    return StudyError(rule, found, "correct the file of --nni-config, or --jobs")
 
 
 @dataclass
@@ -141,22 +141,19 @@ class _Trial:
 
     cell: Cell | None = None
     reports: int = 0  # how many have been read
-    error: str | None = None
     ended: float | None = None  # when it was first seen to have ended
 
-    def read(self, reports: Sequence[dict[str, Any]], began: Began, epoch_done: EpochDone) -> Result | None:
-        """Read the reports that are new; returns the result, if it is among them."""
+    def read(self, reports: Sequence[dict[str, Any]], watcher: Watcher) -> Record | None:
+        """Read the reports that are new; returns the record, if it is among them."""
         for report in reports[self.reports :]:
             self.reports += 1
             if self.cell is None:
                 self.cell = Cell(**{name: report[name] for name in Cell._fields})
-                began(self.cell)
-            elif "error" in report:
-                self.error = report["error"]
-            elif "accuracy" in report:
-                return from_row(report)
-            else:
-                epoch_done()
+                watcher.on_begin(self.cell)
+            if "record" in report:
+                return Record.from_json(report["record"])
+            if "epoch" in report:
+                watcher.on_epoch(self.cell, Epoch(**report["epoch"]))
         return None
 
     def is_over(self, status: str, grace_seconds: float) -> bool:
@@ -168,13 +165,12 @@ class _Trial:
 
 
 def follow(
-    experiment: Any, cells: Sequence[Cell], began: Began, epoch_done: EpochDone, poll_seconds: float = 0.5,
-    grace_seconds: float = 10.0,
-) -> Outcomes:  # fmt: skip
-    """Yield each cell when its trial in a running `nni.experiment.Experiment` has ended.
+    experiment: Any, cells: Sequence[Cell], watcher: Watcher, poll_seconds: float = 0.5, grace_seconds: float = 10.0
+) -> Records:
+    """Yield the record of each cell when its trial in a running `nni.experiment.Experiment` has ended.
 
     Args:
-        cells, began, epoch_done: see `ip_plugin.compare.engines.Engine`.
+        cells, watcher: see `ip_plugin.compare.engines.Engine`.
         poll_seconds: time between two looks at the experiment.
         grace_seconds: time for the result of a trial that has succeeded to arrive.
     """
@@ -186,15 +182,15 @@ def follow(
         state, jobs, reports = _look(experiment, done)
         for job in jobs:
             trial = trials.setdefault(job.trialJobId, _Trial())
-            result = trial.read(reports[job.trialJobId], began, epoch_done)
-            if result is None and not trial.is_over(job.status, grace_seconds):
+            record = trial.read(reports[job.trialJobId], watcher)
+            if record is None and not trial.is_over(job.status, grace_seconds):
                 continue
             done.add(job.trialJobId)
-            if result is None and trial.cell is None:
-                unnamed.append(_failure(experiment, job, trial))
+            if record is None and trial.cell is None:
+                unnamed.append(_failure(experiment, job))
             elif trial.cell in waiting:
                 del waiting[trial.cell]
-                yield trial.cell, result or EngineError(_failure(experiment, job, trial))
+                yield record or Record(trial.cell, traceback=_failure(experiment, job))
         if state["status"] in ("ERROR", "STOPPING", "STOPPED"):
             reasons = "; ".join(state["errors"]) or "it gave no reason"
             raise EngineError(f"The NNI experiment broke off with status {state['status']}: {reasons}. {_AGAIN}")
@@ -202,7 +198,7 @@ def follow(
             break
         time.sleep(poll_seconds)
     for cell in waiting:
-        yield cell, EngineError(unnamed.pop(0) if unnamed else "No trial ran this cell.")
+        yield Record(cell, traceback=unnamed.pop(0) if unnamed else "No trial ran this cell.")
 
 
 def _look(experiment: Any, done: set[str]) -> tuple[dict[str, Any], list[Any], dict[str, list[dict[str, Any]]]]:
@@ -218,10 +214,8 @@ def _look(experiment: Any, done: set[str]) -> tuple[dict[str, Any], list[Any], d
     return state, jobs, {name: [d for d in data[name] if isinstance(d, dict) and keys <= set(d)] for name in names}
 
 
-def _failure(experiment: Any, job: Any, trial: _Trial) -> str:
-    """Why a trial has no result: the error that it reported, or the end of its error stream."""
-    if trial.error is not None:
-        return trial.error
+def _failure(experiment: Any, job: Any) -> str:
+    """Why a trial has no record: the end of its error stream."""
     try:
         lines = request(experiment, f"trial-file/{job.trialJobId}/stderr").decode(errors="replace").strip().splitlines()
     except OSError:  # only some training services have it

@@ -1,51 +1,46 @@
 """One cell of a study as a trial of an NNI experiment: ``python -m ip_plugin.compare.engines.nni_trial``.
 
-NNI starts it in a folder with the ``settings.json`` that `ip_plugin.compare.engines.nni` has written there. Every
-report names the cell: NNI 3.0 shows trials that start at the same time under each other's parameters.
+NNI starts it in a folder with the ``study.json`` that `ip_plugin.compare.engines.nni` has written there. Every report
+names the cell: NNI 3.0 shows trials that start at the same time under each other's parameters. Its portal draws
+``default``: the accuracy, after each epoch on the validation images or without any on the training images, and at the
+end on the test images.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import count
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import torch
+from ..config import Cell
+from ..record import Epoch
+from . import attempt_elsewhere
 
-from ip_plugin.errors import StudyError
-
-from ..cell import execute
-from ..config import Cell, Settings
-from ..store import to_row, versions
-
-SETTINGS = "settings.json"
+STUDY = "study.json"
 
 
 def main() -> None:
-    """Take a cell from NNI, run it, and report every epoch and the result, or the error."""
+    """Take a cell from NNI, run it, and report every epoch and the record."""
     import nni
 
     cell = Cell(**nni.get_next_parameter())
-    epochs = count()
+    nni.report_intermediate_result({"default": 0.0, **cell._asdict()})
 
-    def report(**more: object) -> None:
-        nni.report_intermediate_result({"default": next(epochs), **cell._asdict(), **more})
+    def on_epoch(epoch: Epoch) -> None:
+        accuracy = epoch.train_accuracy if epoch.accuracy is None else epoch.accuracy
+        nni.report_intermediate_result({"default": accuracy, "epoch": vars(epoch), **cell._asdict()})
 
-    report()
-    try:
-        given = json.loads(Path(SETTINGS).read_text(encoding="utf-8"))
-        if versions() != given["versions"]:
-            rule, found = (
-                "A trial must have the versions of the study.",
-                f"{versions()} here, {given['versions']} there",
-            )
-            raise StudyError(rule, found, "install the same versions on every machine")
-        torch.set_num_threads(given["threads"])
-        result = execute(cell, Settings(**given["settings"]), report)
-    except Exception as error:
-        report(error=f"{type(error).__name__}: {error}")
-        raise
-    nni.report_final_result({"default": result.accuracy, **to_row(result)})
+    given = json.loads(Path(STUDY).read_text(encoding="utf-8"))
+    sys.path += given["path"]
+    with suppress(OSError):  # on another machine it may not be there
+        os.chdir(given["folder"])  # paths of the study are relative to it
+    record = attempt_elsewhere(cell, given["study"], given["versions"], on_epoch)
+    accuracy = 0.0 if record.result is None else record.result.accuracy
+    nni.report_final_result({"default": accuracy, "record": record.to_json(), **cell._asdict()})
+    if record.traceback is not None:
+        sys.exit(record.traceback)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiled loops for the channel-major layout: packing, pooling, averages, and sparse convolutions.
+"""Compiled loops for sparse convolutions and sparse linear layers.
 
 All arrays are flat. A tile is a number of neighbouring pixels of one channel, and a tap of a kernel is an offset
 (`layout`). Inputs `X` are read, and outputs `Y` written, beyond the end of the images by less than a tile; what is read
@@ -13,19 +13,17 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .jit import helper, inline, parallel, serial
+from .activations import activate, activated_number
+from .jit import helper, inline, parallel
 from .vectors import (
     add,
     broadcast,
     clamp_max,
     clamp_min,
-    evens,
     fma,
     keep,
-    leading,
     load,
     load_responses,
-    maximum,
     multiply,
     store,
     store_responses,
@@ -33,7 +31,7 @@ from .vectors import (
 
 #: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
 _HALF = (0, 0)
-#: 16 lanes, for copies.
+#: 16 lanes, for zeros.
 _ROW = (0,)
 
 
@@ -45,124 +43,26 @@ def _zero(count, Y, y):
 
 
 @inline
-def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind):
-    """Add the residual, clamp, zero the gaps and store; with zeros before the first tile and after the last one."""
+def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind):
+    """Add the residual, activate, zero the gaps and store; with zeros before the first tile and after the last one."""
     pixel = tile * 16 * len(lanes)
     if ldr > 0:
         values = add(values, load(lanes, R, r0 + channel * ldr + pixel))
-    values = clamp_max(clamp_min(values, broadcast(lanes, low)), broadcast(lanes, high))
-    store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
+    if kind == 0:
+        values = clamp_max(clamp_min(values, broadcast(lanes, low)), broadcast(lanes, high))
+        store(Y, y0 + channel * ldy + pixel, keep(bits, tile * 2 * len(lanes), values))
+    else:
+        store(Y, y0 + channel * ldy + pixel, values)
+        activate(kind, low, len(lanes), bits, tile * 2 * len(lanes), Y, y0 + channel * ldy + pixel)
     if tile == 0:
         _zero(before, Y, y0 + channel * ldy - before)
     if tile == tiles - 1:
         _zero(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
 
 
-@helper
-def _copy_row(count, X, x, step, Y, y):
-    """Copy every `step`-th number, and fill up the last vector with zeros."""
-    for k in range(0, count, 16):
-        at = x + k * step
-        if step == 1 and at + 16 <= len(X):
-            store(Y, y + k, leading(count - k, load(_ROW, X, at)))
-        elif step == 2 and at + 32 <= len(X):
-            store(Y, y + k, leading(count - k, evens(load(_ROW, X, at), load(_ROW, X, at + 16))))
-        else:
-            for lane in range(16):
-                Y[y + k + lane] = X[at + lane * step] if k + lane < count else np.float32(0)
-
-
-@parallel
-def pack(images, channels, phases, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
-    """Copy images, split into phases of every n-th row and column, with zeros around them.
-
-    Args:
-        images, channels: how many.
-        phases: of each: first row and column of the input, row and column where they go, numbers of rows and columns.
-        X, of_image, of_channel, of_row, of_column: input, and its strides.
-        down, right: distance of the rows, and of the columns, of one phase.
-        Y, y0, ldy, ldi, pitch: output, its first pixel, and the distances between channels, images and rows.
-    """
-    for channel in numba.prange(channels):
-        for phase in range(len(phases)):
-            row, column, at_row, at_column, rows, columns = phases[phase]
-            begin = (channel * len(phases) + phase) * ldy
-            _zero(ldy, Y, begin)
-            for image in range(images):
-                x = image * of_image + channel * of_channel + row * of_row + column * of_column
-                y = begin + y0 + image * ldi + at_row * pitch + at_column
-                for r in range(rows):  # in this order: zeros after a row may lie in the next one
-                    _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
-
-
-@parallel
-def max_pool(
-    images, channels, height, width, kernel, stride, padding, dilation, X, x0, ldx, ldi, pitch,
-    out_height, out_width, Y, y0, ldy, ldo, out_pitch, scratch
-):  # fmt: skip
-    """Max pooling, with zeros around its images.
-
-    Args:
-        images, channels, height, width: of the input.
-        kernel, stride, padding, dilation: as torch names them; two numbers each, rows first.
-        X, x0, ldx, ldi, pitch: input, its first pixel, and the distances between channels, images and rows.
-        out_height, out_width: of the output.
-        Y, y0, ldy, ldo, out_pitch: output, likewise.
-        scratch: two rows for each thread: maxima over the rows of a window, with padding, and then over its columns.
-    """
-    for channel in numba.prange(channels):
-        lowest = np.float32(-np.inf)
-        span = (out_width - 1) * stride[1] + 1
-        line = scratch[2 * numba.get_thread_id()]
-        maxima = scratch[2 * numba.get_thread_id() + 1]
-        for x in range(0, len(line) - 15, 16):
-            store(line, x, broadcast(_ROW, lowest))
-        _zero(ldy, Y, channel * ldy)
-        for image in range(images):
-            for y in range(out_height):
-                for x in range(0, width, 16):
-                    most = broadcast(_ROW, lowest)
-                    for k in range(kernel[0]):
-                        row = y * stride[0] - padding[0] + k * dilation[0]
-                        if 0 <= row < height:
-                            at = x0 + channel * ldx + image * ldi + row * pitch + x
-                            most = maximum(most, load(_ROW, X, at))
-                    store(line, padding[1] + x, most)
-                for x in range(padding[1] + width, len(line) - 15, 16):
-                    store(line, x, broadcast(_ROW, lowest))
-                for x in range(0, span, 16):
-                    most = load(_ROW, line, x)
-                    for k in range(1, kernel[1]):
-                        most = maximum(most, load(_ROW, line, x + k * dilation[1]))
-                    store(maxima, x, most)
-                at = y0 + channel * ldy + image * ldo + y * out_pitch
-                _copy_row(out_width, maxima, 0, stride[1], Y, at)
-
-
-@serial
-def mean(images, channels, length, count, X, x0, ldx, ldi, Y):
-    """The average of all pixels of each channel.
-
-    Args:
-        images, channels: how many.
-        length, count: numbers from the first to the last pixel of an image, gaps included, which are zero; its pixels.
-        X, x0, ldx, ldi: input, its first pixel, and the distances between channels and images.
-        Y: output, ``(images, channels)``, flat.
-    """
-    lanes = np.empty(16, np.float32)
-    for channel in range(channels):
-        for image in range(images):
-            at = x0 + channel * ldx + image * ldi
-            total = broadcast(_ROW, np.float32(0))
-            for k in range(0, length, 16):
-                total = add(total, leading(length - k, load(_ROW, X, at + k)))
-            store(lanes, 0, total)
-            Y[image * channels + channel] = lanes.sum() / np.float32(count)
-
-
 @parallel
 def direct(
-    lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, low, high,
+    lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, kind, low, high,
     Y, y0, ldy, before, behind
 ):  # fmt: skip
     """A convolution by rows of (offset, value): every non-zero reads its shifted input.
@@ -177,7 +77,7 @@ def direct(
         bits: which pixels are stored; the others become zero.
         X, x0: input, and its first pixel.
         R, r0, ldr: residual, its first pixel and the distance between its channels, which is 0 if there is none.
-        low, high: what results are clamped to.
+        kind, low, high: the activation, as of `activations`.
         Y, y0, ldy: output, its first pixel and the distance between its channels.
         before, behind: zeros that each channel needs before its tiles, and after them, in whole vectors of 16.
     """
@@ -191,7 +91,7 @@ def direct(
             total = broadcast(lanes, bias[channel])
             for j in range(row_begin[row], row_begin[row + 1]):
                 total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
-            _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind)
+            _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind)
 
 
 @helper
@@ -261,12 +161,12 @@ def _unfold(width, bfloat16, first, last, source, used, offsets, X, pixel, buffe
 @parallel
 def fused(
     lanes, tiles, parts, responses, bfloat16, chunks, respond_begin, source, used, offsets, G, row_begin, entry_begin,
-    channels, counts, index, values, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind, scratch
+    channels, counts, index, values, bias, bits, X, x0, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind, scratch
 ):  # fmt: skip
     """A convolution by chunks of input channels: responses to basis filters, then rows of (response, value).
 
     Args:
-        lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, low, high, Y, y0, ldy, before, behind: as in `direct`.
+        lanes, tiles, parts, bias, bits, X, x0, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind: as in `direct`.
         responses: of a chunk, at most.
         bfloat16: dtype of responses: a tuple of one number for bfloat16, an empty one for float32.
         chunks: of each part; those of part `p` begin at ``p * chunks``.
@@ -311,6 +211,44 @@ def fused(
                     total = fma(broadcast(lanes, values[j]), response, total)
                     j += np.uintp(1)
                 if ends:
-                    _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, low, high, Y, y0, ldy, before, behind)
+                    _finish(
+                        lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high,
+                        Y, y0, ldy, before, behind,
+                    )  # fmt: skip
                 else:
                     store(buffer, sums + channel * width, total)
+
+
+@parallel
+def linear(parts, begin, row_begin, inputs, values, bias, X, ldx, kind, low, high, Y, ldy):
+    """A linear layer by rows of (input, value), for few rows of inputs.
+
+    Args:
+        parts, begin: part `p` makes the outputs ``begin[p]`` to ``begin[p + 1]``.
+        row_begin: output `r` has the entries ``row_begin[r]`` to ``row_begin[r + 1]``.
+        inputs, values: of entries.
+        bias: of outputs.
+        X, ldx, Y, ldy: inputs and outputs, and the distances between their rows.
+        kind, low, high: the activation, as of `activations`.
+    """
+    for part in numba.prange(parts):
+        for row in range(begin[part], begin[part + 1]):
+            first = np.intp(row_begin[row])
+            last = np.intp(row_begin[row + 1])
+            for image in range(len(X) // ldx):
+                x = image * ldx
+                a = np.float32(0)
+                b = np.float32(0)
+                c = np.float32(0)
+                d = np.float32(0)
+                j = first
+                while j + 4 <= last:
+                    a += values[j] * X[x + np.intp(inputs[j])]
+                    b += values[j + 1] * X[x + np.intp(inputs[j + 1])]
+                    c += values[j + 2] * X[x + np.intp(inputs[j + 2])]
+                    d += values[j + 3] * X[x + np.intp(inputs[j + 3])]
+                    j += 4
+                while j < last:
+                    a += values[j] * X[x + np.intp(inputs[j])]
+                    j += 1
+                Y[image * ldy + row] = activated_number(kind, low, high, bias[row] + ((a + b) + (c + d)))

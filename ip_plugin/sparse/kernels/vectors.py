@@ -222,6 +222,7 @@ def _binary(generate: Callable[[Any, Any, Any], Any], summary: str) -> Any:
 
 multiply = _binary(lambda builder, left, right: builder.fmul(left, right), "``left * right``")
 subtract = _binary(lambda builder, left, right: builder.fsub(left, right), "``left - right``")
+divide = _binary(lambda builder, left, right: builder.fdiv(left, right), "``left / right``")
 add = _binary(lambda builder, left, right: builder.fadd(left, right), "``left + right``")
 clamp_min = _binary(
     lambda builder, left, right: builder.select(builder.fcmp_ordered("<", left, right), right, left),
@@ -237,6 +238,34 @@ maximum = _binary(
     ),
     "The larger of two values in each lane; NaN if either is.",
 )
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def power_of_two(typing: Any, shifted: Any) -> Any:
+    """Two to the power of `n` in each lane, given as ``1.5 * 2**23 + n``: a whole number from -126 to 127."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = ir.VectorType(_INT32, shifted.width)
+        exponent = builder.shl(builder.bitcast(arguments[0], whole), ir.Constant(whole, [23] * shifted.width))
+        made = builder.add(exponent, ir.Constant(whole, [127 << 23] * shifted.width))
+        return builder.bitcast(made, _register(shifted))
+
+    return shifted(shifted), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total_of(typing: Any, values: Any) -> Any:
+    """The sum of all lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        summed, count = arguments[0], values.width
+        while count > 1:
+            count //= 2
+            halves = [builder.shuffle_vector(summed, summed, _indices(range(at, at + count))) for at in (0, count)]
+            summed = builder.fadd(*halves)
+        return builder.extract_element(summed, ir.Constant(_INT32, 0))
+
+    return types.float32(values), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

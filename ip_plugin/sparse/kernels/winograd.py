@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import Floats
+from .activations import activated
 from .jit import helper, inline, parallel
 from .vectors import (
     add,
@@ -217,9 +218,9 @@ def _clear(Y, begin, end):
 
 @helper
 def _finish(
-    bias, first, rows, every, tiles, W, lines, height, width, ldi, pitch, R, r, adds, low, high, Y, y, reach
+    bias, first, rows, every, tiles, W, lines, height, width, ldi, pitch, R, r, adds, kind, low, high, Y, y, reach
 ):  # fmt: skip
-    """Add bias and residual to the lines of one channel, clamp and store; with zeros in the gaps and around images."""
+    """Add bias and residual to the lines of one channel, activate and store; with zeros around images."""
     across, down = (width + 3) // 4, (height + 3) // 4
     for row in range(rows):
         image = (first + row) // down
@@ -230,7 +231,10 @@ def _finish(
                 values = add(load(_ROW, W, lines + 4 * (k * tiles + row * across) + column), broadcast(_ROW, bias))
                 if adds:
                     values = add(values, load(_ROW, R, r + pixel + column))
-                values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
+                if kind == 0:
+                    values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
+                else:
+                    values = activated(kind, low, values)
                 store_leading(width - column, Y, y + pixel + column, values)
             _clear(Y, y + pixel + width, y + pixel + pitch)
         if top + 4 >= height:
@@ -243,7 +247,7 @@ def _finish(
 @parallel
 def winograd(
     rows, tiles, parts, source, U, bias, left, right, images, height, width, X, x0, ldx, ldi, pitch,
-    R, r0, ldr, low, high, Y, y0, ldy, reach, scratch
+    R, r0, ldr, kind, low, high, Y, y0, ldy, reach, scratch
 ):  # fmt: skip
     """A convolution by dense filters.
 
@@ -257,7 +261,7 @@ def winograd(
         images, height, width: of input and output.
         X, x0, ldx, ldi, pitch: input, its first pixel, and the distances between channels, images and rows; images and
             rows of the output have the same distances.
-        R, r0, ldr, low, high, Y, y0, ldy: as in `nonzero.direct`.
+        R, r0, ldr, kind, low, high, Y, y0, ldy: as in `nonzero.direct`.
         reach: zeros that are needed before the first image and after the last one.
         scratch: a row for each thread, of the length `memory`.
     """
@@ -281,5 +285,5 @@ def winograd(
                 _lines(tiles, made + (channel - block * BLOCK) * POINTS * tiles, W, work)
                 _finish(
                     bias[channel], first, count, every, tiles, W, work + 384, height, width, ldi, pitch,
-                    R, r0 + channel * ldr, ldr > 0, low, high, Y, y0 + channel * ldy, reach,
+                    R, r0 + channel * ldr, ldr > 0, kind, low, high, Y, y0 + channel * ldy, reach,
                 )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
@@ -15,15 +14,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
+from records import SMALL, made_up, timeless
 from typer.testing import CliRunner
 
 pytest.importorskip("nni")
@@ -31,28 +28,27 @@ import nni
 import psutil
 
 from ip_plugin.cli import app
-from ip_plugin.compare.cell import Result, epochs_of, execute
-from ip_plugin.compare.config import Cell, Settings, Study
+from ip_plugin.compare import Callback, Cell, Epoch, Record, Results, run
+from ip_plugin.compare.cell import epochs_of, execute
 from ip_plugin.compare.engines import EngineError, nni_experiment, nni_trial
 from ip_plugin.compare.engines import nni as nni_engine
 from ip_plugin.compare.engines.nni import NniEngine, follow
-from ip_plugin.compare.store import Results, to_row, versions
-from ip_plugin.compare.study import compare
+from ip_plugin.compare.record import versions
 from ip_plugin.errors import StudyError
 
+CRASHING = """
+from ip_plugin.adapters import Criterion
+
+
+def prune(model, count):
+    raise RuntimeError("no licence")
+
+
+crash = Criterion.simple("crashes", "at initialisation", prune)
+"""
 ROOT = Path(__file__).parents[3]
-QUICK = Settings(epochs=2, finetune_epochs=1)
 CELL = Cell("torch:l1", 0.9, "interspace", 0)
-IMPOSSIBLE = 0.999999  # leaves not even one parameter
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Trials take over the number of threads, and two of them share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+STUDY = SMALL.changed(criteria="torch:l1", sparsities=0.9, spaces="IP", seeds=0)
 
 
 @pytest.fixture(autouse=True)
@@ -63,19 +59,9 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def text_of(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def rows_of(folder: Path) -> dict[Cell, Result]:
+def records_of(folder: Path) -> dict[Cell, Record]:
     """What a folder holds, without times."""
-    settings = json.loads((folder / "study.json").read_text())["settings"]
-    with Results.open(folder, Settings(**settings)) as results:
-        return {cell: replace(result, seconds=0) for cell, result in results.rows.items()}
+    return {cell: timeless(record) for cell, record in Results.read(folder).records.items()}
 
 
 def marked(mark: str) -> list[int]:
@@ -101,11 +87,13 @@ def start(folder: Path, *command: object) -> subprocess.Popen[str]:
 # Whole experiments
 
 
-def test_both_engines_give_the_same_rows_and_the_same_failures(tmp_path: Path) -> None:
-    study = Study(
-        settings=QUICK, criteria=("torch:l1",), sparsities=(0.9, IMPOSSIBLE), spaces=("interspace",), seeds=(0,)
-    )
-    here = compare(study, tmp_path / "here", silent())
+def test_both_engines_give_the_same_records_and_the_same_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    monkeypatch.syspath_prepend(tmp_path)
+    study = STUDY.changed(criteria="torch:l1,crashing:crash")
+    here = run(study, tmp_path / "here", jobs=1)
     addresses: list[str] = []
 
     def look(address: str) -> None:
@@ -118,24 +106,26 @@ def test_both_engines_give_the_same_rows_and_the_same_failures(tmp_path: Path) -
             with socket.socket() as probe:
                 assert elsewhere == "127.0.0.1" or probe.connect_ex((elsewhere, int(port))) != 0
 
-    console, environment = silent(), dict(os.environ)
+    environment = dict(os.environ)
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))
         occupied.listen()
         first, nni_experiment.FIRST_PORT = nni_experiment.FIRST_PORT, occupied.getsockname()[1]
         try:
-            there = compare(study, tmp_path / "nni", console, engine=NniEngine(concurrency=2, announce=look))
+            there = run(study, tmp_path / "nni", engine=NniEngine(concurrency=2, announce=look))
         finally:
             nni_experiment.FIRST_PORT = first
     assert len(addresses) == 1 and dict(os.environ) == environment
-    assert rows_of(tmp_path / "nni") == rows_of(tmp_path / "here") and len(rows_of(tmp_path / "nni")) == 1
-    assert set(there) == set(here) and {cell.sparsity for cell in there} == {IMPOSSIBLE}
-    for cell, error in there.items():
-        assert isinstance(error, EngineError) and str(here[cell]) in str(error)
-        assert f"failed: {cell}: EngineError: StudyError: A run must keep at least one parameter." in text_of(console)
+    assert (
+        there.frame().drop(columns="seconds").equals(here.frame().drop(columns="seconds")) and len(there.frame()) == 2
+    )
+    done = [{c: timeless(r) for c, r in part.records.items() if r.result} for part in (there, here)]
+    assert done[0] == done[1]
+    ((cell, text),) = there.failures.items()
+    assert cell.criterion == "crashing:crash" and "RuntimeError: no licence" in text
     assert sorted(p.name for p in (tmp_path / "nni").iterdir()) == sorted(p.name for p in (tmp_path / "here").iterdir())
     # What is there already is not run again, and nothing is started for it.
-    assert compare(replace(study, sparsities=(0.9,)), tmp_path / "nni", silent(), engine=NniEngine(announce=look)) == {}
+    run(study, tmp_path / "nni", engine=NniEngine(announce=look))
     assert len(addresses) == 1
 
 
@@ -143,20 +133,18 @@ def test_a_trial_that_dies_before_it_says_anything_is_reported(tmp_path: Path) -
     (tmp_path / "nni.yml").write_text(
         "trialCommand: echo no such interpreter >&2; exit 3\nexperimentWorkingDirectory: kept\n"
     )
-    study = Study(settings=QUICK, criteria=("torch:random",), sparsities=(0.9,), spaces=("spatial",), seeds=(0,))
-    failures = compare(study, tmp_path / "out", silent(), engine=NniEngine(tmp_path / "nni.yml"))
-    (error,) = failures.values()
-    assert "The trial ended as FAILED; its last words: no such interpreter" in str(error)
+    results = run(STUDY, tmp_path / "out", engine=NniEngine(tmp_path / "nni.yml"))
+    assert set(results.failures) == set(STUDY.cells())
+    for error in results.failures.values():
+        assert "The trial ended as FAILED; its last words: no such interpreter" in error
     assert list((tmp_path / "kept").glob("*/db/nni.sqlite"))  # the user's own folder for it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_it_leaves_no_process_and_loses_no_finished_cell(number: signal.Signals, tmp_path: Path) -> None:
-    settings = replace(QUICK, train_images=300)
-    study = Study(settings=settings, criteria=("torch:random",), sparsities=(0.9,), seeds=(0,))
-    command = ("-m", "ip_plugin", "compare", "--epochs", 2, "--finetune-epochs", 1, "--criteria", "torch:random")
-    command += ("--train-images", 300)
-    command += ("--sparsities", 0.9, "--seeds", 0, "--engine", "nni", "--nni-concurrency", 1)
+    command = ("-m", "ip_plugin", "compare", "--epochs", 1, "--finetune-epochs", 1, "--criteria", "torch:l1")
+    command += ("--train-images", 100, "--spaces", "IP")
+    command += ("--sparsities", 0.9, "--seeds", 0, "--engine", "nni", "--jobs", 1)
     process = start(tmp_path, *command, "--output", tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "results.csv").exists():
@@ -172,14 +160,14 @@ def test_stopped_it_leaves_no_process_and_loses_no_finished_cell(number: signal.
             time.sleep(0.2)
     assert marked(str(tmp_path)) == []
     assert list((tmp_path / "temporary").glob("ip-plugin-nni-*")) == []
-    before = rows_of(tmp_path / "out")
+    before = records_of(tmp_path / "out")
     assert len(before) == 1
     # The other engine goes on.
-    assert compare(study, tmp_path / "out", silent()) == {}
-    after = rows_of(tmp_path / "out")
+    assert run(STUDY, tmp_path / "out", jobs=1).failures == {}
+    after = records_of(tmp_path / "out")
     assert list(after.items())[: len(before)] == list(before.items())
-    compare(study, tmp_path / "whole", silent())
-    assert after == rows_of(tmp_path / "whole") and set(after) == set(study.cells())
+    run(STUDY, tmp_path / "whole", jobs=1)
+    assert after == records_of(tmp_path / "whole") and set(after) == set(STUDY.cells())
 
 
 def test_a_port_in_use_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -189,8 +177,8 @@ def test_a_port_in_use_is_an_error_that_says_so(tmp_path: Path) -> None:
         port = occupied.getsockname()[1]
         engine = NniEngine(port=port)
         with pytest.raises(EngineError, match=rf"Port {port} .* in use by another process.*--nni-port"):
-            compare(Study(settings=QUICK), tmp_path, silent(), engine=engine)
-    assert rows_of(tmp_path) == {}
+            run(STUDY, tmp_path, engine=engine)
+    assert records_of(tmp_path) == {}
 
 
 def test_the_example_is_an_experiment(tmp_path: Path) -> None:
@@ -217,12 +205,12 @@ def test_the_example_is_an_experiment(tmp_path: Path) -> None:
     assert marked(str(tmp_path)) == []
     assert len(reports) == 2 and all({"PERIODICAL 0", "PERIODICAL 1"} <= seen for seen in reports.values())
     with (tmp_path / "out" / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    cells = {(row["space"], row["criterion"]) for row in rows}
-    assert cells == {("spatial", "magnitude"), ("interspace", "magnitude")} and len(rows) == 2
-    assert {(row["sparsity"], row["parameters_left"], row["epochs"]) for row in rows} == {("0.98", "1124", "1")}
+        lines = list(csv.DictReader(file))
+    cells = {(row["space"], row["criterion"]) for row in lines}
+    assert cells == {("spatial", "magnitude"), ("interspace", "magnitude")} and len(lines) == 2
+    assert {(row["sparsity"], row["parameters_left"], row["epochs"]) for row in lines} == {("0.98", "1124", "1")}
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [{name: str(value) for name, value in row.items()} for row in written] == rows
+    assert [{name: str(value) for name, value in row.items()} for row in written] == lines
     assert all(f"{row['accuracy']:.1f} %" in output for row in written)
 
 
@@ -237,6 +225,18 @@ def test_a_trial_of_the_example_runs_by_itself(
 
 
 # Trials
+
+
+class Watched(Callback):
+    def __init__(self) -> None:
+        self.began: list[Cell] = []
+        self.epochs: list[Epoch] = []
+
+    def on_begin(self, cell: Cell) -> None:
+        self.began.append(cell)
+
+    def on_epoch(self, cell: Cell, epoch: Epoch) -> None:
+        self.epochs.append(epoch)
 
 
 @pytest.fixture
@@ -254,45 +254,44 @@ def reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     return said
 
 
-def settings_of(**changes: Any) -> str:
-    given = {"settings": vars(replace(QUICK, sharing="layer")), "versions": versions(), "threads": 1}
-    return json.dumps(given | changes)
+def study_of(changes: dict[str, Any] | None = None, made_with: dict[str, str] | None = None) -> str:
+    study = STUDY.changed(changes).model_dump_json()
+    return json.dumps({"study": study, "versions": made_with or versions(), "path": [], "folder": os.getcwd()})
 
 
 def test_a_trial_reports_every_epoch_and_the_whole_result(
     reports: list[tuple[str, Any]], told: None, tmp_path: Path
 ) -> None:
-    (tmp_path / nni_trial.SETTINGS).write_text(settings_of())
+    (tmp_path / nni_trial.STUDY).write_text(study_of())
     nni_trial.main()
     names = [name for name, _ in reports]
-    assert names == ["intermediate"] * (1 + epochs_of(CELL, QUICK)) + ["final"]
-    assert [data["default"] for _, data in reports[:-1]] == [0, 1, 2, 3]
+    assert names == ["intermediate"] * (1 + epochs_of(CELL, STUDY)) + ["final"]
     assert all(Cell(**{name: data[name] for name in Cell._fields}) == CELL for _, data in reports)
-    began, epochs = [], []
     experiment = Told(("DONE", {"trial": ("SUCCEEDED", [data for _, data in reports])}))
-    ((cell, result),) = follow(experiment, [CELL], began.append, lambda: epochs.append(1))
-    assert cell == CELL
-    assert isinstance(result, Result) and reports[-1][1]["default"] == result.accuracy
-    assert replace(result, seconds=0) == replace(execute(CELL, replace(QUICK, sharing="layer")), seconds=0)
-    assert began == [CELL] and len(epochs) == 3
+    watched = Watched()
+    (record,) = follow(experiment, [CELL], watched)
+    assert timeless(record) == timeless(execute(CELL, STUDY)) and watched.began == [CELL]
+    assert record.result is not None and reports[-1][1]["default"] == record.result.accuracy
+    curve = [data["default"] for _, data in reports[1:-1]]
+    assert curve == [epoch.train_accuracy for epoch in record.curve] == [e.train_accuracy for e in watched.epochs]
+    assert all(0 < accuracy < 100 for accuracy in curve)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (settings_of(versions={"torch": "1.0"}), "StudyError: A trial must have the versions of the study"),
-        (settings_of(settings={"device": "cuda:99"}), "StudyError: `device`"),
-        ("{", "JSONDecodeError"),
+        (study_of(made_with={"torch": "1.0"}), "StudyError: Every process must have the versions of the study"),
+        (study_of({"training.device": "cuda:99"}), "device"),
     ],
 )
 def test_a_trial_that_cannot_run_says_why(
     text: str, expected: str, reports: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
-    (tmp_path / nni_trial.SETTINGS).write_text(text)
-    with pytest.raises(ValueError) as caught:
+    (tmp_path / nni_trial.STUDY).write_text(text)
+    with pytest.raises(SystemExit) as caught:
         nni_trial.main()
-    assert reports[-1][0] == "intermediate" and reports[-1][1]["error"].startswith(expected)
-    assert reports[-1][1]["error"] == f"{type(caught.value).__name__}: {caught.value}"
+    assert expected in str(caught.value)
+    assert reports[-1][0] == "final" and reports[-1][1]["record"]["traceback"] == str(caught.value)
 
 
 # Following an experiment
@@ -320,13 +319,13 @@ class Told:
         return {name: [SimpleNamespace(data=data) for data in self.trials[name][1]]}
 
 
-def watch(experiment: Told, cells: list[Cell]) -> Iterator[tuple[Cell, Any]]:
-    return follow(experiment, cells, lambda cell: None, lambda: None, poll_seconds=0, grace_seconds=0)
+def watch(experiment: Told, cells: list[Cell]) -> Iterator[Record]:
+    return follow(experiment, cells, Callback(), poll_seconds=0, grace_seconds=0)
 
 
 def final(cell: Cell) -> dict[str, Any]:
-    result = Result(cell, 90.0 + cell.seed, None, 1000, 100, 0, ("a", "b"), 1.5)
-    return json.loads(json.dumps({"default": result.accuracy, **to_row(result)}))  # type: ignore[no-any-return]
+    record = made_up(cell, 90.0 + cell.seed)
+    return json.loads(json.dumps({"default": 0.0, "record": record.to_json(), **cell._asdict()}))  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -342,9 +341,7 @@ def test_a_result_belongs_to_the_cell_that_the_trial_names(told: None) -> None:
         ("RUNNING", {"x": ("RUNNING", [began[1], final(cells[1])]), "y": ("RUNNING", [3.0, {"x": 1}, began[0]])}),
         ("RUNNING", {"x": ("SUCCEEDED", [began[1], final(cells[1])]), "y": ("RUNNING", [began[0], final(cells[0])])}),
     ]
-    outcomes = list(watch(Told(*states), cells))
-    assert [(cell.seed, result.cell.seed, result.accuracy) for cell, result in outcomes] == [(1, 1, 91.0), (0, 0, 90.0)]
-    assert outcomes[0][1].spatial_layers == ("a", "b")
+    assert list(watch(Told(*states), cells)) == [made_up(cells[1], 91.0), made_up(cells[0], 90.0)]
 
 
 def test_every_cell_is_accounted_for(told: None) -> None:
@@ -352,25 +349,25 @@ def test_every_cell_is_accounted_for(told: None) -> None:
     began = [cell._asdict() for cell in cells]
     trials = {
         "a": ("SUCCEEDED", [began[0]]),
-        "b": ("FAILED", [began[1], {**began[1], "error": "RuntimeError: out of memory"}]),
+        "b": ("FAILED", [began[1], {**began[1], "record": Record(cells[1], traceback="out of memory").to_json()}]),
         "c": ("USER_CANCELED", [began[2]]),
         "d": ("FAILED", []),
     }
-    outcomes = dict(watch(Told(("NO_MORE_TRIAL", trials), ("DONE", trials)), cells))
-    assert list(outcomes) == cells and all(isinstance(error, EngineError) for error in outcomes.values())
+    records = list(watch(Told(("NO_MORE_TRIAL", trials), ("DONE", trials)), cells))
+    assert [record.cell for record in records] == cells and all(record.status == "failed" for record in records)
     texts = [
         "ended as SUCCEEDED",
-        "RuntimeError: out of memory",
+        "out of memory",
         "ended as USER_CANCELED",
         "ended as FAILED",
         "No trial",
     ]
-    assert all(text in str(outcomes[cell]) for cell, text in zip(cells, texts, strict=True))
+    assert all(text in str(record.traceback) for record, text in zip(records, texts, strict=True))
 
 
 def test_an_experiment_that_breaks_off_keeps_what_has_finished(told: None) -> None:
     outcomes = watch(Told(("ERROR", {"x": ("RUNNING", [CELL._asdict(), final(CELL)])})), [CELL, CELL._replace(seed=1)])
-    assert next(outcomes)[1].accuracy == 90.0
+    assert next(outcomes) == made_up(CELL, 90.0)
     with pytest.raises(EngineError, match="status ERROR: tuner crashed"):
         next(outcomes)
 
@@ -425,6 +422,11 @@ def test_a_configuration_that_is_not_there_and_a_wrong_number_are_refused(tmp_pa
         NniEngine(concurrency=0)
 
 
+def test_files_of_runs_are_refused() -> None:
+    with pytest.raises(StudyError, match="must keep no files"):
+        next(NniEngine()([CELL], STUDY.changed({"measure.keep": "masks"}), Callback()))
+
+
 def test_without_nni_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nni", None)
     with pytest.raises(StudyError, match=r'pip install "ip-plugin\[nni\]"'):
@@ -434,14 +436,13 @@ def test_without_nni_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--engine", "ray"], "'ray' is neither local nor nni"),
-        (["--nni-port", "8081"], "need --engine nni"),
-        (["--engine", "nni", "--nni-port", "0"], "--nni-port"),
+        (["--engine", "ray"], "'ray'"),
+        (["--engine", "nni", "--nni-port", "0"], "`nni_port`"),
     ],
 )
 def test_the_command_refuses_engines_that_it_does_not_know(arguments: list[str], expected: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", "--output", str(tmp_path / "out"), *arguments])
-    assert result.exit_code == 2 and expected in result.output
+    assert expected in (result.output + str(result.exception))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,124 @@
+"""Steps that act on each pixel by itself, or only move pixels."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx
+
+from .activation import NONE
+from .images import Packing
+from .kernels import images as loops
+from .memory import Region, Workspace
+from .nodes import bound, joined_channels, module_of
+from .placement import Placement
+from .pointwise import Pointwise
+from .steps import NO_ADDEND, NO_SCALE, NOTHING, Pack, Step, Values, images_in, into, read
+
+
+@dataclass(eq=False)
+class Elementwise(Step):
+    """A scale and a shift of each channel, an addition, and an activation, from one or two regions into another."""
+
+    module: Pointwise
+    source: Region
+    addend: Region | None
+    target: Region
+
+    @classmethod
+    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
+        module, nodes = module_of(node), [value for value in node.args if isinstance(value, fx.Node)]
+        if not isinstance(module, Pointwise) or placement.regions.keys().isdisjoint(nodes):
+            return []
+        if not all(map(placement.is_images, nodes)):
+            return []
+        steps, source = read(node, nodes[0], placement)
+        addend = None
+        if len(nodes) > 1:
+            more, addend = read(node, nodes[1], placement)
+            steps += more
+        return [*steps, cls(node, module, source, addend, placement.place(node))]
+
+    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
+        layout, scale, shift = self.source.layout, self.module.scale, self.module.shift
+        call = partial(
+            loops.pointwise, layout.images, self.source.channels, layout.height, layout.width,
+            layout.one_run(self.target.layout, None if self.addend is None else self.addend.layout),
+            NOTHING[0] if shift is None else shift.float().numpy(),
+            *(NO_SCALE if scale is None else (scale.float().numpy(), 0, 1, 0)),
+            *images_in(workspace, self.source), *images_in(workspace, self.addend), *self.module.activation.arguments,
+            *images_in(workspace, self.target),
+        )  # fmt: skip
+        return into(self.node, workspace.view(self.target), call)
+
+
+@dataclass(eq=False)
+class Scale(Step):
+    """The product of a region and a number for each image and channel, as in squeeze-and-excitation."""
+
+    value: fx.Node
+    source: Region
+    target: Region
+
+    @classmethod
+    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
+        arguments = bound(node, "input", "other")
+        multiplies = node.op in ("call_function", "call_method") and node.target in (operator.mul, torch.mul, "mul")
+        nodes = list(arguments.values()) if multiplies and arguments else []
+        if len(nodes) != 2 or not all(isinstance(value, fx.Node) and placement.is_images(value) for value in nodes):
+            return []
+        for images, numbers in (nodes, nodes[::-1]):
+            shape = placement.shapes[images]
+            if placement.shapes[numbers] == (*shape[:2], 1, 1) and images in placement.regions and shape[2:] != (1, 1):
+                return [cls(node, numbers, placement.regions[images], placement.place(node))]
+        return []
+
+    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
+        layout, node, numbers, view = self.source.layout, self.node, self.value, workspace.view(self.target)
+        sizes = layout.images, self.source.channels, layout.height, layout.width
+        shifts = layout.one_run(self.target.layout), NOTHING[0]
+        source, target = images_in(workspace, self.source), images_in(workspace, self.target)
+        rest = (*NO_ADDEND, *NONE.arguments, *target)
+
+        def run(values: Values) -> None:
+            scales = values[numbers]
+            images, channels = scales.stride()[:2]
+            flat = scales.as_strided(((scales.shape[0] - 1) * images + (scales.shape[1] - 1) * channels + 1,), (1,))
+            loops.pointwise(*sizes, *shifts, flat.numpy(), 0, channels, images, *source, *rest)
+            values[node] = view
+
+        return run
+
+
+@dataclass(eq=False)
+class Concatenation(Step):
+    """The concatenation of channels in one region; what was not made there is copied first."""
+
+    target: Region
+
+    @classmethod
+    def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
+        parts = joined_channels(node)
+        if not parts or not placement.is_images(node) or not all(map(placement.is_images, parts)):
+            return []
+        if placement.regions.keys().isdisjoint(parts):
+            return []
+        whole, steps, begin = placement.place(node), [], 0
+        for part in parts:
+            channels, source = placement.shapes[part][1], placement.regions.get(part)
+            target = Region(whole.layout, channels, whole, begin)
+            if source is None or (source.root, source.first_channel, source.layout) != (
+                target.root, target.first_channel, whole.layout,
+            ):  # fmt: skip
+                original, shape = placement.original(part), placement.shapes[part]
+                steps.append(Pack(node, part, shape, Packing.whole(whole.layout), target, original))
+                placement.remember_copy(part, target)
+            begin += channels
+        return [*steps, cls(node, whole)]
+
+    def bind(self, workspace: Workspace) -> Callable[[Values], None]:
+        return into(self.node, workspace.view(self.target), lambda: None)

@@ -1,0 +1,261 @@
+"""Every step of a sparse network that is no convolution computes what torch computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.models import DenseNet
+
+pytest.importorskip("numba")
+
+from ip_plugin.errors import ArgumentError
+from ip_plugin.methods import apply_masks, magnitude, select
+from ip_plugin.sparse import SparseNetwork, prepare
+from ip_plugin.sparse.dense import faster_dense
+from ip_plugin.sparse.graph import Structure
+from ip_plugin.sparse.threads import warn_of_slow_threads
+
+quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+class Between(nn.Module):
+    """Something between two convolutions, which run sparse."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], inputs: int = 3, outputs: int = 5) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(inputs, 5, 3, padding=1), nn.Conv2d(outputs, 4, 3, padding=1)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+def pruned(model: nn.Module, sparsity: float = 0.7) -> nn.Module:
+    return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope="layer")).eval()
+
+
+@torch.no_grad()
+def agrees(model: nn.Module, *inputs: Tensor, steps: str | None = None) -> SparseNetwork:
+    """Prepared, a model computes the same, in a network that has steps of this kind and leaves nothing to torch."""
+    network = prepare(model, inputs, deterministic=True)
+    assert isinstance(network, SparseNetwork)
+    for _ in range(2):
+        expected = model(*(value.clone() for value in inputs))
+        torch.testing.assert_close(network(*inputs), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    if steps is not None:
+        kinds = [step.step for step in network.profile(*inputs, rounds=1)]
+        assert steps in kinds, kinds
+        assert [kind for kind in kinds if kind.startswith("torch") and "input" not in kind] == []
+    return network
+
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.2), nn.Sigmoid(), nn.SiLU(), nn.Hardsigmoid(), nn.Hardswish(), nn.GELU(),
+    nn.GELU("tanh"), nn.LeakyReLU(0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("density", [0.3, 1.0], ids=["sparse", "dense"])
+def test_activations_are_part_of_the_layer_before(activation: nn.Module, density: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 4, 3), activation)
+    images = 4 * torch.randn(2, 3, 7, 7)
+    network = agrees(pruned(model, 1 - density), images)
+    kinds = [step.step for step in network.profile(images, rounds=1)]
+    assert kinds[-2:] == 2 * ["DenseConvolution" if density == 1 else "SparseConvolution"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu, F.relu6, torch.sigmoid, F.silu, F.hardsigmoid, F.hardswish, F.gelu, F.leaky_relu,
+        lambda x: F.leaky_relu(x, 0.2), lambda x: F.gelu(x, approximate="tanh"), lambda x: x.sigmoid(),
+        lambda x: F.silu(x + x, inplace=True), nn.BatchNorm2d(5),
+        nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(inplace=True)), nn.Sequential(nn.BatchNorm2d(5), nn.GELU()),
+    ],
+)  # fmt: skip
+def test_what_acts_on_single_pixels_stays_in_the_layout(function: Callable[[Tensor], Tensor]) -> None:
+    for module in function.modules() if isinstance(function, nn.Module) else ():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+    if isinstance(function, nn.Module):
+        middle: Callable[[Tensor], Tensor] = nn.Sequential(nn.MaxPool2d(3, 1, 1), function)
+    else:
+        middle = lambda x: function(F.max_pool2d(x, 3, 1, 1))  # noqa: E731
+    agrees(pruned(Between(middle)), torch.randn(2, 3, 9, 21), steps="Elementwise")
+
+
+@quick
+@given(
+    kernel=pairs, stride=pairs, padding=st.tuples(st.integers(0, 1), st.integers(0, 1)), dilation=pairs,
+    size=st.tuples(st.integers(3, 20), st.integers(3, 40)), ceil=st.booleans(), early=st.booleans(),
+)  # fmt: skip
+def test_max_poolings_of_any_window(
+    kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any, ceil: bool, early: bool
+) -> None:
+    assume(all(2 * p <= k for p, k in zip(padding, kernel, strict=True)))
+    assume(all(s > (k - 1) * d for s, k, d in zip(size, kernel, dilation, strict=True)))
+    pool = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil)
+    model = nn.Sequential(pool, nn.Conv2d(5, 4, 3, padding=1)) if early else Between(pool)
+    agrees(pruned(model), torch.randn(2, 5 if early else 3, *size), steps="MaxPool")
+
+
+@quick
+@given(
+    kernel=pairs, stride=pairs, padding=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    size=st.tuples(st.integers(3, 20), st.integers(3, 40)), ceil=st.booleans(), whole=st.booleans(),
+    divisor=st.sampled_from([None, 3]), function=st.booleans(),
+)  # fmt: skip
+def test_average_poolings_of_any_window(
+    kernel: Any, stride: Any, padding: Any, size: Any, ceil: bool, whole: bool, divisor: int | None, function: bool
+) -> None:
+    assume(all(2 * p <= k for p, k in zip(padding, kernel, strict=True)))
+    arguments = (kernel, stride, padding, ceil, whole, divisor)
+    pool = (lambda x: F.avg_pool2d(x, *arguments)) if function else nn.AvgPool2d(*arguments)
+    agrees(pruned(Between(pool)), torch.randn(2, 3, *size), steps="AveragePool")
+
+
+@quick
+@given(size=st.tuples(st.integers(1, 20), st.integers(1, 40)), to=st.tuples(st.integers(1, 7), st.integers(1, 7)))
+def test_adaptive_averages_to_any_size(size: tuple[int, int], to: tuple[int, int]) -> None:
+    agrees(pruned(Between(nn.AdaptiveAvgPool2d(to))), torch.randn(2, 3, *size))
+
+
+class Concatenated(nn.Module):
+    """As in DenseNet: each layer reads the concatenation of all before, which may also be changed in place."""
+
+    def __init__(self, layers: int, norms: bool, changes: bool, swaps: bool) -> None:
+        super().__init__()
+        self.first, self.changes, self.swaps = nn.Conv2d(3, 4, 3, 2, padding=1), changes, swaps
+        self.layers = nn.ModuleList(nn.Conv2d(4 + 3 * n, 3, 3, padding=1) for n in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 3 * n) if norms else nn.Identity() for n in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [self.first(x)]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            joined = torch.cat(values[::-1] if self.swaps else values, 1)
+            values.append(layer(F.relu(norm(joined))))
+            if self.changes:
+                values[0].mul_(0.5)
+        return torch.cat([torch.cat(values[:2], 1), F.max_pool2d(torch.cat(values, 1), 3, 1, 1), *values[1:]], 1)
+
+
+@quick
+@given(
+    layers=st.integers(1, 4), norms=st.booleans(), changes=st.booleans(), swaps=st.booleans(),
+    size=st.tuples(st.integers(3, 12), st.integers(3, 40)),
+)  # fmt: skip
+def test_concatenations(layers: int, norms: bool, changes: bool, swaps: bool, size: tuple[int, int]) -> None:
+    model = pruned(Concatenated(layers, norms, changes, swaps))
+    agrees(model, torch.randn(2, 3, *size), steps=None if changes else "Concatenation")
+
+
+def test_values_are_made_in_the_concatenation_that_reads_them() -> None:
+    model = pruned(DenseNet(8, (2, 3, 2, 2), 16, num_classes=10))
+    network = prepare(model, torch.randn(1, 3, 40, 40), deterministic=True)
+    kinds = [step.step for step in network.profile(torch.randn(1, 3, 40, 40), rounds=1)]
+    assert kinds.count("Concatenation") == 13 and kinds.count("Pack") == 1  # of the input
+
+
+class Squeezed(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor], first: bool) -> None:
+        super().__init__()
+        self.mean, self.first = mean, first
+        self.down, self.up = nn.Conv2d(5, 2, 1), nn.Conv2d(2, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.up(F.silu(self.down(self.mean(x)))).sigmoid()
+        return scale * x if self.first else x * scale
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "mean", [nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2, 3), keepdim=True), lambda x: x.mean([-1, -2], True)]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_squeeze_and_excitation(mean: Callable[[Tensor], Tensor], batch: int, first: bool) -> None:
+    agrees(pruned(Between(Squeezed(mean, first)), 0.5), torch.randn(batch, 3, 9, 18), steps="Scale")
+
+
+@quick
+@given(
+    kernel=st.sampled_from([1, 3, 5, 7]), stride=st.integers(1, 3), multiple=st.integers(1, 2),
+    size=st.tuples(st.integers(4, 20), st.integers(4, 40)), space=st.sampled_from(["spatial", "interspace"]),
+)  # fmt: skip
+def test_depthwise_convolutions(kernel: int, stride: int, multiple: int, size: tuple[int, int], space: str) -> None:
+    from ip_plugin import interspace
+
+    model = Between(nn.Conv2d(5, 5 * multiple, kernel, stride, kernel // 2, groups=5), outputs=5 * multiple)
+    if space == "interspace":
+        interspace(model, basis="orthonormal", sharing="layer")
+    agrees(pruned(model), torch.randn(2, 3, *size), steps="SparseConvolution")
+
+
+@quick
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=3), inputs=st.integers(1, 40), outputs=st.integers(1, 40),
+    bias=st.booleans(), activation=st.sampled_from([None, nn.ReLU(), nn.GELU(), nn.SiLU()]),
+)  # fmt: skip
+def test_sparse_linear_layers(
+    shape: list[int], inputs: int, outputs: int, bias: bool, activation: nn.Module | None
+) -> None:
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias), *([activation] if activation else []))
+    network = agrees(pruned(model, 0.9), torch.randn(*shape, inputs))
+    assert all(run.how == "direct" for run in network.runs(torch.randn(*shape, inputs)))
+
+
+def test_a_network_that_is_faster_dense_is_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = pruned(Between(nn.ReLU())), torch.randn(1, 3, 9, 9)
+    seconds = {"sparse": [1.0], "torch": [0.8]}
+    monkeypatch.setattr(
+        "ip_plugin.sparse.dense.side_by_side", lambda calls, **_: {name: seconds[name] for name in calls}
+    )
+    network = prepare(model, images, dense="torch")
+    assert "run dense by torch, since that takes 800.00 ms" in repr(network)
+    assert {run.how for run in network.runs(images)} == {"dense by torch"}
+    torch.testing.assert_close(network(images), model(images).detach(), rtol=1e-4, atol=1e-5)
+    other = torch.randn(2, 3, 8, 8)
+    assert {run.how for run in network.runs(other)} == {"direct"}
+    torch.testing.assert_close(network(other), model(other).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ArgumentError, match="'auto' or 'torch'"):
+        prepare(model, images, dense="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_other_programs_run_a_network_where_they_are_faster(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(name)
+    pytest.importorskip("onnx")
+    seconds = {"sparse": [1.0], "torch": [0.8], name: [0.1]}
+    monkeypatch.setattr(
+        "ip_plugin.sparse.dense.side_by_side", lambda calls, **_: {who: seconds.get(who, [0.5]) for who in calls}
+    )
+    model, images = Between(nn.ReLU()).eval().requires_grad_(False), torch.randn(1, 3, 9, 9)
+    dense = faster_dense(model, model, Structure.of((images,), {})[0], (images,), 1e-3)
+    assert dense is not None and dense.name == name
+    torch.testing.assert_close(dense.run((images,))[0], model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "policy", "remedy"), [("workqueue", "", "libgomp1"), ("omp", "PASSIVE", "unset it"), ("omp", "", "")]
+)
+def test_slow_threads_are_warned_of(layer: str, policy: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ip_plugin.sparse.threads._layer", lambda: layer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_slow_threads(stacklevel=1)
+    assert [remedy in str(warning.message) for warning in caught] == ([True] if remedy else [])

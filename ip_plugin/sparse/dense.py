@@ -21,7 +21,7 @@ from .graph import Outputs, Structure, outputs_of
 _FAR_AHEAD = 3.0
 #: A dense way is taken if it takes less than this share of the sparse network's time.
 _CLEARLY = 0.9
-_ROUNDS = 9
+_ROUNDS = 7
 
 Way = Callable[[tuple[Tensor, ...]], list[Any]]
 
@@ -69,7 +69,7 @@ def faster_dense(
     def compared(name: str, way: Way) -> Dense:
         calls = {"sparse": lambda: structure.call(sparse, tensors), name: lambda: way(tensors)}
         with torch.no_grad():
-            took = side_by_side(calls, rounds=_ROUNDS, warmup=1, untimed=1)
+            took = side_by_side(calls, rounds=_ROUNDS, warmup=1, untimed=4)
         times = {who: 1e3 * median(seconds) for who, seconds in took.items()}
         return Dense(name, way, tuple(value.shape for value in tensors), times[name], times["sparse"])
 

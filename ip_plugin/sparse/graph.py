@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -151,7 +152,9 @@ def baked(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, TensorRef]]:
             f"copy.deepcopy(model) raises {type(error).__name__}: {error}",
             "remove tensors that the model keeps from earlier calls, with their graphs, and wrappers around it",
         ) from error
-    plain = bake(plain).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what baking changes is an error of `prepare`
+        plain = bake(plain).eval().requires_grad_(False)
     refs = [ref for ref in prunable_tensors(model) if can_run_sparse(ref.module) or _is_pruned_linear(ref)]
     return plain, {plain.get_submodule(ref.module_name): ref for ref in refs}
 

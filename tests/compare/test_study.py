@@ -328,16 +328,19 @@ def test_criteria_that_crash_are_named_with_file_and_line(tmp_path: Path, monkey
 
     from ip_plugin.compare import criteria
 
-    (tmp_path / "crashing.py").write_text("x = 1\nraise RuntimeError('no licence')\n")
-    (tmp_path / "wrong.py").write_text("CRITERIA = {'number': 3}\n")
+    (tmp_path / "crashing_adapter.py").write_text("x = 1\nraise RuntimeError('no licence')\n")
+    (tmp_path / "wrong_adapter.py").write_text("CRITERIA = {'number': 3}\n")
     monkeypatch.syspath_prepend(tmp_path)
     real = criteria.hosts()
-    more = {name: EntryPoint(name, name, "ip_plugin.adapters") for name in ("crashing", "wrong")}
+    values = {"crashing": "crashing_adapter", "wrong": "wrong_adapter"}
+    more = {name: EntryPoint(name, value, "ip_plugin.adapters") for name, value in values.items()}
     monkeypatch.setattr(criteria, "hosts", lambda: real | more)
     listed = CliRunner().invoke(cli.app, ["criteria"])
     assert listed.exit_code == 0 and "torch:l1" in listed.output
-    assert re.search(r"crashing: RuntimeError: no licence \(.*crashing.py, line 2\)", listed.output)
-    assert "wrong:number: a int in wrong, not a Criterion" in listed.output
+    assert re.search(r"crashing: RuntimeError: no licence \(.*crashing_adapter.py, line 2\)", listed.output), (
+        listed.output
+    )
+    assert "wrong:number: a int in wrong_adapter, not a Criterion" in listed.output
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

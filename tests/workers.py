@@ -44,7 +44,10 @@ def worker(rank: int, folder: str, model: nn.Module, x: torch.Tensor) -> None:
     torch.set_num_threads(1)
     join(rank, folder)
     output = model(x).detach()
-    found = {"trained": trained(rank), "scores": scores(rank), "masks": sparsely_trained(rank), "output": output}
+    found = {
+        "trained": trained(rank), "scores": scores(rank), "masks": sparsely_trained(rank), "output": output,
+        "received": received(rank),
+    }  # fmt: skip
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -62,6 +65,16 @@ def trained(rank: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
                 shared = len([n for n, _ in model.named_parameters() if n.endswith("basis")])
                 results[f"{kind}-{sharing}-{masked}"] = (model.state_dict(), shared)
     return results
+
+
+def received(rank: int) -> torch.Tensor:
+    """What a model computes whose masks are set in the first process alone, after it has been wrapped."""
+    model, x, _ = case_of("conv2d", "layer", masked=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(x)
+    if rank == 0:
+        torch_prune.global_unstructured(prunable(model), torch_prune.L1Unstructured, amount=0.5)
+    return wrapped(x).detach()
 
 
 def scores(rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -9,17 +9,15 @@ tensor([[[[2., 1., 0.]]]])
 from __future__ import annotations
 
 import ast
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from ip_plugin.errors import StudyError
+from ip_plugin.utils.seeds import seeded
 
 from .config import nearest
 
@@ -60,27 +58,6 @@ class Augmentation:
         for transform in self.transforms:
             image = transform(image)
         return image
-
-
-@contextmanager
-def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
-    """Random numbers of torch, numpy and Python from a seed, and their states restored afterwards.
-
-    Args:
-        seed: of all of them.
-        device: a GPU whose random numbers are included.
-    """
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % (1 << 32))
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _parsed(text: str) -> tuple[str, list[Any], dict[str, Any]]:

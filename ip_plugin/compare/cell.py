@@ -12,8 +12,6 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -25,7 +23,7 @@ from ip_plugin.core.masking import masks
 from ip_plugin.core.tensor_ref import by_basis, prunable_tensors
 from ip_plugin.errors import InterspaceError, LayerCollapseWarning, StudyError
 from ip_plugin.reporting.table import Row
-from ip_plugin.utils.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed, seeded
 
 from . import criteria, data, models
 from .config import DENSE, Cell, SpaceSpec, Study
@@ -57,7 +55,8 @@ def execute(cell: Cell, study: Study, on_epoch: OnEpoch = lambda _: None, cache:
     criterion, space, images = criteria.load(cell.criterion), SpaceSpec.parse(cell.space), images_of(study)
     settings = tuned_settings(study, cell.space)
     image = images.example
-    with seeded(cell.seed, settings.device):
+    with seeded(cell.seed, settings.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapseWarning)  # criteria are compared with the layers that they empty
         model = network_of(study, images)
         dense = copy.deepcopy(model).eval()
         before = {layer.module_name: layer.parameter.numel() for layer in prunable_tensors(model)}
@@ -193,19 +192,6 @@ def epochs_of(cell: Cell, study: Study) -> int:
     criterion = criteria.load(cell.criterion)
     finetunings = 1 if criterion.stage == "after training" else criterion.finetunings
     return criterion.trainings * study.training.epochs + finetunings * study.training.finetune_epochs
-
-
-@contextmanager
-def seeded(seed: int, device: str) -> Iterator[None]:
-    """Random numbers from `seed`, and the random state restored afterwards; no warnings of layer collapse.
-
-    A study compares criteria as they are, with the layers that they empty.
-    """
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", LayerCollapseWarning)
-        torch.manual_seed(seed)
-        yield
 
 
 def _amount(cell: Cell, criterion: Criterion, parameters: int, basis_parameters: int) -> float:

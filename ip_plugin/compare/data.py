@@ -20,9 +20,10 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ip_plugin.errors import StudyError, listed
+from ip_plugin.utils.seeds import seeded
 
 from . import config
-from .augmentation import Augmentation, seeded, torchvision
+from .augmentation import Augmentation, torchvision
 from .config import nearest
 from .named import called, is_named, named
 

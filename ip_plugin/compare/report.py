@@ -17,12 +17,24 @@ from ip_plugin.utils.atomic import write_whole
 from . import criteria
 from .analysis import Analysis
 from .answer import answer, caution, headline, remarks
-from .plots import COLORS, FAINT, HOLLOW, INK, NARROW, WIDE, Plot, plots
+from .plots.accuracies import accuracy_plot, bytes_plot, macs_plot
+from .plots.differences import control_plot, difference_plot
+from .plots.figure import COLORS, FAINT, HOLLOW, INK, NARROW, WIDE, Plot
+from .plots.networks import basis_plot, curve_plot, density_plot, singular_plot
 from .tables import Table, tables
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from rich.console import Console
+
+
+def plots(analysis: Analysis) -> list[Plot]:
+    """The figures that a study has something for; the first one is the answer."""
+    makers = (
+        difference_plot, accuracy_plot, bytes_plot, macs_plot, control_plot, density_plot, basis_plot, singular_plot,
+        curve_plot,
+    )  # fmt: skip
+    return [plot for make in makers if (plot := make(analysis)) is not None]
 
 
 def write(analysis: Analysis, folder: Path, command: str = "") -> None:

@@ -19,10 +19,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from ip_plugin import param_groups
 from ip_plugin.adapters import Begin
-from ip_plugin.utils.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed, seeded
 
 from . import config
-from .augmentation import seeded
 from .data import Images, Part, Split
 from .named import called, named
 from .own_training import OwnTraining

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from ip_plugin.errors import StudyError
-from ip_plugin.utils.seeds import derived_seed
+from ip_plugin.utils.seeds import derived_seed, seeded
 
 from . import config, criteria
 from .config import DENSE, Cell, SpaceSpec, Study
@@ -75,7 +75,7 @@ def validation_accuracy(study: Study, space: str, lr: float) -> float:
 
     Their seeds are those of no cell.
     """
-    from .cell import convert, images_of, network_of, seeded
+    from .cell import convert, images_of, network_of
     from .training import Training, accuracy
 
     images = images_of(study)

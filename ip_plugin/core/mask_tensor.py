@@ -39,7 +39,7 @@ class MaskTensor(Tensor):
                 return func(*args, **kwargs).as_subclass(cls)
             if name in ("sub", "rsub", "__sub__", "__rsub__", "_foreach_sub"):
                 return func(*(_numbers(argument) for argument in args), **kwargs)
-            if name in ("_foreach_add_", "_foreach_addcdiv_", "_foreach_lerp_", "add_", "lerp_"):
+            if name in ("_foreach_addcdiv_", "_foreach_lerp_", "lerp_"):
                 masks = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
                 values = _numbers(args[0])
                 func(values, *(_numbers(argument) for argument in args[1:]), **kwargs)

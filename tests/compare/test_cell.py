@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from records import result_of
@@ -40,6 +43,39 @@ def test_both_spaces_keep_equally_many_parameters(criterion: str, sparsity: floa
     assert inter.basis_parameters == 81 * layers
     # At 95 % the 288 coefficients of the first layer keep 14 values, and its basis has 81 numbers.
     assert inter.spatial_layers == (("0",) if layers == 2 else ())
+
+
+def test_multiply_adds_of_the_interspace_have_those_of_the_basis() -> None:
+    """Three 3x3 layers with 1, 32 and 64 inputs, on 64, 64 and 16 pixels, then a linear one."""
+    pixels = {"0": 64, "3": 64, "7": 16, "12": 1}
+    sizes = {"0": 9 * 32, "3": 9 * 32 * 64, "7": 9 * 64 * 64, "12": 640}
+    dense = {name: pixels[name] * size for name, size in sizes.items()}
+    study = QUICK.changed({"training.epochs": 1, "data.train_images": 200})
+    for space, inputs in (("spatial", {}), ("interspace", {"0": 1, "3": 32, "7": 64})):
+        assert result_of(Cell("dense", 0.0, space, 0), study).macs_left == sum(dense.values()) == 1788544
+        record = execute(Cell("ip:magnitude_init", 0.9, space, 0), study)
+        assert record.density.keys() == sizes.keys() and record.result is not None
+        expected = 0
+        for name, share in record.density.items():
+            transform = 81 * inputs.get(name, 0) * pixels[name]
+            expected += min(dense[name], round(share * sizes[name]) * pixels[name] + transform)
+        assert record.result.macs_left == expected
+
+
+def test_random_numbers_of_every_library_come_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "drawn.py").write_text(
+        "import random\nimport numpy as np\nimport torch\nfrom torch import nn\n"
+        "def model(num_classes):\n"
+        "    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, num_classes))\n"
+        "    net[0].weight.data.fill_(random.random()).mul_(torch.tensor(np.random.rand(8, 1, 3, 3)))\n"
+        "    return net\n"
+    )
+    study = QUICK.changed({"model.name": f"{tmp_path / 'drawn.py'}:model", "data.train_images": 200})
+    cell = Cell("torch:l1", 0.5, "spatial", 1)
+    first = result_of(cell, study)
+    random.seed(5)
+    np.random.seed(5)
+    assert result_of(cell, study) == first
 
 
 def test_both_spaces_start_from_the_same_weights_and_batches() -> None:

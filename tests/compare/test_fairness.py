@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from ip_plugin import load, masks
-from ip_plugin.compare import Cell, Data, Study, data, models, tuning
+from ip_plugin.compare import Cell, Data, Study, data, models, run, tuning
 from ip_plugin.compare.cell import check_budgets, execute, images_of, network_of
 from ip_plugin.compare.data import Augmented, Split
 from ip_plugin.compare.training import Training
@@ -115,6 +116,32 @@ def test_each_space_has_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -
     rates = [result_of(Cell("dense", 0.0, space, 0), study).lr for space in best]
     tuning._best.cache_clear()
     assert rates == [0.1, 0.3]
+
+
+def test_learning_rates_are_tuned_once_and_handed_to_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, float]] = []
+
+    def accuracy(study: Study, space: str, lr: float) -> float:
+        tried.append((space, lr))
+        return -abs(lr - 0.2)
+
+    tuning._best.cache_clear()
+    monkeypatch.setattr(tuning, "validation_accuracy", accuracy)
+    study = QUICK.changed({"tune.learning_rates": (0.1, 0.2), "data.validation": 0.2}, criteria="torch:l1", seeds=0)
+    handed: list[Study] = []
+
+    def engine(cells: Any, study: Study, watcher: Any) -> Any:
+        handed.append(study)
+        yield execute(cells[0], study)
+
+    for _ in range(2):  # the second time rates are those of the records, where there are any
+        run(study, tmp_path, engine=engine)
+        tuning._best.cache_clear()
+    assert handed[0].tune.rates == handed[1].tune.rates == {"spatial": 0.2, "interspace": 0.2}
+    assert tried == [("spatial", 0.1), ("spatial", 0.2), *2 * [("interspace", 0.1), ("interspace", 0.2)]]
+    assert tuning.tuned_settings(handed[0], "spatial").lr == 0.2
 
 
 def test_tuning_needs_validation_images() -> None:

@@ -17,8 +17,8 @@ from made_up import analysis as made_up
 from made_up import results
 
 from ip_plugin.compare.analysis import Analysis
-from ip_plugin.compare.plots import WIDE, plots
-from ip_plugin.compare.report import inline, page, write
+from ip_plugin.compare.plots.figure import WIDE
+from ip_plugin.compare.report import inline, page, plots, write
 from ip_plugin.compare.tables import accuracy_table
 
 SMALL: dict[str, Any] = {"criteria": ("torch:random", "torch:l1", "torch:l1+shuffled"), "sparsities": (0.9, 0.98)}

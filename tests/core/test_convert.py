@@ -315,10 +315,11 @@ def test_zeros_that_reach_a_tied_weight_are_warned_of() -> None:
             self.embed, self.out = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
             self.out.weight = self.embed.weight
 
-    for pruned in (True, False):
+    for mask in (torch.rand(6, 4) < 0.5, torch.ones(6, 4), None):
         model = Tied()
-        if pruned:
-            set_masks(model, {"out": torch.rand(6, 4) < 0.5})
+        if mask is not None:
+            set_masks(model, {"out": mask})
+        pruned = mask is not None and not bool(mask.all())
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             bake(model)

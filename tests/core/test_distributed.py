@@ -38,6 +38,11 @@ def test_a_pruned_model_is_handed_to_other_processes(found: list[dict[str, Any]]
     assert all(torch.equal(each["output"], model(x)) for each in found)
 
 
+def test_masks_that_another_process_sends_are_applied(found: list[dict[str, Any]]) -> None:
+    model, x, _ = case_of("conv2d", "layer", masked=True)
+    assert all(torch.equal(each["received"], model(x)) for each in found)
+
+
 def test_two_processes_have_the_same_masks_after_every_update(found: list[dict[str, Any]]) -> None:
     first, second = (each["masks"] for each in found)
     assert list(first) == list(SCHEDULES)

@@ -52,6 +52,21 @@ def test_what_is_set_is_what_is_read(model: nn.Sequential) -> None:
     assert torch.equal(masks(model)["0"], ~KEEP.view(2, 1, 1, 3)) and torch.equal(masks(model)["1"], found["1"])
 
 
+def test_what_is_written_into_a_mask_of_ones_is_seen() -> None:
+    model = interspace(network())  # a converted model has masks from the start
+    before = model[0](X)
+    buffers = dict(model.named_buffers())
+    for name in ("0", "1"):  # in the interspace, and not
+        buffers[f"{name}.parametrizations.weight.0.mask"][1] = False
+    after = model[0](X)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert torch.equal(after[:, 1], model[0].bias[1].expand_as(after[:, 1]))
+    assert not bool(model[1].weight[1].any()) and bool(model[1].weight[0].all())
+    assert {name: mask.flatten(1).all(1).tolist() for name, mask in masks(model).items()} == {
+        "0": [True, False], "1": [True, False, True],
+    }  # fmt: skip
+
+
 def test_masks_are_copies(model: nn.Sequential) -> None:
     mine = KEEP.view(2, 1, 1, 3).clone()
     set_masks(model, {"0": mine})

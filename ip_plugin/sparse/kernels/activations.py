@@ -11,6 +11,7 @@ import numpy as np
 
 from .jit import helper
 from .vectors import (
+    ROW,
     add,
     broadcast,
     clamp_max,
@@ -27,7 +28,6 @@ from .vectors import (
 
 SIGMOID, SILU, HARD_SIGMOID, HARD_SWISH, GELU, GELU_TANH, LEAKY_RELU = range(1, 8)
 
-_ROW = (0,)
 _ROUNDS, _LOG2_E = np.float32(1.5 * 2**23), np.float32(1 / math.log(2))
 #: ln 2 as a sum of two numbers, the first of few bits.
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -36,17 +36,17 @@ _TANH_1, _TANH_3 = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(2 * math.s
 
 @helper
 def _constant(value):
-    return broadcast(_ROW, np.float32(value))
+    return broadcast(ROW, np.float32(value))
 
 
 @helper
 def _exp(values):
     """The exponential function, to two units in the last place, for values from -87 to 88; those beyond are clamped."""
     values = clamp_max(clamp_min(values, _constant(-87.0)), _constant(88.0))
-    shifted = fma(values, broadcast(_ROW, _LOG2_E), broadcast(_ROW, _ROUNDS))
-    whole = subtract(shifted, broadcast(_ROW, _ROUNDS))
-    rest = fma(whole, broadcast(_ROW, -_LN2_HIGH), values)
-    rest = fma(whole, broadcast(_ROW, -_LN2_LOW), rest)
+    shifted = fma(values, broadcast(ROW, _LOG2_E), broadcast(ROW, _ROUNDS))
+    whole = subtract(shifted, broadcast(ROW, _ROUNDS))
+    rest = fma(whole, broadcast(ROW, -_LN2_HIGH), values)
+    rest = fma(whole, broadcast(ROW, -_LN2_LOW), rest)
     series = fma(_constant(1.9875691500e-4), rest, _constant(1.3981999507e-3))
     series = fma(series, rest, _constant(8.3334519073e-3))
     series = fma(series, rest, _constant(4.1665795894e-2))
@@ -92,9 +92,9 @@ def activated(kind, parameter, values):
     if kind == GELU:
         return multiply(values, _normal(values))
     if kind == GELU_TANH:
-        slope = fma(multiply(values, values), broadcast(_ROW, _TANH_3), broadcast(_ROW, _TANH_1))
+        slope = fma(multiply(values, values), broadcast(ROW, _TANH_3), broadcast(ROW, _TANH_1))
         return divide(values, _gate(multiply(values, slope)))
-    negative = multiply(broadcast(_ROW, np.float32(parameter)), clamp_max(values, _constant(0.0)))
+    negative = multiply(broadcast(ROW, np.float32(parameter)), clamp_max(values, _constant(0.0)))
     return add(clamp_min(values, _constant(0.0)), negative)
 
 
@@ -103,11 +103,11 @@ def activate(kind, parameter, count, bits, bit, Y, y):
     """Activate so many vectors in place; numbers whose bit is not set become zero."""
     if kind == SILU:  # a loop of its own, in which constants stay in registers
         for k in range(count):
-            values = load(_ROW, Y, y + 16 * k)
+            values = load(ROW, Y, y + 16 * k)
             store(Y, y + 16 * k, keep(bits, bit + 2 * k, divide(values, _gate(values))))
         return
     for k in range(count):
-        store(Y, y + 16 * k, keep(bits, bit + 2 * k, activated(kind, parameter, load(_ROW, Y, y + 16 * k))))
+        store(Y, y + 16 * k, keep(bits, bit + 2 * k, activated(kind, parameter, load(ROW, Y, y + 16 * k))))
 
 
 @helper
@@ -116,5 +116,5 @@ def activated_number(kind, low, high, value):
     if kind == 0:
         return max(low, min(high, value)) if value == value else value
     one = np.empty(16, np.float32)
-    store(one, 0, activated(kind, low, broadcast(_ROW, value)))
+    store(one, 0, activated(kind, low, broadcast(ROW, value)))
     return one[0]

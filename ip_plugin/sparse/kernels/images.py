@@ -11,6 +11,7 @@ import numpy as np
 from .activations import activated
 from .jit import helper, inline, parallel
 from .vectors import (
+    ROW,
     add,
     broadcast,
     clamp_max,
@@ -23,17 +24,9 @@ from .vectors import (
     maximum,
     multiply,
     store,
+    store_zeros,
     total_of,
 )
-
-_ROW = (0,)
-
-
-@inline
-def _zero(count, Y, y):
-    """Store zeros, in whole vectors."""
-    for k in range(0, count, 16):
-        store(Y, y + k, broadcast(_ROW, np.float32(0)))
 
 
 @helper
@@ -42,9 +35,9 @@ def _copy_row(count, X, x, step, Y, y):
     for k in range(0, count, 16):
         at = x + k * step
         if step == 1 and at + 16 <= len(X):
-            store(Y, y + k, leading(count - k, load(_ROW, X, at)))
+            store(Y, y + k, leading(count - k, load(ROW, X, at)))
         elif step == 2 and at + 32 <= len(X):
-            store(Y, y + k, leading(count - k, evens(load(_ROW, X, at), load(_ROW, X, at + 16))))
+            store(Y, y + k, leading(count - k, evens(load(ROW, X, at), load(ROW, X, at + 16))))
         else:
             for lane in range(16):
                 Y[y + k + lane] = X[at + lane * step] if k + lane < count else np.float32(0)
@@ -65,7 +58,7 @@ def pack(images, channels, phases, X, of_image, of_channel, of_row, of_column, d
         for phase in range(len(phases)):
             row, column, at_row, at_column, rows, columns = phases[phase]
             begin = (channel * len(phases) + phase) * ldy
-            _zero(ldy, Y, begin)
+            store_zeros(ldy, Y, begin)
             for image in range(images):
                 x = image * of_image + channel * of_channel + row * of_row + column * of_column
                 y = begin + y0 + image * ldi + at_row * pitch + at_column
@@ -94,24 +87,24 @@ def max_pool(
         line = scratch[2 * numba.get_thread_id()]
         maxima = scratch[2 * numba.get_thread_id() + 1]
         for x in range(0, len(line) - 15, 16):
-            store(line, x, broadcast(_ROW, lowest))
-        _zero(ldy, Y, channel * ldy)
+            store(line, x, broadcast(ROW, lowest))
+        store_zeros(ldy, Y, channel * ldy)
         for image in range(images):
             for y in range(out_height):
                 for x in range(0, width, 16):
-                    most = broadcast(_ROW, lowest)
+                    most = broadcast(ROW, lowest)
                     for k in range(kernel[0]):
                         row = y * stride[0] - padding[0] + k * dilation[0]
                         if 0 <= row < height:
                             at = x0 + channel * ldx + image * ldi + row * pitch + x
-                            most = maximum(most, load(_ROW, X, at))
+                            most = maximum(most, load(ROW, X, at))
                     store(line, padding[1] + x, most)
                 for x in range(padding[1] + width, len(line) - 15, 16):
-                    store(line, x, broadcast(_ROW, lowest))
+                    store(line, x, broadcast(ROW, lowest))
                 for x in range(0, span, 16):
-                    most = load(_ROW, line, x)
+                    most = load(ROW, line, x)
                     for k in range(1, kernel[1]):
-                        most = maximum(most, load(_ROW, line, x + k * dilation[1]))
+                        most = maximum(most, load(ROW, line, x + k * dilation[1]))
                     store(maxima, x, most)
                 at = y0 + channel * ldy + image * ldo + y * out_pitch
                 _copy_row(out_width, maxima, 0, stride[1], Y, at)
@@ -133,9 +126,9 @@ def mean(images, channels, length, count, X, x0, ldx, ldi, zeros, Y, y0, ldy, ld
             Y[at] = np.float32(0)
         for image in range(images):
             at = x0 + channel * ldx + image * ldi
-            total = broadcast(_ROW, np.float32(0))
+            total = broadcast(ROW, np.float32(0))
             for k in range(0, length, 16):
-                total = add(total, leading(length - k, load(_ROW, X, at + k)))
+                total = add(total, leading(length - k, load(ROW, X, at + k)))
             Y[y0 + channel * ldy + image * ldo] = total_of(total) / np.float32(count)
 
 
@@ -173,10 +166,10 @@ def average_pool(
         for image in range(images):
             for y in range(len(row_begin)):
                 for x in range(0, width, 16):
-                    total = broadcast(_ROW, np.float32(0))
+                    total = broadcast(ROW, np.float32(0))
                     for row in range(row_begin[y], row_end[y]):
-                        total = add(total, load(_ROW, X, x0 + channel * ldx + image * ldi + row * pitch + x))
-                    store(line, x, multiply(total, broadcast(_ROW, row_scale[y])))
+                        total = add(total, load(ROW, X, x0 + channel * ldx + image * ldi + row * pitch + x))
+                    store(line, x, multiply(total, broadcast(ROW, row_scale[y])))
                 at = y0 + channel * ldy + image * ldo + y * out_pitch
                 for x in range(len(column_begin)):
                     number = np.float32(0)
@@ -207,9 +200,9 @@ def pointwise(
     rows = 1 if len(bits) else height
     columns = (height - 1) * pitch + width if len(bits) else width
     for channel in numba.prange(channels):
-        offset = broadcast(_ROW, shift[channel] if len(shift) else np.float32(0))
+        offset = broadcast(ROW, shift[channel] if len(shift) else np.float32(0))
         for image in range(images):
-            scale = broadcast(_ROW, S[s0 + channel * lds + image * ldsi] if len(S) else np.float32(1))
+            scale = broadcast(ROW, S[s0 + channel * lds + image * ldsi] if len(S) else np.float32(1))
             for row in range(rows):
                 x = x0 + channel * ldx + image * ldi + row * pitch
                 y = y0 + channel * ldy + image * ldo + row * out_pitch
@@ -218,14 +211,14 @@ def pointwise(
                     if x + k + 16 > len(X):
                         for lane in range(16):
                             Y[y + k + lane] = X[x + k + lane] if k + lane < columns else np.float32(0)
-                        values = load(_ROW, Y, y + k)
+                        values = load(ROW, Y, y + k)
                     else:
-                        values = load(_ROW, X, x + k)
+                        values = load(ROW, X, x + k)
                     values = fma(scale, values, offset)
                     if ldr > 0:
-                        values = add(values, load(_ROW, R, r + k))
+                        values = add(values, load(ROW, R, r + k))
                     if kind == 0:
-                        values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
+                        values = clamp_max(clamp_min(values, broadcast(ROW, low)), broadcast(ROW, high))
                     else:
                         values = activated(kind, low, values)
                     values = keep(bits, k // 8, values) if len(bits) else leading(columns - k, values)

@@ -27,19 +27,11 @@ from .vectors import (
     multiply,
     store,
     store_responses,
+    store_zeros,
 )
 
 #: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
 _HALF = (0, 0)
-#: 16 lanes, for zeros.
-_ROW = (0,)
-
-
-@inline
-def _zero(count, Y, y):
-    """Store zeros, in whole vectors."""
-    for k in range(0, count, 16):
-        store(Y, y + k, broadcast(_ROW, np.float32(0)))
 
 
 @inline
@@ -55,9 +47,9 @@ def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, kind, low, hi
         store(Y, y0 + channel * ldy + pixel, values)
         activate(kind, low, len(lanes), bits, tile * 2 * len(lanes), Y, y0 + channel * ldy + pixel)
     if tile == 0:
-        _zero(before, Y, y0 + channel * ldy - before)
+        store_zeros(before, Y, y0 + channel * ldy - before)
     if tile == tiles - 1:
-        _zero(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
+        store_zeros(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
 
 
 @parallel

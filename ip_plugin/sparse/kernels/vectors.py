@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
+from .jit import inline
+
 _FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
+#: Stands for 16 lanes, the narrowest vector.
+ROW = (0,)
 
 
 class Vector(types.Type):
@@ -298,3 +303,10 @@ def evens(typing: Any, low: Any, high: Any) -> Any:
         return builder.shuffle_vector(*arguments, _indices(range(0, 2 * low.width, 2)))
 
     return low(low, low), generate
+
+
+@inline
+def store_zeros(count: Any, array: Any, offset: Any) -> None:
+    """Store at least `count` zeros in a flat float32 array, in whole vectors."""
+    for k in range(0, count, 16):
+        store(array, offset + k, broadcast(ROW, np.float32(0)))

@@ -22,6 +22,7 @@ from ..layout import Floats
 from .activations import activated
 from .jit import helper, inline, parallel
 from .vectors import (
+    ROW,
     add,
     broadcast,
     clamp_max,
@@ -48,7 +49,6 @@ _A, _B = 0.5**0.5, 2.0**0.5
 _A1, _A2, _A3 = (np.float32(_A**power) for power in (1, 2, 3))
 _B1, _B2, _B3 = (np.float32(_B**power) for power in (1, 2, 3))
 _PRODUCT, _SUM = np.float32(_A**2 * _B**2), np.float32(_A**2 + _B**2)
-_ROW = (0,)
 
 
 def filters(kernels: Floats) -> Floats:
@@ -81,12 +81,12 @@ def memory(inputs: int, tiles: int) -> int:
 @helper
 def _to_points(d0, d1, d2, d3, d4, d5):
     """Transform six neighbouring pixels of the input to six points."""
-    even_a = fma(broadcast(_ROW, -_B2), d2, d4)
-    odd_a = multiply(broadcast(_ROW, _A1), fma(broadcast(_ROW, -_B2), d1, d3))
-    even_b = fma(broadcast(_ROW, -_A2), d2, d4)
-    odd_b = multiply(broadcast(_ROW, _B1), fma(broadcast(_ROW, -_A2), d1, d3))
-    first = fma(broadcast(_ROW, _PRODUCT), d0, fma(broadcast(_ROW, -_SUM), d2, d4))
-    last = fma(broadcast(_ROW, _PRODUCT), d1, fma(broadcast(_ROW, -_SUM), d3, d5))
+    even_a = fma(broadcast(ROW, -_B2), d2, d4)
+    odd_a = multiply(broadcast(ROW, _A1), fma(broadcast(ROW, -_B2), d1, d3))
+    even_b = fma(broadcast(ROW, -_A2), d2, d4)
+    odd_b = multiply(broadcast(ROW, _B1), fma(broadcast(ROW, -_A2), d1, d3))
+    first = fma(broadcast(ROW, _PRODUCT), d0, fma(broadcast(ROW, -_SUM), d2, d4))
+    last = fma(broadcast(ROW, _PRODUCT), d1, fma(broadcast(ROW, -_SUM), d3, d5))
     return first, add(even_a, odd_a), subtract(even_a, odd_a), add(even_b, odd_b), subtract(even_b, odd_b), last
 
 
@@ -96,17 +96,17 @@ def _from_points(m0, m1, m2, m3, m4, m5):
     even_a, odd_a, even_b, odd_b = add(m1, m2), subtract(m1, m2), add(m3, m4), subtract(m3, m4)
     return (
         add(m0, add(even_a, even_b)),
-        fma(broadcast(_ROW, _A1), odd_a, multiply(broadcast(_ROW, _B1), odd_b)),
-        fma(broadcast(_ROW, _A2), even_a, multiply(broadcast(_ROW, _B2), even_b)),
-        fma(broadcast(_ROW, _A3), odd_a, fma(broadcast(_ROW, _B3), odd_b, m5)),
+        fma(broadcast(ROW, _A1), odd_a, multiply(broadcast(ROW, _B1), odd_b)),
+        fma(broadcast(ROW, _A2), even_a, multiply(broadcast(ROW, _B2), even_b)),
+        fma(broadcast(ROW, _A3), odd_a, fma(broadcast(ROW, _B3), odd_b, m5)),
     )
 
 
 @inline
 def _load_6(W, at, step):
     return (
-        load(_ROW, W, at), load(_ROW, W, at + step), load(_ROW, W, at + 2 * step),
-        load(_ROW, W, at + 3 * step), load(_ROW, W, at + 4 * step), load(_ROW, W, at + 5 * step),
+        load(ROW, W, at), load(ROW, W, at + step), load(ROW, W, at + 2 * step),
+        load(ROW, W, at + 3 * step), load(ROW, W, at + 4 * step), load(ROW, W, at + 5 * step),
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def _store_4(W, at, step, values):
 @inline
 def _pixels(X, at, row, height, rest):
     """Load sixteen pixels of a row; zeros below the image and to the right of it."""
-    return leading(rest, load(_ROW, X, at)) if row <= height else broadcast(_ROW, np.float32(0))
+    return leading(rest, load(ROW, X, at)) if row <= height else broadcast(ROW, np.float32(0))
 
 
 @helper
@@ -158,12 +158,12 @@ def _patches(channel, spread, tiles, first, rows, left, right, X, x, ldi, pitch,
     for point in range(6):
         for tile in range(0, tiles, 16):
             at = phases + point * 4 * phase + tile
-            d0 = keep(left, tile // 8, load(_ROW, W, at + 3 * phase - 1))
-            d1 = load(_ROW, W, at)
-            d2 = load(_ROW, W, at + phase)
-            d3 = load(_ROW, W, at + 2 * phase)
-            d4 = load(_ROW, W, at + 3 * phase)
-            d5 = keep(right, tile // 8, load(_ROW, W, at + 1))
+            d0 = keep(left, tile // 8, load(ROW, W, at + 3 * phase - 1))
+            d1 = load(ROW, W, at)
+            d2 = load(ROW, W, at + phase)
+            d3 = load(ROW, W, at + 2 * phase)
+            d4 = load(ROW, W, at + 3 * phase)
+            d5 = keep(right, tile // 8, load(ROW, W, at + 1))
             to = point * 6 * spread + channel * tiles + tile
             _store_6(W, to, spread, _to_points(d0, d1, d2, d3, d4, d5))
 
@@ -171,22 +171,22 @@ def _patches(channel, spread, tiles, first, rows, left, right, X, x, ldi, pitch,
 @helper
 def _products(inputs, spread, tiles, U, u, W, made):
     """Sum products over the input channels, for a block of output channels."""
-    zero = broadcast(_ROW, np.float32(0))
+    zero = broadcast(ROW, np.float32(0))
     for point in range(POINTS):
         for tile in range(0, tiles, 16):
             s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
             x = np.uintp(point * spread + tile)
             y = np.uintp(u + point * inputs * BLOCK)
             for _ in range(inputs):
-                patch = load(_ROW, W, np.intp(x))
-                s0 = fma(broadcast(_ROW, U[y]), patch, s0)
-                s1 = fma(broadcast(_ROW, U[y + np.uintp(1)]), patch, s1)
-                s2 = fma(broadcast(_ROW, U[y + np.uintp(2)]), patch, s2)
-                s3 = fma(broadcast(_ROW, U[y + np.uintp(3)]), patch, s3)
-                s4 = fma(broadcast(_ROW, U[y + np.uintp(4)]), patch, s4)
-                s5 = fma(broadcast(_ROW, U[y + np.uintp(5)]), patch, s5)
-                s6 = fma(broadcast(_ROW, U[y + np.uintp(6)]), patch, s6)
-                s7 = fma(broadcast(_ROW, U[y + np.uintp(7)]), patch, s7)
+                patch = load(ROW, W, np.intp(x))
+                s0 = fma(broadcast(ROW, U[y]), patch, s0)
+                s1 = fma(broadcast(ROW, U[y + np.uintp(1)]), patch, s1)
+                s2 = fma(broadcast(ROW, U[y + np.uintp(2)]), patch, s2)
+                s3 = fma(broadcast(ROW, U[y + np.uintp(3)]), patch, s3)
+                s4 = fma(broadcast(ROW, U[y + np.uintp(4)]), patch, s4)
+                s5 = fma(broadcast(ROW, U[y + np.uintp(5)]), patch, s5)
+                s6 = fma(broadcast(ROW, U[y + np.uintp(6)]), patch, s6)
+                s7 = fma(broadcast(ROW, U[y + np.uintp(7)]), patch, s7)
                 x += np.uintp(tiles)
                 y += np.uintp(BLOCK)
             at = made + point * tiles + tile
@@ -206,7 +206,7 @@ def _lines(tiles, made, W, work):
             _store_4(W, at, 64, _from_points(*_load_6(W, at, 64)))
         for row in range(4):
             at = work + 64 * row
-            phases = load(_ROW, W, at), load(_ROW, W, at + 16), load(_ROW, W, at + 32), load(_ROW, W, at + 48)
+            phases = load(ROW, W, at), load(ROW, W, at + 16), load(ROW, W, at + 32), load(ROW, W, at + 48)
             store_phases(W, lines + 4 * (row * tiles + tile), *phases)
 
 
@@ -228,11 +228,11 @@ def _finish(
         for k in range(min(4, height - top)):
             pixel = image * ldi + (top + k) * pitch
             for column in range(0, width, 16):
-                values = add(load(_ROW, W, lines + 4 * (k * tiles + row * across) + column), broadcast(_ROW, bias))
+                values = add(load(ROW, W, lines + 4 * (k * tiles + row * across) + column), broadcast(ROW, bias))
                 if adds:
-                    values = add(values, load(_ROW, R, r + pixel + column))
+                    values = add(values, load(ROW, R, r + pixel + column))
                 if kind == 0:
-                    values = clamp_max(clamp_min(values, broadcast(_ROW, low)), broadcast(_ROW, high))
+                    values = clamp_max(clamp_min(values, broadcast(ROW, low)), broadcast(ROW, high))
                 else:
                     values = activated(kind, low, values)
                 store_leading(width - column, Y, y + pixel + column, values)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .layout import Ints, Layout
+from .layout import Bits, Ints, Layout
 
 
 class Window(NamedTuple):
@@ -40,26 +40,28 @@ class Addressing(NamedTuple):
     """How a convolution addresses its input and output; a pixel of either is at the same offset.
 
     Attributes:
-        window: of the convolution.
         size: height and width of the input.
-        source: layout of the input; of one phase, where the convolution is strided.
+        source: layout of the input, whose images are those of one phase after the other where it is split into phases.
         target: layout of the output.
         offsets: of taps, relative to the pixel of the output.
-        phases: those that are read, as remainders of rows and columns of the padded input; each channel stores its
-            phases one after the other, each like a channel of its own.
+        stride, padding: of the convolution that the input is split into phases for.
+        phases: those that are stored, as remainders of rows and columns of the padded input.
+        inside: one bit for each pixel of whole tiles of the output, lowest first: whether it is stored, not zero.
     """
 
-    window: Window
     size: tuple[int, int]
     source: Layout
     target: Layout
     offsets: Ints
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     phases: tuple[tuple[int, int], ...]
+    inside: Bits
 
     @property
-    def channel_stride(self) -> int:
-        """Distance between channels of the input, all phases of a channel included."""
-        return len(self.phases) * self.source.stride
+    def strided(self) -> bool:
+        """Whether the input is split into phases."""
+        return self.stride != (1, 1)
 
     @classmethod
     def new(
@@ -86,10 +88,11 @@ class Addressing(NamedTuple):
         pitch = max(pitch, width + padding[1], out_width + gap[1])
         offsets = shifts @ (pitch, 1)
         reach = int(max(np.abs(offsets).max(), gap[0] * pitch + gap[1]))
-        source = Layout(images, height, width, rows, pitch, reach)
+        source = Layout(images * len(phases), height, width, rows, pitch, reach)
         target = Layout(images, out_height, out_width, rows, pitch, reach)
-        offsets += phase.reshape(-1) * source.stride
-        return cls(window, size, source, target, offsets, tuple((y, x) for y, x in phases.tolist()))
+        offsets += phase.reshape(-1) * images * rows * pitch
+        split = tuple((y, x) for y, x in phases.tolist())
+        return cls(size, source, target, offsets, window.stride, window.padding, split, target.inside())
 
     @classmethod
     def existing(cls, window: Window, source: Layout, gap: tuple[int, int] = (0, 0)) -> Addressing | None:
@@ -104,10 +107,10 @@ class Addressing(NamedTuple):
     def shared_with(self, window: Window) -> Addressing | None:
         """For another convolution of the same input that reads its phases; None if it does not find all it needs."""
         out = window.output_size(*self.size)
-        moved = window.taps() + self.window.padding - window.padding
-        shifts, remainders = moved // self.window.stride, [(y, x) for y, x in (moved % self.window.stride).tolist()]
+        moved = window.taps() + self.padding - window.padding
+        shifts, remainders = moved // self.stride, [(y, x) for y, x in (moved % self.stride).tolist()]
         if (
-            window.stride != self.window.stride
+            window.stride != self.stride
             or out != (self.target.height, self.target.width)
             or not set(remainders) <= set(self.phases)
             or shifts.min() < 0
@@ -115,4 +118,21 @@ class Addressing(NamedTuple):
         ):
             return None
         phase = np.array([self.phases.index(remainder) for remainder in remainders])
-        return self._replace(window=window, offsets=shifts @ (self.source.pitch, 1) + phase * self.source.stride)
+        images, *_, rows, pitch, _ = self.target
+        return self._replace(offsets=shifts @ (pitch, 1) + phase * images * rows * pitch)
+
+    def parts(self) -> Ints:
+        """Of each phase: first row and column of the input, row and column where they go, numbers of rows and columns."""
+        if not self.strided:
+            return np.array([(0, 0, 0, 0, *self.size)])
+        phases, stride = np.array(self.phases), np.array(self.stride)
+        first = (phases - self.padding) % stride
+        to = (first + self.padding - phases) // stride
+        counts = np.minimum(-((first - self.size) // stride), (self.source.height, self.source.width) - to).clip(0)
+        return np.hstack([first, to, counts])
+
+    def of_pointwise(self) -> Addressing:
+        """For a 1x1 convolution that writes the input of this one in phases, and reads its own input in such phases."""
+        source, size = self.source, (self.source.height, self.source.width)
+        inside = source.inside(self.parts()[:, 2:])
+        return Addressing(size, source, source, np.zeros(1, np.int64), (1, 1), (0, 0), ((0, 0),), inside)

@@ -98,10 +98,10 @@ class Autotuner:
     def _fastest(
         self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None
     ) -> Choice | None:
-        source = addressing.source.empty(convolution.inputs * len(addressing.phases))
+        source = addressing.source.empty(convolution.inputs)
         target = addressing.target.empty(convolution.coefficients.channels)
         view = addressing.target.view(target, convolution.coefficients.channels)
-        shape = addressing.source.images, convolution.inputs, *addressing.size
+        shape = addressing.target.images, convolution.inputs, *addressing.size
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         if original is not None:
             images = original.view(original.empty(convolution.inputs), convolution.inputs).copy_(images)

@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from .activation import NONE
+from .convolution import Convolution
 from .images import Packing
 from .kernels import images as loops
 from .memory import Region, Workspace
-from .nodes import bound, joined_channels, module_of
+from .nodes import bound, joined_channels, module_of, only_user
 from .placement import Placement
 from .pointwise import Pointwise
 from .steps import NO_ADDEND, NO_SCALE, NOTHING, Pack, Step, Values, images_in, into, read
@@ -58,11 +59,14 @@ class Elementwise(Step):
 
 @dataclass(eq=False)
 class Scale(Step):
-    """The product of a region and a number for each image and channel, as in squeeze-and-excitation."""
+    """The product of a region and a number for each image and channel, as in squeeze-and-excitation.
+
+    Without a target its value is these numbers, and the convolution behind multiplies its coefficients with them.
+    """
 
     value: fx.Node
     source: Region
-    target: Region
+    target: Region | None
 
     @classmethod
     def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
@@ -74,11 +78,16 @@ class Scale(Step):
         for images, numbers in (nodes, nodes[::-1]):
             shape = placement.shapes[images]
             if placement.shapes[numbers] == (*shape[:2], 1, 1) and images in placement.regions and shape[2:] != (1, 1):
+                if _can_be_drawn_in(node, images, placement):
+                    return [cls(node, numbers, placement.regions[images], None)]
                 return [cls(node, numbers, placement.regions[images], placement.place(node))]
         return []
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
-        layout, node, numbers, view = self.source.layout, self.node, self.value, workspace.view(self.target)
+        node, numbers, layout = self.node, self.value, self.source.layout
+        if self.target is None:
+            return lambda values: values.update({node: values[numbers]})
+        view = workspace.view(self.target)
         sizes = layout.images, self.source.channels, layout.height, layout.width
         shifts = layout.one_run(self.target.layout), NOTHING[0]
         source, target = images_in(workspace, self.source), images_in(workspace, self.target)
@@ -92,6 +101,27 @@ class Scale(Step):
             values[node] = view
 
         return run
+
+
+def _can_be_drawn_in(node: fx.Node, images: fx.Node, placement: Placement) -> bool:
+    """Whether the convolution that alone reads a product of images and a number for each channel can compute it.
+
+    It multiplies its coefficients with the numbers instead, which it can if there is one image. If so, `placement` knows
+    the product and the choice.
+    """
+    user = only_user(node)
+    layer = None if user is None else module_of(user)
+    if user is None or not isinstance(layer, Convolution) or layer.groups > 1 or placement.shapes[node][0] > 1:
+        return False
+    if user.args[0] is not node or node in user.args[1:]:
+        return False
+    placement.scaled[node] = images
+    choice = placement.choice(user)
+    if choice is None or choice.order == "winograd":
+        del placement.scaled[node]
+        return False
+    placement.decided[user] = choice
+    return True
 
 
 @dataclass(eq=False)

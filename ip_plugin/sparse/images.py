@@ -53,14 +53,7 @@ class Packing(NamedTuple):
     @classmethod
     def to_read(cls, addressing: Addressing) -> Packing:
         """What a convolution reads."""
-        window, layout = addressing.window, addressing.source
-        if not window.strided:
-            return cls.whole(layout)
-        phases, stride = np.array(addressing.phases), np.array(window.stride)
-        first = (phases - window.padding) % stride
-        to = (first + window.padding - phases) // stride
-        counts = np.minimum(-((first - addressing.size) // stride), (layout.height, layout.width) - to).clip(0)
-        return cls(layout, window.stride, np.hstack([first, to, counts]))
+        return cls(addressing.source, addressing.stride, addressing.parts())
 
     def pack(self, images: Images, buffer: Floats) -> None:
         """Copy images into a buffer."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint8]
 
 #: Pixels of the widest tile: loops read and write at most so far beyond the last image.
 WIDEST = 128
@@ -90,7 +91,7 @@ class Layout(NamedTuple):
         shape = (self.images, channels, self.height, self.width)
         return torch.from_numpy(buffer).as_strided(shape, strides, self.first)
 
-    def one_run(self, *others: Layout | None) -> npt.NDArray[np.uint8]:
+    def one_run(self, *others: Layout | None) -> Bits:
         """For `images.pointwise`: bits of pixels that are none of a gap; empty unless all rows have one distance."""
         if any(other is not None and other.pitch != self.pitch for other in others):
             return np.empty(0, np.uint8)
@@ -98,9 +99,16 @@ class Layout(NamedTuple):
         place = np.arange(-(-length // 16) * 16)
         return np.packbits((place % self.pitch < self.width) & (place < length), bitorder="little")
 
-    def inside(self) -> npt.NDArray[np.uint8]:
-        """One bit for each pixel of whole tiles, lowest first: whether it belongs to an image, not to a gap."""
-        count = -(-self.pixels // WIDEST) * WIDEST
-        place = np.arange(count)
-        inside = (place % self.pitch < self.width) & (place // self.pitch % self.rows < self.height)
-        return np.packbits(inside & (place < self.pixels), bitorder="little")
+    def inside(self, phases: Ints | None = None) -> Bits:
+        """One bit for each pixel of whole tiles, lowest first: whether it belongs to an image, not to a gap.
+
+        Args:
+            phases: of equally many images each: first row and column, and number of rows and columns, that are inside.
+        """
+        extents = np.array([(0, 0, self.height, self.width)]) if phases is None else phases
+        inside = np.zeros((len(extents), self.images // len(extents), self.rows, self.pitch), bool)
+        for images, (row, column, rows, columns) in zip(inside, extents.tolist(), strict=True):
+            images[:, row : row + rows, column : column + columns] = True
+        bits = np.zeros(-(-self.pixels // WIDEST) * WIDEST, bool)
+        bits[: self.pixels] = inside.reshape(-1)[: self.pixels]
+        return np.packbits(bits, bitorder="little")

@@ -18,7 +18,7 @@ from .kernels import nonzero, winograd
 from .kernels.vectors import lanes
 from .layout import Floats, Ints, aligned
 
-_NOTHING = np.empty(0, np.float32)
+_NOTHING, _NO_INPUTS = np.empty(0, np.float32), np.empty(0, np.uint16)
 
 
 class Choice(NamedTuple):
@@ -55,6 +55,9 @@ class _Kernel(NamedTuple):
 class Loop:
     """A convolution, with its coefficients laid out for one of the compiled loops; with an activation.
 
+    Args:
+        scaled: for `bind_scaled`.
+
     Attributes:
         scratch_shape: of the float32 working memory of a call: a row for each thread.
         bytes: memory that coefficients and positions take.
@@ -62,23 +65,44 @@ class Loop:
 
     def __init__(
         self, coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice,
-        activation: Activation = NONE,
+        activation: Activation = NONE, scaled: bool = False,
     ) -> None:  # fmt: skip
         self._target, self._activation = addressing.target, activation.arguments
-        self._kernel = _KERNELS[choice.order](coefficients, bias, addressing, choice)
-        self.bytes = sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
+        build = partial(_KERNELS[choice.order], bias=bias, addressing=addressing, choice=choice)
+        self._kernel = build(coefficients)
+        self._inputs = build(coefficients._replace(values=coefficients.inputs)).arrays[-1] if scaled else _NO_INPUTS
+        self.bytes = self._inputs.nbytes + sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
         self.scratch_shape = numba.config.NUMBA_NUM_THREADS, self._kernel.scratch_size
 
     def bind(
         self, source: Floats, target: Floats, residual: Floats | None = None, scratch: Floats | None = None
     ) -> Callable[[], Any]:
         """A function that reads one buffer and writes another; no two calls at once must use the same scratch."""
+        return self._bound(self._kernel.arrays, source, target, residual, scratch)
+
+    def bind_scaled(
+        self, source: Floats, target: Floats, residual: Floats | None = None, scratch: Floats | None = None
+    ) -> Callable[[Floats], Any]:
+        """Likewise, of a function that gets a number for each input channel, which the input is multiplied with."""
+        *arrays, values = self._kernel.arrays
+        inputs, scaled = self._inputs, np.empty_like(values)
+        call = self._bound((*arrays, scaled), source, target, residual, scratch)
+
+        def run(scales: Floats) -> None:
+            nonzero.scale(values, inputs, scales, scaled)
+            call()
+
+        return run
+
+    def _bound(
+        self, arrays: tuple[Any, ...], source: Floats, target: Floats, residual: Floats | None, scratch: Floats | None
+    ) -> Callable[[], Any]:
         kernel, layout = self._kernel, self._target
         added = (_NOTHING, 0, 0) if residual is None else (residual, layout.first, layout.stride)
         if scratch is None:
             scratch = aligned(math.prod(self.scratch_shape)).reshape(self.scratch_shape)
         return partial(
-            kernel.function, *kernel.sizes, *kernel.arrays, *kernel.rest, source, *kernel.source, *added,
+            kernel.function, *kernel.sizes, *arrays, *kernel.rest, source, *kernel.source, *added,
             *self._activation, target, *kernel.target, *((scratch,) if scratch.size else ()),
         )  # fmt: skip
 
@@ -94,7 +118,7 @@ def parts_of(coefficients: Coefficients, count: int) -> Ints:
 def _direct(coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice) -> _Kernel:
     """Every non-zero reads its shifted input."""
     lengths = np.bincount(coefficients.outputs, minlength=coefficients.channels)
-    positions = coefficients.inputs.astype(np.int64) * addressing.channel_stride
+    positions = coefficients.inputs.astype(np.int64) * addressing.source.stride
     arrays = (
         parts_of(coefficients, choice.parts),
         np.append(0, lengths.cumsum()).astype(np.uint32),
@@ -119,7 +143,7 @@ def _fused(coefficients: Coefficients, bias: Floats, addressing: Addressing, cho
         (0,) if bfloat16 else (),
         count,
         begin.astype(np.int32),
-        (used // taps * addressing.channel_stride).astype(np.int32),
+        (used // taps * addressing.source.stride).astype(np.int32),
         (used % taps).astype(np.uint8),
         addressing.offsets,
         _NOTHING if basis is None else np.ascontiguousarray(basis).reshape(-1),
@@ -135,7 +159,7 @@ def _by_nonzeros(
 ) -> _Kernel:  # fmt: skip
     layout, width = addressing.target, choice.width
     tiles = -(-layout.pixels // width)
-    sizes, rest = (lanes(width), tiles, choice.parts), (bias, layout.inside())
+    sizes, rest = (lanes(width), tiles, choice.parts), (bias, addressing.inside)
     target = (layout.first, layout.stride, *layout.zeros_around(tiles * width))
     return _Kernel(function, sizes, arrays, rest, (addressing.source.first,), target, scratch_size)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, fx
 
@@ -10,8 +12,23 @@ from .autotune import Chooser
 from .convolution import Convolution
 from .graph import values_of
 from .layout import Layout
+from .loops import Choice
 from .memory import Region
 from .nodes import changes_a_value, joined_channels, module_of
+
+
+class Reading(NamedTuple):
+    """How a convolution reads its input.
+
+    Attributes:
+        region: where it finds its input; None if that must be packed first.
+        addressing: of the convolution.
+        packed: of the convolution that the input is packed for, or was; this one, or another one that shares its phases.
+    """
+
+    region: Region | None
+    addressing: Addressing
+    packed: Addressing
 
 
 class Placement:
@@ -20,6 +37,9 @@ class Placement:
     Attributes:
         shapes: of all values.
         regions: of values: where steps read them, be it the value itself or a copy.
+        scaled: of products of images and a number for each channel that the convolution behind draws into its
+            coefficients: the images.
+        decided: how convolutions are run that are not lowered yet.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: tuple[Tensor, ...], choose: Chooser, max_offset: int) -> None:
@@ -29,7 +49,11 @@ class Placement:
         self._images = {n for n, v in values.items() if v.dim() == 4 and v.dtype == torch.float32 and v.numel()}
         self.regions: dict[fx.Node, Region] = {}
         self._copies: set[fx.Node] = set()
+        self.scaled: dict[fx.Node, fx.Node] = {}
+        self.decided: dict[fx.Node, Choice] = {}
         self._phases: dict[fx.Node, tuple[Region, Addressing]] = {}
+        self._made_in_phases: dict[fx.Node, tuple[Region, Addressing]] = {}
+        self._readers: dict[fx.Node, Addressing | None] = {}
         self._gaps: dict[tuple[int, ...], tuple[int, int]] = {}
         for node in module.graph.nodes:
             layer = module_of(node)
@@ -95,11 +119,11 @@ class Placement:
             return Region(layout, self.shapes[node][1], self._wholes[whole], begin)
         return Region(layout, self.shapes[node][1])
 
-    def place_copy(self, node: fx.Node, addressing: Addressing) -> Region:
+    def place_copy(self, node: fx.Node, packed: Addressing) -> Region:
         """A new region for the copy of a value that a convolution reads; others that can read it will do so."""
-        region = Region(addressing.source, self.shapes[node][1] * len(addressing.phases))
-        if addressing.window.strided:
-            self._phases[node] = region, addressing
+        region = Region(packed.source, self.shapes[node][1])
+        if packed.strided:
+            self._phases[node] = region, packed
         else:
             self.remember_copy(node, region)
         return region
@@ -121,16 +145,99 @@ class Placement:
         self._copies.clear()
         self._phases.clear()
 
-    def addressing(self, source: fx.Node, window: Window) -> tuple[Region | None, Addressing]:
-        """How a convolution addresses its input, and the region that it can read; None if it must be packed first."""
-        images, _, height, width = self.shapes[source]
-        gap, source_gap = self.gap(window.output_size(height, width)), self.gap((height, width))
-        if source in self._phases:
-            region, other = self._phases[source]
-            if shared := other.shared_with(window):
-                return region, shared
-        if source in self.regions and (existing := Addressing.existing(window, self.regions[source].layout, gap)):
-            return self.regions[source], existing
-        if not window.strided:
-            gap = max(gap[0], source_gap[0]), max(gap[1], source_gap[1])
-        return None, Addressing.new(window, images, height, width, gap)
+    def place_phases(self, node: fx.Node, reader: Addressing) -> Region:
+        """A new region for the value of a convolution that writes the phases that its reader reads."""
+        region = Region(reader.source, self.shapes[node][1])
+        self._made_in_phases[node] = region, reader
+        return region
+
+    def reading(self, node: fx.Node) -> Reading:
+        """How the convolution that a node calls reads its input."""
+        layer, source = module_of(node), node.args[0]
+        assert isinstance(layer, Convolution)
+        assert isinstance(source, fx.Node)
+        source = self.scaled.get(source, source)
+        known = self._made_in_phases.get(source) or self._phases.get(source)
+        if reader := self.reader_of_phases(node):
+            shared = known and known[1].phases == reader.phases and known[1].source == reader.source
+            return Reading(known[0] if known and shared else None, reader.of_pointwise(), reader)
+        if known and (addressing := known[1].shared_with(layer.window)):
+            return Reading(known[0], addressing, known[1])
+        if layer.window.strided:
+            packings = self._packings(source)
+            for packed in sorted(packings, key=lambda packing: -len(packing.phases)):
+                if addressing := packed.shared_with(layer.window):
+                    return Reading(None, addressing, packed)
+            made = self._split(source, layer.window)
+            return Reading(None, made, made)
+        images, _, *size = self.shapes[source]
+        gap, source_gap = self.gap(layer.window.output_size(*size)), self.gap(tuple(size))
+        if source in self.regions:
+            existing = Addressing.existing(layer.window, self.regions[source].layout, gap)
+            if existing is not None:
+                return Reading(self.regions[source], existing, existing)
+        made = Addressing.new(layer.window, images, *size, (max(gap[0], source_gap[0]), max(gap[1], source_gap[1])))
+        return Reading(None, made, made)
+
+    def choice(self, node: fx.Node) -> Choice | None:
+        """How the convolution that a node calls is run; None: by torch."""
+        if node in self.decided:
+            return self.decided[node]
+        reading, layer, source = self.reading(node), module_of(node), node.args[0]
+        assert isinstance(layer, Convolution)
+        assert isinstance(source, fx.Node)
+        if layer.inputs * reading.addressing.source.stride > self.max_offset:
+            return None
+        original = self.original(self.scaled.get(source, source))
+        layout = None if original is None or self.reader_of_phases(node) else original.layout
+        return self.choose(layer, reading.addressing, reading.region is None, layout)
+
+    def reader_of_phases(self, node: fx.Node) -> Addressing | None:
+        """How the strided convolutions that read a 1x1 convolution address it, if it can write the phases they read.
+
+        That saves the time of splitting its output, at the cost of splitting its input, which has fewer channels.
+        """
+        if node not in self._readers:
+            self._readers[node] = self._reader_of_phases(node)
+        return self._readers[node]
+
+    def _reader_of_phases(self, node: fx.Node) -> Addressing | None:
+        layer, readers = module_of(node), [_strided_reader(user, node) for user in node.users]
+        pointwise = isinstance(layer, Convolution) and layer.window == Window((1, 1)) and layer.groups == 1
+        if not pointwise or len(node.args) > 1 or layer.inputs >= layer.coefficients.channels or None in readers:
+            return None
+        convolutions = [reader for reader in readers if reader is not None]
+        made = [self._split(node, reader.window) for reader in convolutions]
+        widest = max(made, key=lambda addressing: len(addressing.phases), default=None)
+        if widest is None or not all(self._runs_on(widest, reader) for reader in convolutions):
+            return None
+        return widest
+
+    def _split(self, node: fx.Node, window: Window) -> Addressing:
+        """How a strided convolution reads a value that is split into phases for it."""
+        images, _, *size = self.shapes[node]
+        return Addressing.new(window, images, *size, self.gap(window.output_size(*size)))
+
+    def _runs_on(self, packed: Addressing, reader: Convolution) -> bool:
+        """Whether a convolution runs sparse on the phases of another one."""
+        shared = packed.shared_with(reader.window)
+        fits = shared and reader.inputs * shared.source.stride <= self.max_offset
+        return shared is not None and bool(fits) and self.choose(reader, shared, False, None) is not None
+
+    def _packings(self, node: fx.Node) -> list[Addressing]:
+        """How a value is split into phases for the strided convolutions that read it, if they run sparse on these."""
+        packings = []
+        for user in node.users:
+            if reader := _strided_reader(user, node):
+                packing = self._split(node, reader.window)
+                packings += [packing] if self._runs_on(packing, reader) else []
+            elif user.args[0] is node and (behind := self.reader_of_phases(user)):
+                packings.append(behind)
+        return packings
+
+
+def _strided_reader(user: fx.Node, node: fx.Node) -> Convolution | None:
+    """The strided convolution that a node calls on a value; None if it uses the value for something else."""
+    layer, (value, *others) = module_of(user), user.args or (None,)
+    strided = isinstance(layer, Convolution) and layer.window.strided
+    return layer if strided and value is node and node not in others else None

@@ -148,12 +148,13 @@ class Pack(Step):
 
 @dataclass(eq=False)
 class SparseConvolution(Step):
-    """A convolution by one of the compiled loops."""
+    """A convolution by one of the compiled loops; `scales` has a number for each input channel of the only image."""
 
     loop: Loop
     source: Region
     target: Region
     residual: Region | None
+    scales: fx.Node | None
 
     @classmethod
     def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
@@ -162,28 +163,29 @@ class SparseConvolution(Step):
         if not isinstance(layer, Convolution):
             return []
         nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        value, addend = nodes[0], nodes[1] if len(nodes) > 1 else None
+        scaled, addend = nodes[0], nodes[1] if len(nodes) > 1 else None
+        value = placement.scaled.get(scaled, scaled)
         images, channels, height, width = placement.shapes[node]
-        source, addressing = placement.addressing(value, layer.window)
-        reachable = layer.inputs * addressing.channel_stride <= placement.max_offset
-        original = placement.original(value)
-        layout = None if original is None else original.layout
-        choice = placement.choose(layer, addressing, source is None, layout) if reachable else None
+        source, addressing, packed = placement.reading(node)
+        choice, reader = placement.choice(node), placement.reader_of_phases(node)
         if choice is None:
             return DenseConvolution.lower(node, placement)
         steps: list[Step] = []
         if source is None:
-            source = placement.place_copy(value, addressing)
-            steps.append(Pack(node, value, placement.shapes[value], Packing.to_read(addressing), source, original))
+            original = placement.original(value)
+            source = placement.place_copy(value, packed)
+            steps.append(Pack(node, value, placement.shapes[value], Packing.to_read(packed), source, original))
         residual = None if addend is None else placement.regions.get(addend)
         if addend is not None and (residual is None or residual.layout != addressing.target):
             residual = Region(addressing.target, channels)
             original, shape = placement.original(addend), placement.shapes[addend]
             steps.append(Pack(node, addend, shape, Packing.whole(residual.layout), residual, original))
-        loop = Loop(layer.entries(choice.order), layer.bias, addressing, choice, layer.activation)
+        entries, scales = layer.entries(choice.order), None if scaled is value else scaled
+        loop = Loop(entries, layer.bias, addressing, choice, layer.activation, scales is not None)
         run = Run(layer.name, layer.density, choice.order, choice.width, choice.parts, loop.bytes)
         record = LayerRun(layer, run, images * height * width)
-        return [*steps, cls(node, loop, source, placement.place(node, addressing.target), residual, layer=record)]
+        target = placement.place_phases(node, reader) if reader else placement.place(node, addressing.target)
+        return [*steps, cls(node, loop, source, target, residual, scales, layer=record)]
 
     @property
     def scratch_shape(self) -> tuple[int, int]:
@@ -191,9 +193,18 @@ class SparseConvolution(Step):
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
         residual = None if self.residual is None else workspace.buffer(self.residual)
-        source, target = workspace.buffer(self.source), workspace.buffer(self.target)
-        call = self.loop.bind(source, target, residual, workspace.scratch(self.scratch_shape))
-        return into(self.node, workspace.view(self.target), call)
+        source, target, scratch = workspace.buffer(self.source), workspace.buffer(self.target), self.scratch_shape
+        if self.scales is None:
+            call = self.loop.bind(source, target, residual, workspace.scratch(scratch))
+            return into(self.node, workspace.view(self.target), call)
+        node, scales, view = self.node, self.scales, workspace.view(self.target)
+        scaled = self.loop.bind_scaled(source, target, residual, workspace.scratch(scratch))
+
+        def run(values: Values) -> None:
+            scaled(values[scales].numpy().reshape(-1))
+            values[node] = view
+
+        return run
 
 
 def into(node: fx.Node, view: Tensor, call: Callable[[], Any]) -> Callable[[Values], None]:

@@ -33,7 +33,7 @@ def run(
     addressing = Addressing.new(window, len(images), *images.shape[2:], gap)
     entries = Coefficients.of(coefficients.numpy(), groups, None if basis is None else basis.numpy())
     loop = Loop(entries, bias.numpy(), addressing, choice, activation)
-    source = addressing.source.empty(images.shape[1] * len(addressing.phases))
+    source = addressing.source.empty(images.shape[1])
     target = addressing.target.empty(len(coefficients))
     target[:] = math.nan
     source[:] = math.nan

@@ -45,7 +45,7 @@ def _copy_row(count, X, x, step, Y, y):
 
 @parallel
 def pack(images, channels, phases, X, of_image, of_channel, of_row, of_column, down, right, Y, y0, ldy, ldi, pitch):
-    """Copy images, split into phases of every n-th row and column, with zeros around them.
+    """Copy images, split into phases of every n-th row and column, one after the other, with zeros around them.
 
     Args:
         images, channels: how many.
@@ -55,13 +55,12 @@ def pack(images, channels, phases, X, of_image, of_channel, of_row, of_column, d
         Y, y0, ldy, ldi, pitch: output, its first pixel, and the distances between channels, images and rows.
     """
     for channel in numba.prange(channels):
+        store_zeros(ldy, Y, channel * ldy)
         for phase in range(len(phases)):
             row, column, at_row, at_column, rows, columns = phases[phase]
-            begin = (channel * len(phases) + phase) * ldy
-            store_zeros(ldy, Y, begin)
             for image in range(images):
                 x = image * of_image + channel * of_channel + row * of_row + column * of_column
-                y = begin + y0 + image * ldi + at_row * pitch + at_column
+                y = channel * ldy + y0 + (phase * images + image) * ldi + at_row * pitch + at_column
                 for r in range(rows):  # in this order: zeros after a row may lie in the next one
                     _copy_row(columns, X, x + r * down * of_row, right * of_column, Y, y + r * pitch)
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from .activations import activate, activated_number
-from .jit import helper, inline, parallel
+from .jit import helper, inline, parallel, serial
 from .vectors import (
     add,
     broadcast,
@@ -84,6 +84,13 @@ def direct(
             for j in range(row_begin[row], row_begin[row + 1]):
                 total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
             _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind)
+
+
+@serial
+def scale(values, inputs, scales, out):
+    """Multiply each value with the number of its input channel."""
+    for j in range(len(values)):
+        out[j] = values[j] * scales[np.intp(inputs[j])]
 
 
 @helper

@@ -122,7 +122,7 @@ class Addressing(NamedTuple):
         return self._replace(offsets=shifts @ (pitch, 1) + phase * images * rows * pitch)
 
     def parts(self) -> Ints:
-        """Of each phase: first row and column of the input, row and column where they go, numbers of rows and columns."""
+        """Of each phase: first row and column of the input, those where they go, and numbers of rows and columns."""
         if not self.strided:
             return np.array([(0, 0, 0, 0, *self.size)])
         phases, stride = np.array(self.phases), np.array(self.stride)

@@ -94,12 +94,13 @@ def _others(plain: nn.Module, tensors: tuple[Tensor, ...]) -> Iterator[tuple[str
             torch.onnx.export(plain, tensors, file, dynamo=False)  # type: ignore[arg-type]
     except Exception:  # an operator that it does not know
         return
-    for name, load in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+    for name, load in (("onnxruntime", by_onnxruntime), ("openvino", by_openvino)):
         with suppress(Exception):
             yield name, load(file.getvalue())
 
 
-def _onnxruntime(model: bytes) -> Way:
+def by_onnxruntime(model: bytes) -> Way:
+    """A way to run an ONNX model, with threads that sleep while others work."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -115,11 +116,12 @@ def _onnxruntime(model: bytes) -> Way:
     return run
 
 
-def _openvino(model: bytes) -> Way:
+def by_openvino(model: bytes, precision: str = "f32") -> Way:
+    """A way to run an ONNX model, in OpenVINO's name of a precision."""
     import openvino
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }

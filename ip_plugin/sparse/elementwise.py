@@ -106,8 +106,8 @@ class Scale(Step):
 def _can_be_drawn_in(node: fx.Node, images: fx.Node, placement: Placement) -> bool:
     """Whether the convolution that alone reads a product of images and a number for each channel can compute it.
 
-    It multiplies its coefficients with the numbers instead, which it can if there is one image. If so, `placement` knows
-    the product and the choice.
+    It multiplies its coefficients with the numbers instead, which it can if there is one image. If so, `placement`
+    knows the product and the choice.
     """
     user = only_user(node)
     layer = None if user is None else module_of(user)

@@ -71,7 +71,8 @@ class Loop:
         build = partial(_KERNELS[choice.order], bias=bias, addressing=addressing, choice=choice)
         self._kernel = build(coefficients)
         self._inputs = build(coefficients._replace(values=coefficients.inputs)).arrays[-1] if scaled else _NO_INPUTS
-        self.bytes = self._inputs.nbytes + sum(array.nbytes for array in self._kernel.arrays if isinstance(array, np.ndarray))
+        arrays = (self._inputs, *self._kernel.arrays)
+        self.bytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         self.scratch_shape = numba.config.NUMBA_NUM_THREADS, self._kernel.scratch_size
 
     def bind(

@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     Attributes:
         region: where it finds its input; None if that must be packed first.
         addressing: of the convolution.
-        packed: of the convolution that the input is packed for, or was; this one, or another one that shares its phases.
+        packed: of the convolution that the input is packed for, or was: this one, or one that shares its phases.
     """
 
     region: Region | None

@@ -16,13 +16,19 @@ from torchvision.models import DenseNet
 
 pytest.importorskip("numba")
 
+from ip_plugin import interspace
 from ip_plugin.errors import ArgumentError
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
+from ip_plugin.sparse.autotune import by_rule
 from ip_plugin.sparse.dense import faster_dense
-from ip_plugin.sparse.graph import Structure
+from ip_plugin.sparse.elementwise import Scale
+from ip_plugin.sparse.graph import Structure, baked, trace
+from ip_plugin.sparse.lowering import lower
+from ip_plugin.sparse.steps import Pack, Step
 from ip_plugin.sparse.threads import warn_of_slow_threads
 
+SPACES = pytest.mark.parametrize("space", ["spatial", "interspace"])
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -41,6 +47,15 @@ class Between(nn.Module):
 
 def pruned(model: nn.Module, sparsity: float = 0.7) -> nn.Module:
     return apply_masks(model, select(magnitude(model), sparsity=sparsity, scope="layer")).eval()
+
+
+def in_space(model: nn.Module, space: str) -> nn.Module:
+    return interspace(model, basis="orthonormal", sharing="layer") if space == "interspace" else model
+
+
+def steps_of(model: nn.Module, *images: Tensor) -> list[Step]:
+    """The steps of a model by the rule."""
+    return lower(trace(*baked(model), images).module, images, by_rule).steps
 
 
 @torch.no_grad()
@@ -190,18 +205,72 @@ def test_squeeze_and_excitation(mean: Callable[[Tensor], Tensor], batch: int, fi
     agrees(pruned(Between(Squeezed(mean, first)), 0.5), torch.randn(batch, 3, 9, 18), steps="Scale")
 
 
+@SPACES
+@pytest.mark.parametrize(
+    ("sparsity", "batch", "drawn_in"), [(0.9, 1, True), (0.9, 2, False), (0.5, 1, False), (0.0, 1, False)]
+)
+def test_scales_of_channels_are_drawn_into_sparse_coefficients(
+    sparsity: float, batch: int, drawn_in: bool, space: str
+) -> None:
+    model = in_space(Between(Squeezed(nn.AdaptiveAvgPool2d(1), first=True)), space)
+    images = torch.randn(batch, 3, 12, 18)
+    agrees(pruned(model, sparsity), images, steps="Scale")
+    scales = [step for step in steps_of(model, images) if isinstance(step, Scale)]
+    assert [step.target is None for step in scales] == [drawn_in]
+
+
+class Widened(nn.Module):
+    """A 1x1 convolution with more outputs than inputs, and strided ones that read it; others read its input."""
+
+    def __init__(
+        self, kernel: int, stride: tuple[int, int], padding: int, groups: int, reads: tuple[str, ...], changes: bool
+    ) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.strided = nn.Conv2d(8, 8, kernel, stride, padding, groups=groups)
+        self.other, self.shortcut = nn.Conv2d(8, 4, 1, stride), nn.Conv2d(4, 4, 1, stride)
+        self.reads, self.changes = reads, changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        made = [self.shortcut(x)] if "shortcut" in self.reads else []
+        wide = F.silu(self.wide(x))
+        if self.changes:
+            x.mul_(2)
+        made.append(self.strided(wide))
+        if "other" in self.reads:
+            made.append(self.other(wide))
+        if "all" in self.reads:
+            made.append(wide)
+        return torch.cat([value.flatten(1) for value in made], 1)
+
+
+@quick
+@given(
+    kernel=st.sampled_from([1, 2, 3, 5]), stride=st.sampled_from([(2, 2), (1, 2), (3, 2)]), padding=st.integers(0, 2),
+    groups=st.sampled_from([1, 2, 8]), reads=st.sets(st.sampled_from(["shortcut", "other", "all"])),
+    changes=st.booleans(), batch=st.integers(1, 2), size=st.tuples(st.integers(5, 20), st.integers(5, 40)),
+    space=st.sampled_from(["spatial", "interspace"]),
+)  # fmt: skip
+def test_pointwise_layers_write_the_phases_that_strided_ones_read(
+    kernel: int, stride: tuple[int, int], padding: int, groups: int, reads: set[str], changes: bool, batch: int,
+    size: tuple[int, int], space: str,
+) -> None:  # fmt: skip
+    model = in_space(Widened(kernel, stride, padding, groups, tuple(reads), changes), space)
+    images = torch.randn(batch, 3, *size)
+    agrees(pruned(model), images)
+    if reads <= {"shortcut"}:
+        assert {step.target.channels for step in steps_of(model, images) if isinstance(step, Pack)} <= {3, 4}
+
+
 @quick
 @given(
     kernel=st.sampled_from([1, 3, 5, 7]), stride=st.integers(1, 3), multiple=st.integers(1, 2),
     size=st.tuples(st.integers(4, 20), st.integers(4, 40)), space=st.sampled_from(["spatial", "interspace"]),
 )  # fmt: skip
 def test_depthwise_convolutions(kernel: int, stride: int, multiple: int, size: tuple[int, int], space: str) -> None:
-    from ip_plugin import interspace
-
     model = Between(nn.Conv2d(5, 5 * multiple, kernel, stride, kernel // 2, groups=5), outputs=5 * multiple)
-    if space == "interspace":
-        interspace(model, basis="orthonormal", sharing="layer")
-    agrees(pruned(model), torch.randn(2, 3, *size), steps="SparseConvolution")
+    agrees(pruned(in_space(model, space)), torch.randn(2, 3, *size), steps="SparseConvolution")
 
 
 @quick

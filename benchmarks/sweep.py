@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py sweep.csv              # torchvision's networks and 60 of timm
     python benchmarks/sweep.py sweep.csv 'timm/vit*' 'torchvision/resnet18'
+    python benchmarks/sweep.py sweep.csv --steps convert prune prepare
 
 Weights are random, images as small as the network allows, layers pruned to 90 %. The steps: convert, prune, load the
 state dict into a fresh converted model (strict), save and load a compact file, bake, report, prepare, report what was
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,10 @@ class Sweep:
         name: of the network.
         space: "interspace" or "spatial".
         limit: number of parameters of larger networks, which are skipped.
+        steps: in this order; those behind "prune" need it, and "report prepared" those before it.
     """
 
-    def __init__(self, name: str, space: str, limit: float) -> None:
+    def __init__(self, name: str, space: str, limit: float, steps: Sequence[str] = STEPS) -> None:
         self.name, self.space, self.row = name, space, {"network": name}
         self.model = build(name)
         size = sum(parameter.numel() for parameter in self.model.parameters())
@@ -143,7 +145,7 @@ class Sweep:
             return
         self.inputs = example(name, self.model)
         self.plain = outputs(self.model, self.inputs)
-        for step in STEPS:
+        for step in steps:
             self.row[step] = self.status(getattr(self, step.replace(" ", "_")))
 
     def status(self, step: Callable[[], str]) -> str:
@@ -255,16 +257,17 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of networks, with wildcards")
     parser.add_argument("--space", choices=["interspace", "spatial"], default="interspace")
     parser.add_argument("--limit", default="1.5e8", help="number of parameters of larger networks, which are skipped")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="all steps by default")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.one:
-        print(json.dumps(Sweep(options.patterns[0], options.space, float(options.limit)).row))
+        print(json.dumps(Sweep(options.patterns[0], options.space, float(options.limit), options.steps).row))
         return
     chosen = [name for name in names() if any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)]
 
     def run(name: str) -> dict[str, str]:
-        return row_of(name, "--space", options.space, "--limit", options.limit)
+        return row_of(name, "--space", options.space, "--limit", options.limit, "--steps", *options.steps)
 
     summary: dict[str, Counter[str]] = {step: Counter() for step in STEPS}
     with open(options.table, "w", newline="") as file, ThreadPoolExecutor(options.jobs) as pool:
@@ -276,9 +279,9 @@ def main() -> None:
             print(
                 row["network"], *(f"{s}: {row[s]}" for s in STEPS if not row.get(s, "ok").startswith("ok")), sep="\n  "
             )
-            for step in STEPS:
+            for step in options.steps:
                 summary[step][row.get(step, "not run").partition(":")[0]] += 1
-    for step in STEPS:
+    for step in options.steps:
         print(f"{step}: " + ", ".join(f"{count} {status}" for status, count in summary[step].items()))
 
 

@@ -1,4 +1,4 @@
-"""How much faster whole sparse networks run than the fastest dense ones.
+"""How much faster whole sparse networks run than the fastest dense ones of torch.
 
     python benchmarks/sparse_networks.py
 
@@ -85,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.sparsity:.0%} sparsity")
-    print("times faster than the fastest dense network\n")
+    print("times faster than torch's fastest dense network\n")
     weights = trained_weights(arguments.weights, arguments.data, arguments.epochs) if arguments.data else None
     for (name, batch), goal in CASES.items():
         if weights is not None and name != "resnet18":

@@ -83,7 +83,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]  # one for each shape
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
-    print(f"torch {torch.__version__}, {arguments.threads} threads; times faster than torch's fastest dense convolution\n")
+    print(f"torch {torch.__version__}, {arguments.threads} threads; times faster than torch's fastest convolution\n")
     found: dict[tuple[str, float], list[float]] = {}
     for batch in arguments.batches:
         for channels, size in SHAPES:

@@ -18,7 +18,7 @@ from .kernels import nonzero, winograd
 from .kernels.vectors import lanes
 from .layout import Floats, Ints, aligned
 
-_NOTHING, _NO_INPUTS = np.empty(0, np.float32), np.empty(0, np.uint16)
+_NOTHING = np.empty(0, np.float32)
 
 
 class Choice(NamedTuple):
@@ -70,7 +70,10 @@ class Loop:
         self._target, self._activation = addressing.target, activation.arguments
         build = partial(_KERNELS[choice.order], bias=bias, addressing=addressing, choice=choice)
         self._kernel = build(coefficients)
-        self._inputs = build(coefficients._replace(values=coefficients.inputs)).arrays[-1] if scaled else _NO_INPUTS
+        self._inputs = np.empty(0, np.uint16)
+        if scaled:  # as if they were the coefficients
+            inputs = build(coefficients._replace(values=coefficients.inputs.astype(np.float32))).arrays[-1]
+            self._inputs = inputs.astype(np.uint16)
         arrays = (self._inputs, *self._kernel.arrays)
         self.bytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         self.scratch_shape = numba.config.NUMBA_NUM_THREADS, self._kernel.scratch_size

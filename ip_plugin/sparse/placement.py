@@ -170,13 +170,14 @@ class Placement:
                     return Reading(None, addressing, packed)
             made = self._split(source, layer.window)
             return Reading(None, made, made)
-        images, _, *size = self.shapes[source]
-        gap, source_gap = self.gap(layer.window.output_size(*size)), self.gap(tuple(size))
+        images, _, height, width = self.shapes[source]
+        gap, source_gap = self.gap(layer.window.output_size(height, width)), self.gap((height, width))
         if source in self.regions:
             existing = Addressing.existing(layer.window, self.regions[source].layout, gap)
             if existing is not None:
                 return Reading(self.regions[source], existing, existing)
-        made = Addressing.new(layer.window, images, *size, (max(gap[0], source_gap[0]), max(gap[1], source_gap[1])))
+        gap = max(gap[0], source_gap[0]), max(gap[1], source_gap[1])
+        made = Addressing.new(layer.window, images, height, width, gap)
         return Reading(None, made, made)
 
     def choice(self, node: fx.Node) -> Choice | None:
@@ -202,27 +203,28 @@ class Placement:
         return self._readers[node]
 
     def _reader_of_phases(self, node: fx.Node) -> Addressing | None:
-        layer, readers = module_of(node), [_strided_reader(user, node) for user in node.users]
-        pointwise = isinstance(layer, Convolution) and layer.window == Window((1, 1)) and layer.groups == 1
-        if not pointwise or len(node.args) > 1 or layer.inputs >= layer.coefficients.channels or None in readers:
+        layer = module_of(node)
+        if not isinstance(layer, Convolution) or layer.window != Window((1, 1)) or layer.groups > 1:
             return None
-        convolutions = [reader for reader in readers if reader is not None]
-        made = [self._split(node, reader.window) for reader in convolutions]
-        widest = max(made, key=lambda addressing: len(addressing.phases), default=None)
-        if widest is None or not all(self._runs_on(widest, reader) for reader in convolutions):
+        if len(node.args) > 1 or layer.inputs >= layer.coefficients.channels:
             return None
-        return widest
+        readers = [reader for user in node.users if (reader := _strided_reader(user, node))]
+        if not readers or len(readers) < len(node.users):
+            return None
+        widest = max((self._split(node, reader.window) for reader in readers), key=lambda split: len(split.phases))
+        return widest if all(self._runs_on(widest, reader) for reader in readers) else None
 
     def _split(self, node: fx.Node, window: Window) -> Addressing:
         """How a strided convolution reads a value that is split into phases for it."""
-        images, _, *size = self.shapes[node]
-        return Addressing.new(window, images, *size, self.gap(window.output_size(*size)))
+        images, _, height, width = self.shapes[node]
+        return Addressing.new(window, images, height, width, self.gap(window.output_size(height, width)))
 
     def _runs_on(self, packed: Addressing, reader: Convolution) -> bool:
         """Whether a convolution runs sparse on the phases of another one."""
         shared = packed.shared_with(reader.window)
-        fits = shared and reader.inputs * shared.source.stride <= self.max_offset
-        return shared is not None and bool(fits) and self.choose(reader, shared, False, None) is not None
+        if shared is None or reader.inputs * shared.source.stride > self.max_offset:
+            return False
+        return self.choose(reader, shared, False, None) is not None
 
     def _packings(self, node: fx.Node) -> list[Addressing]:
         """How a value is split into phases for the strided convolutions that read it, if they run sparse on these."""
@@ -238,6 +240,7 @@ class Placement:
 
 def _strided_reader(user: fx.Node, node: fx.Node) -> Convolution | None:
     """The strided convolution that a node calls on a value; None if it uses the value for something else."""
-    layer, (value, *others) = module_of(user), user.args or (None,)
-    strided = isinstance(layer, Convolution) and layer.window.strided
-    return layer if strided and value is node and node not in others else None
+    layer = module_of(user)
+    if not isinstance(layer, Convolution) or not layer.window.strided:
+        return None
+    return layer if user.args[0] is node and node not in user.args[1:] else None

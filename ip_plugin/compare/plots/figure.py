@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.typing import LineStyleType
 
 #: Widths of figures in inches: on a page, and on a phone.
 WIDE, NARROW = 9.6, 4.0
@@ -81,7 +82,7 @@ def look(analysis: Analysis, space: str) -> tuple[str, str]:
     return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
 
 
-def line_styles(sparsities: Iterable[float]) -> dict[float, str]:
+def line_styles(sparsities: Iterable[float]) -> dict[float, LineStyleType]:
     """The lowest, a middle and the highest of some sparsities, each with the style of its lines."""
     values = sorted(set(sparsities))
     if len(values) > 3:
@@ -143,7 +144,7 @@ def add_legend(
     figure: Figure,
     analysis: Analysis,
     spaces: Sequence[str],
-    styles: Mapping[float, str] | None = None,
+    styles: Mapping[float, LineStyleType] | None = None,
     lines: bool = True,
 ) -> None:
     """Spaces by colour and marker, and sparsities by line style, above the figure."""

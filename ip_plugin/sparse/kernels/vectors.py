@@ -305,7 +305,7 @@ def evens(typing: Any, low: Any, high: Any) -> Any:
     return low(low, low), generate
 
 
-@inline
+@inline  # type: ignore[untyped-decorator]
 def store_zeros(count: Any, array: Any, offset: Any) -> None:
     """Store at least `count` zeros in a flat float32 array, in whole vectors."""
     for k in range(0, count, 16):

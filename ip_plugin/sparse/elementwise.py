@@ -15,7 +15,7 @@ from .convolution import Convolution
 from .images import Packing
 from .kernels import images as loops
 from .memory import Region, Workspace
-from .nodes import bound, joined_channels, module_of, only_user
+from .nodes import bound, can_be_delayed, joined_channels, module_of, only_user
 from .placement import Placement
 from .pointwise import Pointwise
 from .steps import NO_ADDEND, NO_SCALE, NOTHING, Pack, Step, Values, images_in, into, read
@@ -113,7 +113,7 @@ def _can_be_drawn_in(node: fx.Node, images: fx.Node, placement: Placement) -> bo
     layer = None if user is None else module_of(user)
     if user is None or not isinstance(layer, Convolution) or layer.groups > 1 or placement.shapes[node][0] > 1:
         return False
-    if user.args[0] is not node or node in user.args[1:]:
+    if user.args[0] is not node or node in user.args[1:] or not can_be_delayed(node, user):
         return False
     placement.scaled[node] = images
     choice = placement.choice(user)

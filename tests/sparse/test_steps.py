@@ -219,6 +219,24 @@ def test_scales_of_channels_are_drawn_into_sparse_coefficients(
     assert [step.target is None for step in scales] == [drawn_in]
 
 
+def test_scales_are_not_drawn_in_where_the_images_change_before() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1)
+            self.numbers = nn.Conv2d(5, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            product = x * self.numbers(x.mean((2, 3), keepdim=True))
+            x.mul_(2)
+            return self.last(product)
+
+    model, images = pruned(Changing(), 0.9), torch.randn(1, 3, 12, 18)
+    agrees(model, images)
+    assert [step.target is None for step in steps_of(model, images) if isinstance(step, Scale)] == [False]
+
+
 class Widened(nn.Module):
     """A 1x1 convolution with more outputs than inputs, and strided ones that read it; others read its input."""
 

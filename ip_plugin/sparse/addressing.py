@@ -63,6 +63,11 @@ class Addressing(NamedTuple):
         """Whether the input is split into phases."""
         return self.stride != (1, 1)
 
+    @property
+    def split(self) -> tuple[object, ...]:
+        """What decides how an input is split into phases: equal for inputs that lie in memory alike."""
+        return self.size, self.source, self.stride, self.padding, self.phases
+
     @classmethod
     def new(
         cls, window: Window, images: int, height: int, width: int, gap: tuple[int, int] = (0, 0), rows: int = 0,

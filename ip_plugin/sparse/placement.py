@@ -159,8 +159,8 @@ class Placement:
         source = self.scaled.get(source, source)
         known = self._made_in_phases.get(source) or self._phases.get(source)
         if reader := self.reader_of_phases(node):
-            shared = known and known[1].phases == reader.phases and known[1].source == reader.source
-            return Reading(known[0] if known and shared else None, reader.of_pointwise(), reader)
+            region = known[0] if known and known[1].split == reader.split else None
+            return Reading(region, reader.of_pointwise(), reader)
         if known and (addressing := known[1].shared_with(layer.window)):
             return Reading(known[0], addressing, known[1])
         if layer.window.strided:

@@ -219,6 +219,19 @@ def test_scales_of_channels_are_drawn_into_sparse_coefficients(
     assert [step.target is None for step in scales] == [drawn_in]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scales_may_be_a_parameter(batch: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(batch, 5, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    agrees(pruned(Between(Scaled()), 0.9), torch.randn(batch, 3, 12, 18), steps=None)
+
+
 def test_scales_are_not_drawn_in_where_the_images_change_before() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:

@@ -48,8 +48,8 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dictionary, "_MOST_ROUNDS", 4)
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
         nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
@@ -245,10 +245,21 @@ def test_with_data_the_outputs_are_nearer_and_the_counts_as_exact(score: Any) ->
     assert report(model).prunable.nonzeros == report(free).prunable.nonzeros
     once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
     assert distance(model, dense) < 0.5 * distance(free, dense)
-    assert distance(model, dense) < distance(once, dense) < 0.7 * distance(free, dense)
+    assert distance(once, dense) < 0.7 * distance(free, dense)
     reference = copy.deepcopy(model)
     reestimate_batch_norm(reference, BATCHES)
     assert torch.equal(reference[1].running_var, model[1].running_var)
+
+
+@pytest.mark.parametrize("score", [magnitude, lamp])
+def test_in_rounds_the_outputs_are_nearer_than_at_once(score: Any) -> None:
+    nearer = 0
+    for seed in range(6):  # one alone may go either way
+        dense = reestimate_batch_norm(network(seed), BATCHES)
+        rounds = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES)
+        once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
+        nearer += distance(rounds, dense) < distance(once, dense)
+    assert nearer >= 4
 
 
 def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:

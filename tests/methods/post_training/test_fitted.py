@@ -251,15 +251,14 @@ def test_with_data_the_outputs_are_nearer_and_the_counts_as_exact(score: Any) ->
     assert torch.equal(reference[1].running_var, model[1].running_var)
 
 
-@pytest.mark.parametrize("score", [magnitude, lamp])
-def test_in_rounds_the_outputs_are_nearer_than_at_once(score: Any) -> None:
-    nearer = 0
-    for seed in range(6):  # one alone may go either way
+def test_by_magnitude_rounds_bring_the_outputs_nearer_than_one_does() -> None:
+    nearer = 0  # by LAMP in 9 of 16 networks only
+    for seed in range(4):
         dense = reestimate_batch_norm(network(seed), BATCHES)
-        rounds = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES)
-        once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, score=score, batches=BATCHES, rounds=1)
+        rounds = prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=BATCHES)
+        once = prune_fitted(copy.deepcopy(dense), sparsity=0.8, batches=BATCHES, rounds=1)
         nearer += distance(rounds, dense) < distance(once, dense)
-    assert nearer >= 4
+    assert nearer >= 3
 
 
 def test_rounds_are_those_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:

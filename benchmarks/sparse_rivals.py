@@ -9,7 +9,8 @@ all of one network take turns, and sleep meanwhile. Printed are medians in milli
 sparse network is than the better of ONNX Runtime and OpenVINO in fp32: by our loops alone, and as `prepare` decides.
 MNN, which skips zeros, runs the spatially pruned ones. With `--preparations`, so many processes prepare the same
 network, every other one beside a busy process; the differences of their times are printed. Run it with nothing else
-running, and throw away a run in which the dense baseline moved by more than 10 %.
+running, and throw away a run in which the dense baseline moved by more than 10 %. The others are installed by
+`pip install onnx onnxruntime openvino mnn`; what is missing is left out.
 """
 
 from __future__ import annotations
@@ -68,13 +69,15 @@ def program(kind: str, model: nn.Module, images: Tensor) -> tuple[Call, str | No
         return lambda: baked(images), None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        torch.onnx.export(baked, (images,), str(file), dynamo=False)
+        torch.onnx.export(baked, (images,), str(file), input_names=["images"], dynamo=False)
         if kind == "mnn":
             return by_mnn(file, images), None
-        if kind == "openvino int8":
-            way = by_openvino(quantized(file, images), "undefined")
+        if kind == "onnxruntime":
+            way = by_onnxruntime(file.read_bytes(), spinning=True)
+        elif kind == "openvino":
+            way = by_openvino(file.read_bytes())
         else:
-            way = {"onnxruntime": by_onnxruntime, "openvino": by_openvino}[kind](file.read_bytes())
+            way = by_openvino(quantized(file, images), "undefined")
     return lambda: way((images,)), None
 
 
@@ -83,7 +86,7 @@ def quantized(file: Path, images: Tensor) -> bytes:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Batch(CalibrationDataReader):  # type: ignore[misc]  # without types
-        batches = iter([{"input.1": images.numpy()}])
+        batches = iter([{"images": images.numpy()}])
 
         def get_next(self) -> Any:
             return next(self.batches, None)
@@ -179,9 +182,11 @@ class Child:
 
 
 def take_turns(children: list[Child], rounds: int) -> None:
+    """Time all of them in turn; threads of one that spin on have stopped when the next one begins."""
     for _ in range(rounds):
         for child in children:
             child.turn()
+            time.sleep(0.1)
 
 
 def compare(name: str, arguments: argparse.Namespace) -> None:

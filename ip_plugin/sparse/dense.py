@@ -102,13 +102,13 @@ def _others(plain: nn.Module, tensors: tuple[Tensor, ...]) -> Iterator[tuple[str
             yield name, load(file.getvalue())
 
 
-def by_onnxruntime(model: bytes) -> Way:
-    """A way to run an ONNX model, with threads that sleep while others work."""
+def by_onnxruntime(model: bytes, spinning: bool = False) -> Way:
+    """A way to run an ONNX model; with `spinning` threads it is faster, and slows down others of the same process."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which slows down other threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 

@@ -111,7 +111,7 @@ def _can_be_drawn_in(node: fx.Node, images: fx.Node, placement: Placement) -> bo
     """
     user = only_user(node)
     layer = None if user is None else module_of(user)
-    if user is None or not isinstance(layer, Convolution) or layer.groups > 1 or placement.shapes[node][0] > 1:
+    if user is None or not isinstance(layer, Convolution) or placement.shapes[node][0] > 1:
         return False
     if user.args[0] is not node or node in user.args[1:] or not can_be_delayed(node, user):
         return False

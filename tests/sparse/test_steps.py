@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import DenseNet
@@ -17,7 +17,7 @@ from torchvision.models import DenseNet
 pytest.importorskip("numba")
 
 from ip_plugin import interspace
-from ip_plugin.errors import ArgumentError
+from ip_plugin.errors import ArgumentError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
 from ip_plugin.sparse.autotune import by_rule
@@ -232,6 +232,24 @@ def test_scales_may_be_a_parameter(batch: int) -> None:
     agrees(pruned(Between(Scaled()), 0.9), torch.randn(batch, 3, 12, 18), steps=None)
 
 
+def test_scales_are_drawn_into_grouped_layers_but_not_through_a_sum() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.numbers = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 1)
+            self.depthwise, self.other = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.Conv2d(5, 5, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            numbers = self.numbers(x.mean((2, 3), keepdim=True))
+            return self.depthwise(x * numbers) + (self.other(x) + x * numbers.sigmoid())
+
+    model, images = pruned(Both(), 0.8), torch.randn(1, 3, 12, 18)
+    agrees(model, images)
+    drawn_in = [step.target is None for step in steps_of(model, images) if isinstance(step, Scale)]
+    assert sorted(drawn_in) == [False, True]
+
+
 def test_scales_are_not_drawn_in_where_the_images_change_before() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
@@ -251,27 +269,30 @@ def test_scales_are_not_drawn_in_where_the_images_change_before() -> None:
 
 
 class Widened(nn.Module):
-    """A 1x1 convolution with more outputs than inputs, and strided ones that read it; others read its input."""
+    """A 1x1 convolution with more outputs than inputs, and a strided one that reads it.
 
-    def __init__(
-        self, kernel: int, stride: tuple[int, int], padding: int, groups: int, reads: tuple[str, ...], changes: bool
-    ) -> None:
+    Options: its input is read by a strided convolution too, before it (``"shortcut"``), in other strides (``"apart"``),
+    or changed behind it (``"changes"``); something is added to its output (``"sum"``); another strided convolution
+    reads that (``"other"``), or something else (``"all"``).
+    """
+
+    def __init__(self, kernel: int, stride: tuple[int, int], padding: int, groups: int, options: set[str]) -> None:
         super().__init__()
-        self.first, self.wide = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.first, self.wide, self.added = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)
         self.strided = nn.Conv2d(8, 8, kernel, stride, padding, groups=groups)
         self.other, self.shortcut = nn.Conv2d(8, 4, 1, stride), nn.Conv2d(4, 4, 1, stride)
-        self.reads, self.changes = reads, changes
+        self.apart, self.options = nn.Conv2d(4, 4, 3, (4, 4)), options
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        made = [self.shortcut(x)] if "shortcut" in self.reads else []
-        wide = F.silu(self.wide(x))
-        if self.changes:
+        made = [layer(x) for name, layer in self.named_children() if name in self.options & {"shortcut", "apart"}]
+        wide = F.silu(self.wide(x) + self.added(x) if "sum" in self.options else self.wide(x))
+        if "changes" in self.options:
             x.mul_(2)
         made.append(self.strided(wide))
-        if "other" in self.reads:
+        if "other" in self.options:
             made.append(self.other(wide))
-        if "all" in self.reads:
+        if "all" in self.options:
             made.append(wide)
         return torch.cat([value.flatten(1) for value in made], 1)
 
@@ -279,19 +300,32 @@ class Widened(nn.Module):
 @quick
 @given(
     kernel=st.sampled_from([1, 2, 3, 5]), stride=st.sampled_from([(2, 2), (1, 2), (3, 2)]), padding=st.integers(0, 2),
-    groups=st.sampled_from([1, 2, 8]), reads=st.sets(st.sampled_from(["shortcut", "other", "all"])),
-    changes=st.booleans(), batch=st.integers(1, 2), size=st.tuples(st.integers(5, 20), st.integers(5, 40)),
+    groups=st.sampled_from([1, 2, 8]), batch=st.integers(1, 2), size=st.tuples(st.integers(5, 20), st.integers(5, 40)),
+    options=st.sets(st.sampled_from(["shortcut", "apart", "changes", "sum", "other", "all"])),
     space=st.sampled_from(["spatial", "interspace"]),
 )  # fmt: skip
+@example(3, (2, 2), 1, 8, 1, (9, 12), {"apart"}, "spatial")
+@example(3, (2, 2), 1, 8, 1, (9, 12), {"sum"}, "spatial")
 def test_pointwise_layers_write_the_phases_that_strided_ones_read(
-    kernel: int, stride: tuple[int, int], padding: int, groups: int, reads: set[str], changes: bool, batch: int,
-    size: tuple[int, int], space: str,
+    kernel: int, stride: tuple[int, int], padding: int, groups: int, batch: int, size: tuple[int, int],
+    options: set[str], space: str,
 ) -> None:  # fmt: skip
-    model = in_space(Widened(kernel, stride, padding, groups, tuple(reads), changes), space)
+    model = in_space(Widened(kernel, stride, padding, groups, options), space)
     images = torch.randn(batch, 3, *size)
     agrees(pruned(model), images)
-    if reads <= {"shortcut"}:
+    if options <= {"shortcut", "apart", "changes"}:
         assert {step.target.channels for step in steps_of(model, images) if isinstance(step, Pack)} <= {3, 4}
+
+
+def test_what_reads_no_phases_gets_none() -> None:
+    model, images = Widened(3, (2, 2), 1, 1, {"other"}).eval(), torch.randn(1, 3, 12, 18)
+    pruned(model.wide)
+    pruned(model.other)
+    agrees(model, images)  # `strided` is dense
+    pruned(model)
+    program = lower(trace(*baked(model), (images,)).module, (images,), by_rule, max_offset=4 * 600)
+    assert [run.run.how == "dense" for step in program.steps if (run := step.layer)] == [False, False, True, True]
+    torch.testing.assert_close(program((images,))[0], model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 @quick
@@ -315,6 +349,18 @@ def test_sparse_linear_layers(
     model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias), *([activation] if activation else []))
     network = agrees(pruned(model, 0.9), torch.randn(*shape, inputs))
     assert all(run.how == "direct" for run in network.runs(torch.randn(*shape, inputs)))
+
+
+@SPACES
+def test_timed_choices_of_layers_that_share_phases(space: str) -> None:
+    model = in_space(Widened(3, (2, 2), 1, 8, {"shortcut", "other"}), space)
+    pruned(model, 0.9)
+    for size in ((12, 18), (15, 21)):
+        images = torch.randn(1, 3, *size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SparseFallbackWarning)
+            network = prepare(model, images, dense="torch")
+        torch.testing.assert_close(network(images), model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_is_faster_dense_is_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def test_scales_are_drawn_into_grouped_layers_but_not_through_a_sum() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.numbers = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 1)
-            self.depthwise, self.other = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.Conv2d(5, 5, 3, padding=1)
+            self.depthwise, self.other = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.Conv2d(5, 5, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
@@ -248,6 +248,14 @@ def test_scales_are_drawn_into_grouped_layers_but_not_through_a_sum() -> None:
     agrees(model, images)
     drawn_in = [step.target is None for step in steps_of(model, images) if isinstance(step, Scale)]
     assert sorted(drawn_in) == [False, True]
+
+
+def test_scales_are_not_drawn_into_a_convolution_by_torch() -> None:
+    model = Between(Squeezed(nn.AdaptiveAvgPool2d(1), first=True)).eval()
+    model.last = nn.Conv2d(5, 4, 5, padding=2)
+    pruned(model.first)
+    network = agrees(model, torch.randn(1, 3, 12, 18))
+    assert network.runs(torch.randn(1, 3, 12, 18))[-1].how == "dense"
 
 
 def test_scales_are_not_drawn_in_where_the_images_change_before() -> None:
@@ -328,6 +336,19 @@ def test_what_reads_no_phases_gets_none() -> None:
     torch.testing.assert_close(program((images,))[0], model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_added_to_a_strided_convolution_is_not_written_in_phases() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.strided = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 8, 3, 2, 1)
+            self.wide = nn.Conv2d(4, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.strided(x) + self.wide(self.first(x))
+
+    agrees(pruned(Added()), torch.randn(2, 3, 12, 18), steps="SparseConvolution")
+
+
 @quick
 @given(
     kernel=st.sampled_from([1, 3, 5, 7]), stride=st.integers(1, 3), multiple=st.integers(1, 2),
@@ -392,6 +413,18 @@ def test_other_programs_run_a_network_where_they_are_faster(name: str, monkeypat
     dense = faster_dense(model, model, Structure.of((images,), {})[0], (images,), 1e-3)
     assert dense is not None and dense.name == name
     torch.testing.assert_close(dense.run((images,))[0], model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_else_is_tried_where_torch_is_far_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def timed(calls: dict[str, object], **_: object) -> dict[str, list[float]]:
+        asked.append(set(calls))
+        return {"sparse": [1.0], "torch": [4.0]}
+
+    monkeypatch.setattr("ip_plugin.sparse.dense.side_by_side", timed)
+    assert prepare(pruned(Between(nn.ReLU())), torch.randn(1, 3, 9, 9)).dense is None
+    assert asked == [{"sparse", "torch"}]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which way to run a convolution: chosen by a rule, or by timing once."""
+"""Which way to run a convolution or a linear layer: chosen by a rule, or by timing once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .convolution import Convolution
 from .images import Images, Packing
 from .kernels import winograd
 from .layout import WIDEST, Layout
+from .linear import Linear
 from .loops import Choice, Loop
 
 #: How often each candidate is run.
@@ -29,6 +30,10 @@ _SPARSE = 0.02
 _BUDGETS = (40_000, 80_000, 160_000, 320_000)
 #: From this density on the rule runs a convolution dense.
 _DENSE = 0.5
+#: From this density on the rule runs a linear layer dense.
+_LINEAR_DENSE = 0.15
+#: So many rows of inputs a linear layer may multiply one by one; the rule lets it do so for one.
+_FEW_ROWS = 4
 #: From this density on, and with so many tiles, the rule runs a 3x3 convolution by Winograd's filtering.
 _WINOGRAD, _WINOGRAD_TILES = 0.2, 8
 #: From this density on Winograd's filtering is timed.
@@ -39,28 +44,31 @@ _FILTERS, _PATCHES = 5_000_000, 1_500_000
 #: How many numbers are read between two runs, by all threads: other layers' coefficients take second-level caches.
 _OTHER_MEMORY = 2_000_000
 
-Chooser = Callable[[Convolution, Addressing, bool, "Layout | None"], Choice | None]
+Chooser = Callable[[Convolution | Linear, Addressing, bool, "Layout | None"], Choice | None]
 
 
 def by_rule(
-    convolution: Convolution, addressing: Addressing, _packs: bool = False, _original: Layout | None = None,
+    layer: Convolution | Linear, addressing: Addressing, _packs: bool = False, _original: Layout | None = None,
     response_dtype: torch.dtype = torch.float32,
 ) -> Choice | None:  # fmt: skip
-    """Choose how to run a convolution by a rule, which is the same on every machine; arguments as of `Autotuner`."""
-    candidate = next(_winograd_choices(convolution, addressing), None)
-    if candidate and convolution.density >= _WINOGRAD and _winograd_tiles(addressing) >= _WINOGRAD_TILES:
+    """Choose how to run a layer by a rule, which is the same on every machine; arguments as of `Autotuner`."""
+    if isinstance(layer, Linear):
+        rows = addressing.target.pixels
+        return _linear_choices(rows)[0 if rows == 1 else -1] if layer.density < _LINEAR_DENSE else None
+    candidate = next(_winograd_choices(layer, addressing), None)
+    if candidate and layer.density >= _WINOGRAD and _winograd_tiles(addressing) >= _WINOGRAD_TILES:
         return candidate._replace(parts=1)
-    if convolution.density >= _DENSE:
+    if layer.density >= _DENSE:
         return None
     width = 64 if addressing.target.pixels > 32 else 32
-    standard = convolution.coefficients.basis is None
-    if convolution.depthwise or (standard and (convolution.density < 0.03 or convolution.groups > 1)):
+    standard = layer.coefficients.basis is None
+    if layer.depthwise or (standard and (layer.density < 0.03 or layer.groups > 1)):
         return Choice("direct", width)
     return Choice("fused", width, response_dtype=response_dtype)
 
 
 class Autotuner:
-    """Chooses how to run a convolution by timing, and remembers it for layers of one kind.
+    """Chooses how to run a layer by timing, and remembers it for layers of one kind.
 
     Args:
         response_dtype: dtype in which basis-filter responses are stored.
@@ -76,24 +84,45 @@ class Autotuner:
         self._known: dict[tuple[Any, ...], Choice | None] = {}
 
     def __call__(
-        self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None = None
+        self, layer: Convolution | Linear, addressing: Addressing, packs: bool, original: Layout | None = None
     ) -> Choice | None:
-        """How to run a convolution; None: by torch.
+        """How to run a layer; None: by torch.
 
         Args:
-            convolution, addressing: what is run, and on what.
+            layer, addressing: what is run, and on what; rows of a linear layer are the pixels of an image.
             packs: whether its input must be packed first.
             original: layout of its input, if that lies in a buffer; torch's way is timed on a view of it.
         """
-        level = round(4 * math.log2(convolution.density)) if convolution.density else None
+        level = round(4 * math.log2(layer.density)) if layer.density else None
         key = (
-            convolution.inputs, convolution.coefficients.channels, convolution.groups, convolution.window,
-            addressing.source, addressing.target, packs, original, level, convolution.coefficients.basis is None,
-            convolution.activation.kind, torch.get_num_threads(),
+            layer.inputs, layer.coefficients.channels, layer.groups, layer.window,
+            addressing.source, addressing.target, packs, original, level, layer.coefficients.basis is None,
+            layer.activation.kind, torch.get_num_threads(), isinstance(layer, Linear),
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = self._fastest(convolution, addressing, packs, original)
+            if isinstance(layer, Linear):
+                self._known[key] = self._fastest_linear(layer, addressing)
+            else:
+                self._known[key] = self._fastest(layer, addressing, packs, original)
         return self._known[key]
+
+    def _fastest_linear(self, layer: Linear, addressing: Addressing) -> Choice | None:
+        count = addressing.target.pixels
+        rows = torch.randn(count, layer.inputs, generator=torch.Generator().manual_seed(0))
+        choices = _linear_choices(count)
+        runs: dict[Choice | None, Callable[[], object]] = {c: partial(layer.bind(c, count), rows) for c in choices}
+        if layer.density >= _SPARSE:
+            weight, bias = layer.weight(), torch.from_numpy(layer.bias)
+            runs[None] = lambda: layer.activation(F.linear(rows, weight, bias))
+        return self._clearly_fastest(by_rule(layer, addressing), runs)
+
+    def _clearly_fastest(
+        self, default: Choice | None, runs: dict[Choice | None, Callable[[], object]]
+    ) -> Choice | None:
+        seconds = self._timer or partial(_seconds, other_memory=torch.ones(_OTHER_MEMORY))
+        times = dict(zip(runs, seconds(list(runs.values())), strict=True))
+        best = min(times, key=times.__getitem__)
+        return best if times[best] < _CLEARLY * times[default] else default
 
     def _fastest(
         self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None
@@ -105,7 +134,6 @@ class Autotuner:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         if original is not None:
             images = original.view(original.empty(convolution.inputs), convolution.inputs).copy_(images)
-        seconds = self._timer or partial(_seconds, other_memory=torch.ones(_OTHER_MEMORY))
         weight, bias = convolution.weight(), torch.from_numpy(convolution.bias)
 
         def dense() -> object:  # its result must be moved to where it is read
@@ -115,11 +143,6 @@ class Autotuner:
             entries = convolution.entries(choice.order)
             return Loop(entries, convolution.bias, addressing, choice, convolution.activation).bind(source, target)
 
-        def fastest(default: Choice | None, runs: dict[Choice | None, Callable[[], object]]) -> Choice | None:
-            times = dict(zip(runs, seconds(list(runs.values())), strict=True))
-            best = min(times, key=times.__getitem__)
-            return best if times[best] < _CLEARLY * times[default] else default
-
         pack = partial(Packing.to_read(addressing).pack, Images.of(images), source)
         pack()
         by_the_rule = by_rule(convolution, addressing, response_dtype=self._response_dtype)
@@ -127,14 +150,14 @@ class Autotuner:
         if convolution.density >= _WINOGRAD_TIMED:
             choices += _winograd_choices(convolution, addressing)
         sparse = by_the_rule or choices[0]
-        sparse = fastest(sparse, {choice: loop(choice) for choice in (sparse, *choices)}) or sparse
+        sparse = self._clearly_fastest(sparse, {choice: loop(choice) for choice in (sparse, *choices)}) or sparse
         if sparse.order == "fused":
             others = (sparse._replace(budget=budget) for budget in _BUDGETS)
-            sparse = fastest(sparse, {choice: loop(choice) for choice in (sparse, *others)}) or sparse
+            sparse = self._clearly_fastest(sparse, {choice: loop(choice) for choice in (sparse, *others)}) or sparse
         if convolution.density < _SPARSE:
             return sparse
         run = partial(_both, pack, loop(sparse)) if packs else loop(sparse)
-        return fastest(by_the_rule and sparse, {sparse: run, None: dense})
+        return self._clearly_fastest(by_the_rule and sparse, {sparse: run, None: dense})
 
     def _by_nonzeros(self, convolution: Convolution, addressing: Addressing) -> Iterator[Choice]:
         """Orders by non-zeros, widths and parts."""
@@ -151,6 +174,12 @@ class Autotuner:
                     continue
                 if not standard or len(addressing.offsets) > 1 or convolution.groups == 1:
                     yield Choice("fused", width, parts, response_dtype=self._response_dtype)
+
+
+def _linear_choices(rows: int) -> list[Choice]:
+    """Ways to run a linear layer by its non-zeros: few rows one by one, and rows like pixels."""
+    one_by_one = [Choice("direct", 1)] if rows <= _FEW_ROWS else []
+    return [*one_by_one, Choice("direct", 32 if rows <= 32 else 64, torch.get_num_threads())]
 
 
 def _winograd_choices(convolution: Convolution, addressing: Addressing) -> Iterator[Choice]:

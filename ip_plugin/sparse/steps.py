@@ -11,19 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from ..errors import SparseExecutionError
-from .addressing import Addressing, Window
+from .addressing import Addressing
 from .convolution import Convolution
 from .images import Images, Packing
 from .kernels import images as image_loops
-from .kernels import nonzero
 from .linear import Linear
-from .loops import Choice, Loop, parts_of
+from .loops import Choice, Loop
 from .memory import Region, Workspace
 from .nodes import changes_a_value, module_of, needs_contiguous
 from .placement import Placement
@@ -287,9 +285,10 @@ class DenseConvolution(Step):
 
 @dataclass(eq=False)
 class SparseLinear(Step):
-    """A linear layer by its non-zeros, of few rows of inputs or of many."""
+    """A linear layer by its non-zeros, or by torch where that was faster."""
 
     value: fx.Node
+    choice: Choice | None
 
     @classmethod
     def lower(cls, node: fx.Node, placement: Placement) -> list[Step]:
@@ -297,57 +296,23 @@ class SparseLinear(Step):
         if not isinstance(layer, Linear):
             return []
         rows = math.prod(placement.shapes[node][:-1])
-        size = layer.coefficients.values.nbytes + layer.coefficients.inputs.nbytes
-        record = LayerRun(layer, Run(layer.name, layer.density, "direct", 0, 0, size), rows)
-        return [cls(node, node.all_input_nodes[0], layer=record)]
+        addressing = Addressing.new(layer.window, 1, 1, rows)
+        fits = rows > 0 and layer.inputs * addressing.source.stride <= placement.max_offset
+        choice = placement.choose(layer, addressing, False, None) if fits else None
+        run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))
+        if choice is not None:
+            size = layer.coefficients.values.nbytes + layer.coefficients.inputs.nbytes
+            run = Run(layer.name, layer.density, choice.order, choice.width, choice.parts, size)
+        return [cls(node, node.all_input_nodes[0], choice, layer=LayerRun(layer, run, rows))]
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:  # noqa: ARG002
         assert self.layer is not None
         assert isinstance(self.layer.layer, Linear)
         node, layer, value = self.node, self.layer.layer, self.value
-        call = _many_rows(layer, self.layer.positions) if self.layer.positions > _FEW else _few_rows(layer)
+        call = layer.bind(self.choice, self.layer.positions)
 
         def run(values: Values) -> None:
             rows = values[value].reshape(-1, layer.inputs)
-            values[node] = call(rows).view(*values[value].shape[:-1], -1)
+            values[node] = call(rows).view(layer.output_shape(values[value].shape))
 
         return run
-
-
-#: So many rows of inputs are multiplied one by one.
-_FEW = 4
-
-
-def _few_rows(layer: Linear) -> Callable[[Tensor], Tensor]:
-    """A function that runs a linear layer on rows of inputs, one by one."""
-    entries = layer.coefficients
-    begin = parts_of(entries, 4 * numba.config.NUMBA_NUM_THREADS)
-    row_begin = np.append(0, np.bincount(entries.outputs, minlength=entries.channels).cumsum()).astype(np.uint32)
-
-    def run(rows: Tensor) -> Tensor:
-        made = torch.empty(len(rows), entries.channels)
-        nonzero.linear(
-            len(begin) - 1, begin, row_begin, entries.inputs, entries.values, layer.bias,
-            rows.contiguous().numpy().reshape(-1), layer.inputs, *layer.activation.arguments,
-            made.numpy().reshape(-1), entries.channels,
-        )  # fmt: skip
-        return made
-
-    return run
-
-
-def _many_rows(layer: Linear, count: int) -> Callable[[Tensor], Tensor]:
-    """A function that runs a linear layer like a 1x1 convolution of an image whose pixels are the rows."""
-    addressing = Addressing.new(Window((1, 1)), 1, 1, count)
-    choice = Choice("direct", 64, numba.config.NUMBA_NUM_THREADS)
-    source, target = addressing.source.empty(layer.inputs), addressing.target.empty(layer.coefficients.channels)
-    call = Loop(layer.coefficients, layer.bias, addressing, choice, layer.activation).bind(source, target)
-    view = addressing.target.view(target, layer.coefficients.channels)[0, :, 0].t()
-    packing = Packing.to_read(addressing)
-
-    def run(rows: Tensor) -> Tensor:
-        packing.pack(Images.of(rows.t()[None, :, None]), source)
-        call()
-        return view.contiguous()
-
-    return run

@@ -85,7 +85,7 @@ def test_text_csv_and_json_say_how_layers_run() -> None:
     actual = report(made, X)
     header, *lines = (line for line in str(actual).splitlines() if "│" in line or "┃" in line)
     assert "runs" in header and "as run" in header and "compact file" not in header
-    assert [line.split("│")[3].strip() for line in lines][:6] == ["fused", "dense", "fused", "fused", "dense", "direct"]
+    assert [line.split("│")[3].strip() for line in lines][:6] == ["fused", "dense", "fused", "fused", "dense", "dense"]
     assert "ms" in header and all(row.milliseconds > 0 for row in actual.rows if row.runs != "dense")
     assert [row["runs"] for row in csv.DictReader(io.StringIO(actual.to_csv()))][:2] == ["fused", "dense"]
     assert [row["runs"] for row in json.loads(json.dumps(actual.to_dict()))["layers"]][:2] == ["fused", "dense"]

@@ -20,7 +20,7 @@ from ip_plugin import interspace
 from ip_plugin.errors import ArgumentError, SparseFallbackWarning
 from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse import SparseNetwork, prepare
-from ip_plugin.sparse.autotune import by_rule
+from ip_plugin.sparse.autotune import Autotuner, by_rule
 from ip_plugin.sparse.dense import faster_dense
 from ip_plugin.sparse.elementwise import Scale
 from ip_plugin.sparse.graph import Structure, baked, trace
@@ -369,7 +369,29 @@ def test_sparse_linear_layers(
 ) -> None:
     model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias), *([activation] if activation else []))
     network = agrees(pruned(model, 0.9), torch.randn(*shape, inputs))
-    assert all(run.how == "direct" for run in network.runs(torch.randn(*shape, inputs)))
+    for run in network.runs(torch.randn(*shape, inputs)):
+        assert run.how == ("direct" if run.density < 0.15 else "dense")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("fastest", [0, -2, -1])
+def test_linear_layers_run_in_the_fastest_way(fastest: int, rows: int) -> None:
+    def took(runs: list[object]) -> list[float]:
+        return [1.0 if run is runs[fastest] else 2.0 for run in runs]
+
+    model, images = pruned(nn.Sequential(nn.Linear(30, 20), nn.SiLU()), 0.8), torch.randn(rows, 30)
+    network = SparseNetwork(trace(*baked(model), (images,)), Autotuner(timer=took))
+    torch.testing.assert_close(network(images), model(images).detach(), rtol=1e-4, atol=1e-5)
+    width = 0 if fastest == -1 else 1 if fastest == 0 and rows < 40 else 64 if rows == 40 else 32
+    assert [(run.how, run.width) for run in network.runs(images)] == [("direct" if width else "dense", width)]
+
+
+def test_linear_layers_of_many_rows_and_inputs_are_left_to_torch() -> None:
+    model, rows = pruned(nn.Sequential(nn.Linear(30, 20)), 0.9), torch.randn(40, 30)
+    program = lower(trace(*baked(model), (rows,)).module, (rows,), by_rule, max_offset=1000)
+    assert [step.layer.run.how for step in program.steps if step.layer] == ["dense"]
+    torch.testing.assert_close(program((rows,))[0], model(rows).detach())
+    assert prepare(model, torch.randn(1, 30), deterministic=True)(torch.empty(0, 30)).shape == (0, 20)
 
 
 @SPACES

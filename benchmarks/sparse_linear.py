@@ -8,9 +8,7 @@ run: by torch, or by its non-zeros, so many rows at a time. Run it with nothing 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import nn
@@ -19,23 +17,11 @@ from ip_plugin.methods import apply_masks, magnitude, select
 from ip_plugin.sparse.autotune import Autotuner
 from ip_plugin.sparse.graph import baked, trace
 from ip_plugin.sparse.lowering import lower
+from ip_plugin.utils.timing import side_by_side
 
 SIZES = ((512, 1000), (2048, 1000), (768, 3072))
 ROWS = (1, 4, 16, 64, 200, 784)
 SPARSITIES = (0.75, 0.8, 0.85, 0.9, 0.95)
-ROUNDS = 25
-
-
-def milliseconds(calls: list[Callable[[], object]]) -> list[float]:
-    """Medians of each of several functions."""
-    other_memory, took = torch.ones(2_000_000), [[0.0] * ROUNDS for _ in calls]
-    for turn in range(ROUNDS):
-        for times, call in zip(took, calls, strict=True):
-            other_memory.sum()
-            began = time.perf_counter()
-            call()
-            times[turn] = 1e3 * (time.perf_counter() - began)
-    return [statistics.median(times) for times in took]
 
 
 def compared(inputs: int, outputs: int, rows: int, sparsity: float) -> str:
@@ -46,9 +32,14 @@ def compared(inputs: int, outputs: int, rows: int, sparsity: float) -> str:
     apply_masks(model, select(magnitude(model), sparsity=sparsity, scope="layer"))
     program = lower(trace(*baked(model), (values,)).module, (values,), Autotuner())
     weight, bias = layer.weight.detach(), layer.bias
-    sparse, dense = milliseconds([lambda: program((values,)), lambda: nn.functional.linear(values, weight, bias)])
+    other_memory = torch.ones(2_000_000)
+    calls = {
+        "memory": other_memory.sum, "sparse": lambda: program((values,)),
+        "memory again": other_memory.sum, "dense": lambda: nn.functional.linear(values, weight, bias),
+    }  # fmt: skip
+    took = side_by_side(calls, rounds=25)
     runs = [step.layer.run.width for step in program.steps if step.layer is not None]
-    return f"{dense / sparse:.2f} ({runs[0] or 'torch'})"
+    return f"{median(took['dense']) / median(took['sparse']):.2f} ({runs[0] or 'torch'})"
 
 
 def main() -> None:

@@ -107,6 +107,7 @@ class Autotuner:
         return self._known[key]
 
     def _fastest_linear(self, layer: Linear, addressing: Addressing) -> Choice | None:
+        """How to run a linear layer on so many rows; torch's way is timed on the dense weight, which is let go."""
         count = addressing.target.pixels
         rows = torch.randn(count, layer.inputs, generator=torch.Generator().manual_seed(0))
         choices = _linear_choices(count)
@@ -119,6 +120,7 @@ class Autotuner:
     def _clearly_fastest(
         self, default: Choice | None, runs: dict[Choice | None, Callable[[], object]]
     ) -> Choice | None:
+        """The fastest of several ways, if it is clearly faster than the default one."""
         seconds = self._timer or partial(_seconds, other_memory=torch.ones(_OTHER_MEMORY))
         times = dict(zip(runs, seconds(list(runs.values())), strict=True))
         best = min(times, key=times.__getitem__)

@@ -33,6 +33,7 @@ class Linear(nn.Module):
         coefficients, bias, activation: one basis filter with one tap.
     """
 
+    #: As of a 1x1 convolution, whose pixels are the rows of inputs.
     window, groups = Window((1, 1)), 1
 
     def __init__(

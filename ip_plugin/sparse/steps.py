@@ -297,7 +297,7 @@ class SparseLinear(Step):
             return []
         rows = math.prod(placement.shapes[node][:-1])
         addressing = Addressing.new(layer.window, 1, 1, rows)
-        fits = rows > 0 and layer.inputs * addressing.source.stride <= placement.max_offset
+        fits = layer.inputs * addressing.source.stride <= placement.max_offset
         choice = placement.choose(layer, addressing, False, None) if fits else None
         run = Run(layer.name, layer.density, "dense", 0, 0, 4 * math.prod(layer.shape))
         if choice is not None:

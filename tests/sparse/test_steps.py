@@ -397,9 +397,49 @@ def test_linear_layers_of_many_rows_and_inputs_are_left_to_torch() -> None:
     torch.testing.assert_close(program((rows,))[0], model(rows).detach())
 
 
-def test_linear_layers_of_no_rows() -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_linear_layers_of_no_rows(deterministic: bool) -> None:
     model = pruned(nn.Sequential(nn.Linear(30, 20)), 0.9)
-    assert prepare(model, torch.randn(1, 30), deterministic=True)(torch.empty(0, 30)).shape == (0, 20)
+    network = prepare(model, torch.randn(1, 30), deterministic=deterministic, dense="torch")
+    assert network(torch.empty(0, 30)).shape == (0, 20)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (2, 32), (32, 32), (33, 64)])
+def test_linear_layers_by_the_rule(rows: int, width: int) -> None:
+    model, values = pruned(nn.Sequential(nn.Linear(30, 20)), 0.9), torch.randn(rows, 30)
+    (step,) = (step for step in steps_of(model, values) if step.layer is not None)
+    assert step.layer is not None and step.layer.run[2:4] == ("direct", width)
+
+
+@pytest.mark.parametrize(("sparsity", "timed"), [(0.9, 3), (0.99, 2)])
+@pytest.mark.parametrize(("seconds", "width"), [(0.97, 32), (0.9, 1)])
+def test_linear_layers_keep_what_is_not_clearly_beaten(sparsity: float, timed: int, seconds: float, width: int) -> None:
+    def took(runs: list[object]) -> list[float]:
+        assert len(runs) == timed  # torch's way takes too long to be worth it where next to nothing is left
+        return [seconds, 1.0, 2.0][:timed]
+
+    model, values = pruned(nn.Sequential(nn.Linear(30, 20)), sparsity), torch.randn(3, 30)
+    (run,) = SparseNetwork(trace(*baked(model), (values,)), Autotuner(timer=took)).runs(values)
+    assert run.width == width
+
+
+def test_linear_layers_and_pointwise_convolutions_are_chosen_for_apart() -> None:
+    class Twice(nn.Module):
+        """The second convolution reads the copy that was made for the first one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(30, 20, 1), nn.Conv2d(30, 20, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.first(x), self.second(x)
+
+    choose = Autotuner(timer=lambda runs: [1.0, *(2.0 for _ in runs[1:])])
+    linear, rows = pruned(nn.Sequential(nn.Linear(30, 20)), 0.9), torch.randn(3, 30)
+    assert [run.width for run in SparseNetwork(trace(*baked(linear), (rows,)), choose).runs(rows)] == [1]
+    model, images = pruned(Twice(), 0.9), torch.randn(1, 30, 1, 3)
+    network = SparseNetwork(trace(*baked(model), (images,)), choose)
+    torch.testing.assert_close(network(images), tuple(value.detach() for value in model(images)), rtol=1e-4, atol=1e-5)
 
 
 @SPACES

@@ -21,6 +21,12 @@ from .pointwise import Pointwise
 from .steps import NO_ADDEND, NO_SCALE, NOTHING, Pack, Step, Values, images_in, into, read
 
 
+def _in_place(source: Region, target: Region, addend: Region | None = None) -> dict[Region, Region]:
+    """What `pointwise` may overwrite: one image, run as one row; it writes zeros behind rows, where others begin."""
+    one_row = source.layout.images == 1 and (addend is None or addend.layout.pitch == source.layout.pitch)
+    return {target: source} if one_row else {}
+
+
 @dataclass(eq=False)
 class Elementwise(Step):
     """A scale and a shift of each channel, an addition, and an activation, from one or two regions into another."""
@@ -43,6 +49,10 @@ class Elementwise(Step):
             more, addend = read(node, nodes[1], placement)
             steps += more
         return [*steps, cls(node, module, source, addend, placement.place(node))]
+
+    @property
+    def overwrites(self) -> dict[Region, Region]:
+        return _in_place(self.source, self.target, self.addend)
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
         layout, scale, shift = self.source.layout, self.module.scale, self.module.shift
@@ -82,6 +92,10 @@ class Scale(Step):
                     return [cls(node, numbers, placement.regions[images], None)]
                 return [cls(node, numbers, placement.regions[images], placement.place(node))]
         return []
+
+    @property
+    def overwrites(self) -> dict[Region, Region]:
+        return {} if self.target is None else _in_place(self.source, self.target)
 
     def bind(self, workspace: Workspace) -> Callable[[Values], None]:
         node, numbers, layout = self.node, self.value, self.source.layout

@@ -73,8 +73,8 @@ class Layout(NamedTuple):
         return self.first, self.stride, self.rows * self.pitch, self.pitch
 
     def size(self, channels: int) -> int:
-        """Length of a buffer for so many channels."""
-        return channels * self.stride + self.reach + WIDEST
+        """Length of a buffer for so many channels, in whole cache lines."""
+        return -(-(channels * self.stride + self.reach + WIDEST) // _CACHE_LINE) * _CACHE_LINE
 
     def empty(self, channels: int) -> Floats:
         """A buffer of zeros for so many channels."""

@@ -45,10 +45,19 @@ def _share_buffers(program: Program, inputs: tuple[Tensor, ...]) -> None:
     """Let regions that are not in use at the same time have one buffer."""
     last_uses, steps = _last_uses(program, inputs), list(enumerate(program.steps))
     first_uses = {region.root: number for number, step in reversed(steps) for region in step.regions}
+    overwritten = {
+        new: old
+        for number, step in steps
+        for new, old in step.overwrites.items()
+        if number == last_uses[old.root] == first_uses[new.root] and new.root is new and old.root is old
+        if (new.layout, new.channels) == (old.layout, old.channels)
+    }
     sizes: list[int] = []
     busy_until: list[int] = []
     for region in program.regions:
         free = [buffer for buffer, last in enumerate(busy_until) if last < first_uses[region]]
+        if region in overwritten:  # stays in the cache
+            free = [overwritten[region].buffer]
         # the one that fits best; if none is large enough, the largest grows
         region.buffer = min(
             free, key=lambda buffer: (sizes[buffer] < region.size, abs(sizes[buffer] - region.size)), default=len(sizes)

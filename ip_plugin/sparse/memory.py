@@ -52,8 +52,10 @@ class Workspace:
         sizes: dict[int, int] = {}
         for region in regions:
             sizes[region.buffer] = max(sizes.get(region.buffer, 0), region.size)
-        self._buffers = {number: aligned(size) for number, size in sizes.items()}
-        self._scratch = aligned(scratch)
+        *begins, end = itertools.accumulate(sizes.values(), initial=0)
+        memory = aligned(end + scratch)  # one piece, which the system can give in large pages
+        self._buffers = {n: memory[at : at + size] for at, (n, size) in zip(begins, sizes.items(), strict=True)}
+        self._scratch = memory[end:]
 
     def buffer(self, region: Region) -> Floats:
         """The buffer that a region lies in, from its first channel on."""

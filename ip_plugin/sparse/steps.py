@@ -86,6 +86,11 @@ class Step(ABC):
         return [value for value in attributes if isinstance(value, Region)]
 
     @property
+    def overwrites(self) -> dict[Region, Region]:
+        """Its target, and a region in whose place that may be written: no other pixel of it is read afterwards."""
+        return {}
+
+    @property
     def scratch_shape(self) -> tuple[int, int]:
         """Shape of its working memory."""
         return 0, 0
@@ -184,6 +189,12 @@ class SparseConvolution(Step):
         record = LayerRun(layer, run, images * height * width)
         target = placement.place_phases(node, reader) if reader else placement.place(node, addressing.target)
         return [*steps, cls(node, loop, source, target, residual, scales, layer=record)]
+
+    @property
+    def overwrites(self) -> dict[Region, Region]:
+        if self.residual is None or self.residual.root is self.source.root:
+            return {}
+        return {self.target: self.residual}
 
     @property
     def scratch_shape(self) -> tuple[int, int]:

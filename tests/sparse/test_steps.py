@@ -219,6 +219,40 @@ def test_scales_of_channels_are_drawn_into_sparse_coefficients(
     assert [step.target is None for step in scales] == [drawn_in]
 
 
+class Overwriting(nn.Module):
+    """A value to which something is added, or that is multiplied with something, and that may be needed afterwards."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        match self.how:
+            case "its own convolution":
+                y = x + self.a(x)
+            case "scale":
+                y = x * x.mean((2, 3), keepdim=True).sigmoid()
+            case _:
+                y = x + self.b(self.a(x))
+        return torch.cat([self.c(y), self.d(y), *([x] if self.how == "needed" else [])], 1)
+
+
+@SPACES
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "batches"),
+    [("sum", (1, 2)), ("scale", (1,)), ("needed", ()), ("its own convolution", ())],
+)
+def test_a_value_that_is_needed_no_more_is_overwritten(how: str, batches: tuple[int], batch: int, space: str) -> None:
+    model, images = pruned(in_space(Overwriting(how), space)), torch.randn(batch, 3, 9, 7)
+    agrees(model, images)
+    pairs = [pair for step in steps_of(model, images) for pair in step.overwrites.items()]
+    assert sum(old.buffer == new.buffer for new, old in pairs) == (batch in batches)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_scales_may_be_a_parameter(batch: int) -> None:
     class Scaled(nn.Module):

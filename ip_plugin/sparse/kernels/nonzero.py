@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 
 from .activations import activate, activated_number
 from .jit import helper, inline, parallel, serial
@@ -30,6 +31,10 @@ from .vectors import (
     store_zeros,
 )
 
+#: Up to so many rows of 16 lanes a tile is summed up in two halves: an addition waits for the one before, and fewer
+#: than eight registers do not keep the machine busy meanwhile.
+TWO_SUMS = 4 if get_host_cpu_features().get("avx512f") else 2
+_ONE, _TWO = np.uintp(1), np.uintp(2)
 #: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
 _HALF = (0, 0)
 
@@ -81,8 +86,19 @@ def direct(
         for row in range(begin[part], begin[part + 1]):
             channel = np.intp(channels[row])
             total = broadcast(lanes, bias[channel])
-            for j in range(row_begin[row], row_begin[row + 1]):
+            j = np.uintp(row_begin[row])
+            end = np.uintp(row_begin[row + 1])
+            if len(lanes) <= TWO_SUMS:
+                other = broadcast(lanes, np.float32(0))
+                while j + _ONE < end:
+                    k = j + _ONE
+                    total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
+                    other = fma(broadcast(lanes, values[k]), load(lanes, X, x0 + pixel + offsets[k]), other)
+                    j += _TWO
+                total = add(total, other)
+            while j < end:
                 total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
+                j += _ONE
             _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind)
 
 
@@ -205,10 +221,19 @@ def fused(
                 else:
                     total = load(lanes, buffer, sums + channel * width)
                 end = j + np.uintp(counts[row])
+                if len(lanes) <= TWO_SUMS:
+                    other = broadcast(lanes, np.float32(0))
+                    while j + _ONE < end:
+                        response = load_responses(lanes, bfloat16, buffer, np.intp(index[j]) * size)
+                        total = fma(broadcast(lanes, values[j]), response, total)
+                        response = load_responses(lanes, bfloat16, buffer, np.intp(index[j + _ONE]) * size)
+                        other = fma(broadcast(lanes, values[j + _ONE]), response, other)
+                        j += _TWO
+                    total = add(total, other)
                 while j < end:
                     response = load_responses(lanes, bfloat16, buffer, np.intp(index[j]) * size)
                     total = fma(broadcast(lanes, values[j]), response, total)
-                    j += np.uintp(1)
+                    j += _ONE
                 if ends:
                     _finish(
                         lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high,

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "images": draw(st.integers(1, 3)), "size": (draw(st.integers(1, 17)), draw(st.integers(1, 17))),
         "density": draw(st.sampled_from([0, 0.02, 0.3, 1])), "interspace": draw(st.booleans()),
         "choice": Choice(
-            draw(st.sampled_from(["direct", "fused", "winograd"])), draw(st.sampled_from([32, 64])),
+            draw(st.sampled_from(["direct", "fused", "winograd"])), draw(st.sampled_from([32, 64, 128])),
             draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])),
             draw(st.sampled_from([torch.float32, torch.bfloat16])),
         ),

@@ -31,8 +31,8 @@ from .vectors import (
     store_zeros,
 )
 
-#: Up to so many rows of 16 lanes a tile is summed up in two halves: an addition waits for the one before, and fewer
-#: than eight registers do not keep the machine busy meanwhile.
+#: So many rows of 16 lanes are half of the registers that keep a machine busy while additions wait for those before:
+#: narrower tiles are summed up in two halves.
 TWO_SUMS = 4 if get_host_cpu_features().get("avx512f") else 2
 _ONE, _TWO = np.uintp(1), np.uintp(2)
 #: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
@@ -149,18 +149,36 @@ def _respond_9(width, bfloat16, G, first, last, source, used, offsets, X, pixel,
 
 
 @helper
-def _respond(width, bfloat16, G, first, last, source, used, offsets, X, pixel, buffer, b0):
-    """Responses to basis filters with any number of taps."""
+def _respond(lanes, width, bfloat16, G, first, last, source, used, offsets, X, pixel, buffer, b0):
+    """Responses to basis filters with any number of taps: up to four that read one channel at a time."""
     size = width >> len(bfloat16)
     taps = len(offsets)
-    for n in range(first, last):
-        g = np.intp(used[n]) * taps
-        for part in range(0, width, 32):
-            z = pixel + source[n] + part
-            total = multiply(broadcast(_HALF, G[g]), load(_HALF, X, z + offsets[0]))
-            for tap in range(1, taps):
-                total = fma(broadcast(_HALF, G[g + tap]), load(_HALF, X, z + offsets[tap]), total)
-            store_responses(bfloat16, buffer, b0 + (n - first) * size + (part >> len(bfloat16)), total)
+    a = first
+    while a < last:
+        end = a + 1
+        while end < min(a + 4, last) and source[end] == source[a]:
+            end += 1
+        b = min(a + 1, end - 1)  # of fewer than four the last one is computed again
+        c = min(a + 2, end - 1)
+        d = end - 1
+        for part in range(0, width, 16 * len(lanes)):
+            z = pixel + source[a] + part
+            p = broadcast(lanes, np.float32(0))
+            q = p
+            r = p
+            s = p
+            for tap in range(taps):
+                values = load(lanes, X, z + offsets[tap])
+                p = fma(broadcast(lanes, G[np.intp(used[a]) * taps + tap]), values, p)
+                q = fma(broadcast(lanes, G[np.intp(used[b]) * taps + tap]), values, q)
+                r = fma(broadcast(lanes, G[np.intp(used[c]) * taps + tap]), values, r)
+                s = fma(broadcast(lanes, G[np.intp(used[d]) * taps + tap]), values, s)
+            at = b0 + (part >> len(bfloat16)) - first * size
+            store_responses(bfloat16, buffer, at + a * size, p)
+            store_responses(bfloat16, buffer, at + b * size, q)
+            store_responses(bfloat16, buffer, at + c * size, r)
+            store_responses(bfloat16, buffer, at + d * size, s)
+        a = end
 
 
 @helper
@@ -205,12 +223,13 @@ def fused(
         for chunk in range(part * chunks, (part + 1) * chunks):
             first = np.intp(respond_begin[chunk])
             last = np.intp(respond_begin[chunk + 1])
+            rest = first, last, source, used, offsets, X, x0 + pixel, buffer, 0
             if len(G) == 0:
-                _unfold(width, bfloat16, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _unfold(width, bfloat16, *rest)
             elif len(offsets) == 9:
-                _respond_9(width, bfloat16, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond_9(width, bfloat16, G, *rest)
             else:
-                _respond(width, bfloat16, G, first, last, source, used, offsets, X, x0 + pixel, buffer, 0)
+                _respond(lanes[:TWO_SUMS], width, bfloat16, G, *rest)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
             j = np.uintp(entry_begin[chunk])

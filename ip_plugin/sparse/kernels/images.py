@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from .activations import activated
-from .jit import helper, inline, parallel
+from .jit import inline, parallel
 from .vectors import (
     ROW,
     add,
@@ -29,7 +29,7 @@ from .vectors import (
 )
 
 
-@helper
+@inline
 def _copy_row(count, X, x, step, Y, y):
     """Copy every `step`-th number, and fill up the last vector with zeros."""
     for k in range(0, count, 16):

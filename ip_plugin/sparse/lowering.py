@@ -1,7 +1,8 @@
-"""Lower a traced graph to steps and assign buffers."""
+"""Lower a traced graph to steps and assign memory."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, fx
@@ -37,12 +38,12 @@ def lower(
         if node.op != "output":
             steps.extend(next(filter(None, (kind.lower(node, placement) for kind in KINDS))))
     program = Program(module, steps)
-    _share_buffers(program, inputs)
+    _share_memory(program, inputs)
     return program
 
 
-def _share_buffers(program: Program, inputs: tuple[Tensor, ...]) -> None:
-    """Let regions that are not in use at the same time have one buffer."""
+def _share_memory(program: Program, inputs: tuple[Tensor, ...]) -> None:
+    """Let regions that are not in use at the same time lie in the same memory, as far in front as they fit."""
     last_uses, steps = _last_uses(program, inputs), list(enumerate(program.steps))
     first_uses = {region.root: number for number, step in reversed(steps) for region in step.regions}
     overwritten = {
@@ -52,25 +53,24 @@ def _share_buffers(program: Program, inputs: tuple[Tensor, ...]) -> None:
         if number == last_uses[old.root] == first_uses[new.root] and new.root is new and old.root is old
         if (new.layout, new.channels) == (old.layout, old.channels)
     }
-    sizes: list[int] = []
-    busy_until: list[int] = []
+    placed: list[Region] = []
     for region in program.regions:
-        free = [buffer for buffer, last in enumerate(busy_until) if last < first_uses[region]]
+        placed = [other for other in placed if last_uses[other] >= first_uses[region]]
+        region.offset = 0
+        for other in sorted(placed, key=lambda other: other.offset):
+            if other.offset - region.offset >= region.size:
+                break
+            region.offset = max(region.offset, other.offset + other.size)
         if region in overwritten:  # stays in the cache
-            free = [overwritten[region].buffer]
-        # the one that fits best; if none is large enough, the largest grows
-        region.buffer = min(
-            free, key=lambda buffer: (sizes[buffer] < region.size, abs(sizes[buffer] - region.size)), default=len(sizes)
-        )
-        if region.buffer == len(sizes):
-            sizes.append(0)
-            busy_until.append(0)
-        sizes[region.buffer] = max(region.size, sizes[region.buffer])
-        busy_until[region.buffer] = last_uses[region]
+            region.offset = overwritten[region].offset
+        placed.append(region)
 
 
 def _last_uses(program: Program, inputs: tuple[Tensor, ...]) -> dict[Region, int]:
-    """Number of the last step that uses each region; run once, to see which values are views of which buffer."""
+    """Number of the last step that uses each region; run once, to see which values are views of which region."""
+    ends = accumulate(region.size for region in program.regions)
+    for region, end in zip(program.regions, ends, strict=True):  # each in memory of its own
+        region.offset = end - region.size
     workspace = program.workspace()
     owners = {workspace.view(region).untyped_storage().data_ptr(): region for region in program.regions}
     last_uses = {region.root: number for number, step in enumerate(program.steps) for region in step.regions}

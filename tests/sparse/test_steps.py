@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,17 @@ def test_activations_are_part_of_the_layer_before(activation: nn.Module, density
     network = agrees(pruned(model, 1 - density), images)
     kinds = [step.step for step in network.profile(images, rounds=1)]
     assert kinds[-2:] == 2 * ["DenseConvolution" if density == 1 else "SparseConvolution"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_small_values_take_no_longer(activation: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 64, 1, bias=False), activation)
+    images = torch.randn(1, 1, 64, 64)
+    took = {}
+    for scale in (1.0, 1e-20):  # the square of the smaller one is subnormal
+        network = agrees(model, scale * images)
+        took[scale] = min(timeit.repeat(lambda: network(scale * images), number=5, repeat=20))
+    assert took[1e-20] < 3 * took[1.0]
 
 
 @pytest.mark.parametrize(

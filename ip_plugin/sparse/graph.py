@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ class Structure(NamedTuple):
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Structure, tuple[Tensor, ...]]:
         """The structure of a call, and its tensors in order."""
+        if not kwargs and all(type(arg) is Tensor for arg in args):
+            return _of_tensors(len(args)), tuple(args)
         leaves, tree = tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         return cls(
@@ -73,6 +76,12 @@ class Structure(NamedTuple):
         words = [_Word("Tensor" if kind is Tensor else repr(leaf)) for kind, leaf in self.leaves]
         args, kwargs = tree_unflatten(words, self.tree)
         return ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+
+
+@functools.cache
+def _of_tensors(count: int) -> Structure:
+    """The structure of a call with so many tensors and nothing else."""
+    return Structure(tree_flatten(((0,) * count, {}))[1], ((Tensor, None),) * count)
 
 
 class _Word(str):

@@ -66,23 +66,28 @@ class Linear(nn.Module):
         return self.activation(F.linear(values, *self._dense))
 
     def bind(self, choice: Choice | None, rows: int) -> Callable[[Tensor], Tensor]:
-        """A function that runs the layer on so many rows of inputs, by torch if that is the choice."""
+        """A function that runs the layer on so many rows of inputs, by torch if that is the choice.
+
+        What it returns may be overwritten by its next call.
+        """
         if choice is None:
             return self.forward
-        return self._one_by_one() if choice.width == 1 else self._as_pixels(choice, rows)
+        return self._one_by_one(rows) if choice.width == 1 else self._as_pixels(choice, rows)
 
-    def _one_by_one(self) -> Callable[[Tensor], Tensor]:
+    def _one_by_one(self, count: int) -> Callable[[Tensor], Tensor]:
         """A function that multiplies rows of inputs one by one."""
         entries = self.coefficients
         begin = parts_of(entries, 4 * numba.config.NUMBA_NUM_THREADS)
         row_begin = np.append(0, np.bincount(entries.outputs, minlength=entries.channels).cumsum()).astype(np.uint32)
 
+        made = torch.empty(count, entries.channels)
+        target = made.numpy().reshape(-1)
+
         def run(rows: Tensor) -> Tensor:
-            made = torch.empty(len(rows), entries.channels)
             nonzero.linear(
                 len(begin) - 1, begin, row_begin, entries.inputs, entries.values, self.bias,
                 rows.contiguous().numpy().reshape(-1), self.inputs, *self.activation.arguments,
-                made.numpy().reshape(-1), entries.channels,
+                target, entries.channels,
             )  # fmt: skip
             return made
 

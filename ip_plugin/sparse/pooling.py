@@ -123,13 +123,10 @@ class Mean(Step):
             zeros = layout.stride if layout.reach else 0
             target = zeros, workspace.buffer(self.target), *layout.distances()[:3]
             return into(node, workspace.view(self.target), partial(loops.mean, *sizes, buffer, *distances, *target))
-        whole = self.shape
-
-        def run(values: Values) -> None:
-            values[node] = means = torch.empty(whole)
-            loops.mean(*sizes, buffer, *distances, 0, means.numpy().reshape(-1), 0, 1, channels)
-
-        return run
+        means = torch.empty(self.shape)
+        return into(
+            node, means, partial(loops.mean, *sizes, buffer, *distances, 0, means.numpy().reshape(-1), 0, 1, channels)
+        )
 
 
 def _whole_mean(node: fx.Node, placement: Placement) -> fx.Node | None:

@@ -98,7 +98,7 @@ def test_small_values_take_no_longer(activation: nn.Module) -> None:
     for scale in (1.0, 1e-20):  # the square of the smaller one is subnormal
         network = agrees(model, scale * images)
         took[scale] = min(timeit.repeat(lambda: network(scale * images), number=5, repeat=20))
-    assert took[1e-20] < 3 * took[1.0]
+    assert took[1e-20] < 5 * took[1.0]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Watched(Callback):
         self.epochs.append(epoch)
         if self.kills and cell == CELLS[1]:
             self.kills = False
-            workers()[1].kill()  # they are listed as they were started
+            workers()[-1].kill()  # they are listed as they were started, and the first one may have ended
 
 
 def workers() -> list[psutil.Process]:
@@ -78,7 +78,8 @@ def test_a_cell_that_fails_keeps_its_traceback_and_the_others_go_on(
 
 def test_a_killed_process_fails_its_cell_and_what_is_not_asked_for_any_more_is_stopped() -> None:
     watched = Watched(kills=True)
-    running = Local(2)(CELLS, STUDY, watched)
+    others = [Cell("torch:l1", 0.9, "spatial", seed) for seed in range(2, 12)]  # not all of them end before the death
+    running = Local(2)([*CELLS, *others], STUDY, watched)
     records = {}
     while CELLS[1] not in records:  # other cells may end before the death is noticed
         record = next(running)

@@ -60,7 +60,7 @@ def _share_memory(program: Program, inputs: tuple[Tensor, ...]) -> None:
         for other in sorted(placed, key=lambda other: other.offset):
             if other.offset - region.offset >= region.size:
                 break
-            region.offset = max(region.offset, other.offset + other.size)
+            region.offset = other.offset + other.size
         if region in overwritten:  # stays in the cache
             region.offset = overwritten[region].offset
         placed.append(region)

@@ -238,7 +238,7 @@ class Overwriting(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
-        self.how = how
+        self.valid, self.how = nn.Conv2d(8, 8, 3), how
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
@@ -247,18 +247,21 @@ class Overwriting(nn.Module):
                 y = x + self.a(x)
             case "scale":
                 y = x * x.mean((2, 3), keepdim=True).sigmoid()
+            case "other layout":
+                x = self.valid(x)  # its rows are as far apart as those of its input
+                y = F.max_pool2d(self.a(x), 3, 1, 1) + x
             case _:
                 y = x + self.b(self.a(x))
-        return torch.cat([self.c(y), self.d(y), *([x] if self.how == "needed" else [])], 1)
+        return torch.cat([self.c(y), self.d(y), *([x] if self.how in ("needed", "other layout") else [])], 1)
 
 
 @SPACES
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("how", "batches"),
-    [("sum", (1, 2)), ("scale", (1,)), ("needed", ()), ("its own convolution", ())],
+    [("sum", (1, 2)), ("scale", (1,)), ("needed", ()), ("its own convolution", ()), ("other layout", ())],
 )
-def test_a_value_that_is_needed_no_more_is_overwritten(how: str, batches: tuple[int], batch: int, space: str) -> None:
+def test_a_value_needed_no_more_is_overwritten(how: str, batches: tuple[int, ...], batch: int, space: str) -> None:
     model, images = pruned(in_space(Overwriting(how), space)), torch.randn(batch, 3, 9, 7)
     agrees(model, images)
     pairs = [pair for step in steps_of(model, images) for pair in step.overwrites.items()]

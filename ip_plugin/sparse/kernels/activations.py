@@ -52,7 +52,7 @@ def _exp(values):
     series = fma(series, rest, _constant(4.1665795894e-2))
     series = fma(series, rest, _constant(1.6666665459e-1))
     series = fma(series, rest, _constant(5.0000001201e-1))
-    # the square of a small rest would be subnormal, which takes a hundred times as long
+    # never the square of a small rest: subnormal numbers take many times as long
     series = add(fma(multiply(series, rest), rest, rest), _constant(1.0))
     return multiply(series, power_of_two(shifted))
 
@@ -65,7 +65,7 @@ def _gate(values):
 
 @helper
 def _magnitude(values):
-    """The absolute value, or a little more where its square would be subnormal, which takes a hundred times as long."""
+    """The absolute value, or 1e-18 where that is larger, so that its square is not subnormal: that would be slow."""
     return clamp_min(clamp_min(values, subtract(_constant(0.0), values)), _constant(1e-18))
 
 

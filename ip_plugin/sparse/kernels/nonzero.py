@@ -31,9 +31,9 @@ from .vectors import (
     store_zeros,
 )
 
-#: So many rows of 16 lanes are half of the registers that keep a machine busy while additions wait for those before:
-#: narrower tiles are summed up in two halves.
-TWO_SUMS = 4 if get_host_cpu_features().get("avx512f") else 2
+#: Rows of 16 lanes in four vector registers. It takes eight to keep a machine busy while additions wait for those
+#: before, so tiles of no more than four are summed up in two halves.
+_FOUR_REGISTERS = 4 if get_host_cpu_features().get("avx512f") else 2
 _ONE, _TWO = np.uintp(1), np.uintp(2)
 #: 32 lanes: so many pixels of nine taps stay in registers while basis filters are applied to them.
 _HALF = (0, 0)
@@ -88,7 +88,7 @@ def direct(
             total = broadcast(lanes, bias[channel])
             j = np.uintp(row_begin[row])
             end = np.uintp(row_begin[row + 1])
-            if len(lanes) <= TWO_SUMS:
+            if len(lanes) <= _FOUR_REGISTERS:
                 other = broadcast(lanes, np.float32(0))
                 while j + _ONE < end:
                     k = j + _ONE
@@ -229,7 +229,7 @@ def fused(
             elif len(offsets) == 9:
                 _respond_9(width, bfloat16, G, *rest)
             else:
-                _respond(lanes[:TWO_SUMS], width, bfloat16, G, *rest)
+                _respond(lanes[:_FOUR_REGISTERS], width, bfloat16, G, *rest)
             begins = chunk == part * chunks
             ends = chunk == (part + 1) * chunks - 1
             j = np.uintp(entry_begin[chunk])
@@ -240,7 +240,7 @@ def fused(
                 else:
                     total = load(lanes, buffer, sums + channel * width)
                 end = j + np.uintp(counts[row])
-                if len(lanes) <= TWO_SUMS:
+                if len(lanes) <= _FOUR_REGISTERS:
                     other = broadcast(lanes, np.float32(0))
                     while j + _ONE < end:
                         response = load_responses(lanes, bfloat16, buffer, np.intp(index[j]) * size)

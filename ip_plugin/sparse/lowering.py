@@ -50,7 +50,7 @@ def _share_memory(program: Program, inputs: tuple[Tensor, ...]) -> None:
         new: old
         for number, step in steps
         for new, old in step.overwrites.items()
-        if number == last_uses[old.root] == first_uses[new.root] and new.root is new and old.root is old
+        if number == last_uses[old.root] == first_uses[new.root] and old.root is old
         if (new.layout, new.channels) == (old.layout, old.channels)
     }
     placed: list[Region] = []

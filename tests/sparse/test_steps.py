@@ -238,7 +238,7 @@ class Overwriting(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
-        self.valid, self.how = nn.Conv2d(8, 8, 3), how
+        self.valid, self.wide, self.how = nn.Conv2d(8, 8, 3), nn.Conv2d(16, 8, 1), how
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
@@ -247,6 +247,12 @@ class Overwriting(nn.Module):
                 y = x + self.a(x)
             case "scale":
                 y = x * x.mean((2, 3), keepdim=True).sigmoid()
+            case "scale in another layout":
+                x = self.valid(x)
+                y = x * x.mean((2, 3), keepdim=True).sigmoid()
+            case "part of a concatenation":
+                x = self.a(x)
+                y = x + self.b(self.wide(torch.cat([self.d(x), x], 1)))
             case "other layout":
                 x = self.valid(x)  # its rows are as far apart as those of its input
                 y = F.max_pool2d(self.a(x), 3, 1, 1) + x
@@ -259,8 +265,11 @@ class Overwriting(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("how", "batches"),
-    [("sum", (1, 2)), ("scale", (1,)), ("needed", ()), ("its own convolution", ()), ("other layout", ())],
-)
+    [
+        ("sum", (1, 2)), ("scale", (1,)), ("scale in another layout", ()), ("needed", ()), ("its own convolution", ()),
+        ("other layout", ()), ("part of a concatenation", ()),
+    ],
+)  # fmt: skip
 def test_a_value_needed_no_more_is_overwritten(how: str, batches: tuple[int, ...], batch: int, space: str) -> None:
     model, images = pruned(in_space(Overwriting(how), space)), torch.randn(batch, 3, 9, 7)
     agrees(model, images)

@@ -252,7 +252,7 @@ def test_the_example_of_deployment_measures_what_it_says(
     if measured is not None:
         assert (float(measured[2]) < float(measured[1])) == (measured[3] == "faster") or measured[1] == measured[2]
         assert "run sparse: outputs differ by " in printed
-        layers = re.findall(r"layer (\d+): [\d.]+% zeros, run (?:direct|fused|winograd|dense)", printed)
+        layers = re.findall(r"layer (\d+): [\d.]+% zeros, run (?:direct|columns|fused|winograd|dense)", printed)
         assert layers == ["0", "3", "7", "10", "15"]
     else:
         assert "The latency is not measured: sparse networks need numba (not installed); run: pip install" in printed

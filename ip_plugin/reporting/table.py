@@ -33,9 +33,9 @@ class Row:
             N * N for each position and each input or output channel, whichever are fewer.
         mean_similarity, largest_similarity, effective_rank: how different the layer's filters are, see
             `ip_plugin.methods.filter_variety.Variety`; None in sums, for fewer than two filters, and if not requested.
-        runs: how a sparse network runs the layer: ``"direct"``, ``"fused"``, ``"winograd"`` (dense, with fewer
-            multiplications) or ``"dense"`` (by torch); several, comma-separated, if calls differ. None in other models
-            and in sums. In a sparse network `bytes_sparse` is the memory that the layer takes.
+        runs: how a sparse network runs the layer: ``"direct"``, ``"columns"``, ``"fused"``, ``"winograd"`` (dense, with
+            fewer multiplications) or ``"dense"`` (by torch); several, comma-separated, if calls differ. None in other
+            models and in sums. In a sparse network `bytes_sparse` is the memory that the layer takes.
         milliseconds: that the layer took in a sparse network, in one call with the example input
             (`SparseNetwork.profile` repeats calls); None if it is not one of the network's steps, and without an
             example input.

@@ -43,6 +43,7 @@ class Addressing(NamedTuple):
         size: height and width of the input.
         source: layout of the input, whose images are those of one phase after the other where it is split into phases.
         target: layout of the output.
+        shifts: of taps: rows and columns from the pixel of the output, in the phase that they read.
         offsets: of taps, relative to the pixel of the output.
         stride, padding: of the convolution that the input is split into phases for.
         phases: those that are stored, as remainders of rows and columns of the padded input.
@@ -52,6 +53,7 @@ class Addressing(NamedTuple):
     size: tuple[int, int]
     source: Layout
     target: Layout
+    shifts: Ints
     offsets: Ints
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -97,7 +99,7 @@ class Addressing(NamedTuple):
         target = Layout(images, out_height, out_width, rows, pitch, reach)
         offsets += phase.reshape(-1) * images * rows * pitch
         split = tuple((y, x) for y, x in phases.tolist())
-        return cls(size, source, target, offsets, window.stride, window.padding, split, target.inside())
+        return cls(size, source, target, shifts, offsets, window.stride, window.padding, split, target.inside())
 
     @classmethod
     def existing(cls, window: Window, source: Layout, gap: tuple[int, int] = (0, 0)) -> Addressing | None:
@@ -124,7 +126,18 @@ class Addressing(NamedTuple):
             return None
         phase = np.array([self.phases.index(remainder) for remainder in remainders])
         images, *_, rows, pitch, _ = self.target
-        return self._replace(offsets=shifts @ (pitch, 1) + phase * images * rows * pitch)
+        offsets = shifts @ (pitch, 1) + phase * images * rows * pitch
+        return self._replace(shifts=shifts, offsets=offsets)
+
+    def can_align(self, width: int) -> bool:
+        """Whether tiles of so many pixels consist of whole rows of aligned pixels, or of images of such rows of 8."""
+        pitch, image = self.target.pitch, self.target.rows * self.target.pitch
+        return (pitch % 16 == 0 and width % pitch == 0) or (pitch == 8 and image % 16 == 0 and width % image == 0)
+
+    def aligned(self) -> tuple[Ints, Ints]:
+        """Of taps: the aligned part of offsets, and the other part as rows of 8 pixels, and columns."""
+        moves = self.shifts * (self.target.pitch == 8, 1)
+        return self.offsets - moves @ (8, 1), moves
 
     def parts(self) -> Ints:
         """Of each phase: first row and column of the input, those where they go, and numbers of rows and columns."""
@@ -140,4 +153,5 @@ class Addressing(NamedTuple):
         """For a 1x1 convolution that writes the input of this one in phases, and reads its own input in such phases."""
         source, size = self.source, (self.source.height, self.source.width)
         inside = source.inside(self.parts()[:, 2:])
-        return Addressing(size, source, source, np.zeros(1, np.int64), (1, 1), (0, 0), ((0, 0),), inside)
+        tap = np.zeros((1, 2), np.int64)
+        return Addressing(size, source, source, tap, tap[0, :1], (1, 1), (0, 0), ((0, 0),), inside)

@@ -21,15 +21,21 @@ from .linear import Linear
 from .loops import Choice, Loop
 
 #: How often each candidate is run.
-_RUNS = 5
+_RUNS = 3
 #: A way is taken instead of the one that the rule chooses if it takes less than this share of the time.
 _CLEARLY = 0.95
+#: So many others are kept, which took at most so many times the time: they are timed again in the network.
+_OTHERS, _CLOSE = 4, 1.5
 #: Below this density torch's way is not timed, which saves time; a guess.
 _SPARSE = 0.02
 #: Bytes of responses at a time: about a first-level cache, or parts of a second-level one.
 _BUDGETS = (40_000, 80_000, 160_000, 320_000)
 #: From this density on the rule runs a convolution dense.
 _DENSE = 0.5
+#: Below this density the rule sums up by columns where that is possible.
+_COLUMNS = 0.1
+#: So many non-zeros a column of an output channel's kernels must have on average, to be summed up by columns.
+_FEW = 2
 #: From this density on the rule runs a linear layer dense.
 _LINEAR_DENSE = 0.15
 #: So many rows of inputs a linear layer may multiply one by one; the rule lets it do so for one.
@@ -60,6 +66,10 @@ def by_rule(
         return candidate._replace(parts=1)
     if layer.density >= _DENSE:
         return None
+    if can_sum_columns(layer) and layer.density < _COLUMNS:
+        for width in (64, WIDEST):
+            if addressing.can_align(width):
+                return Choice("columns", width)
     width = 64 if addressing.target.pixels > 32 else 32
     standard = layer.coefficients.basis is None
     if layer.depthwise or (standard and (layer.density < 0.03 or layer.groups > 1)):
@@ -121,10 +131,17 @@ class Autotuner:
         self, default: Choice | None, runs: dict[Choice | None, Callable[[], object]]
     ) -> Choice | None:
         """The fastest of several ways, if it is clearly faster than the default one."""
+        return self._fastest_first(default, runs)[0]
+
+    def _fastest_first(
+        self, default: Choice | None, runs: dict[Choice | None, Callable[[], object]]
+    ) -> list[Choice | None]:
+        """The fastest of several ways, if it is clearly faster than the default one, and those that are close."""
         seconds = self._timer or partial(_seconds, other_memory=torch.ones(_OTHER_MEMORY))
         times = dict(zip(runs, seconds(list(runs.values())), strict=True))
-        best = min(times, key=times.__getitem__)
-        return best if times[best] < _CLEARLY * times[default] else default
+        ways = sorted(times, key=times.__getitem__)
+        best = ways[0] if times[ways[0]] < _CLEARLY * times[default] else default
+        return [best, *(way for way in ways if way != best and times[way] <= _CLOSE * times[ways[0]])][: 1 + _OTHERS]
 
     def _fastest(
         self, convolution: Convolution, addressing: Addressing, packs: bool, original: Layout | None
@@ -152,14 +169,17 @@ class Autotuner:
         if convolution.density >= _WINOGRAD_TIMED:
             choices += _winograd_choices(convolution, addressing)
         sparse = by_the_rule or choices[0]
-        sparse = self._clearly_fastest(sparse, {choice: loop(choice) for choice in (sparse, *choices)}) or sparse
+        first, *others = self._fastest_first(sparse, {choice: loop(choice) for choice in (sparse, *choices)})
+        sparse = first or sparse
         if sparse.order == "fused":
-            others = (sparse._replace(budget=budget) for budget in _BUDGETS)
-            sparse = self._clearly_fastest(sparse, {choice: loop(choice) for choice in (sparse, *others)}) or sparse
+            budgets = (sparse._replace(budget=budget) for budget in _BUDGETS)
+            sparse = self._clearly_fastest(sparse, {choice: loop(choice) for choice in (sparse, *budgets)}) or sparse
+        chosen = sparse._replace(others=tuple(filter(None, others)))
         if convolution.density < _SPARSE:
-            return sparse
+            return chosen
         run = partial(_both, pack, loop(sparse)) if packs else loop(sparse)
-        return self._clearly_fastest(by_the_rule and sparse, {sparse: run, None: dense})
+        dense_first = by_the_rule is None
+        return chosen if self._clearly_fastest(None if dense_first else sparse, {sparse: run, None: dense}) else None
 
     def _by_nonzeros(self, convolution: Convolution, addressing: Addressing) -> Iterator[Choice]:
         """Orders by non-zeros, widths and parts."""
@@ -170,12 +190,22 @@ class Autotuner:
                 continue
             tiles = -(-pixels // width)
             for parts in {1, threads} if tiles < 8 * threads else {1}:
-                if standard or convolution.depthwise:
+                if can_sum_columns(convolution) and addressing.can_align(width):
+                    yield Choice("columns", width, parts)
+                elif standard or convolution.depthwise:
                     yield Choice("direct", width, parts)
                 if convolution.depthwise:
                     continue
                 if not standard or len(addressing.offsets) > 1 or convolution.groups == 1:
                     yield Choice("fused", width, parts, response_dtype=self._response_dtype)
+
+
+def can_sum_columns(convolution: Convolution) -> bool:
+    """Whether a convolution has enough non-zeros for a sum for each column of its kernels."""
+    entries, columns = convolution.coefficients, convolution.window.kernel[1]
+    enough = len(entries.values) >= _FEW * columns * entries.channels
+    sparse = convolution.density < _DENSE and not convolution.depthwise
+    return entries.basis is None and columns > 1 and enough and sparse
 
 
 def _linear_choices(rows: int) -> list[Choice]:

@@ -51,10 +51,10 @@ class Convolution(nn.Module):
         return self.groups == self.inputs
 
     def entries(self, order: str) -> Coefficients:
-        """The coefficients that a loop takes: for ``"direct"`` those of the standard basis."""
-        if order != "direct":
-            return self.coefficients
-        return self.coefficients.composed(self.inputs, self.groups, math.prod(self.window.kernel))
+        """The coefficients that a loop takes: for ``"direct"`` and ``"columns"`` those of the standard basis."""
+        if order in ("direct", "columns"):
+            return self.coefficients.composed(self.inputs, self.groups, math.prod(self.window.kernel))
+        return self.coefficients
 
     def weight(self) -> Tensor:
         """The dense weight, composed now."""

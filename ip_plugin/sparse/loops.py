@@ -25,19 +25,22 @@ class Choice(NamedTuple):
     """How a convolution is run.
 
     Attributes:
-        order: ``"direct"``: every non-zero reads its input; ``"fused"``: basis-filter responses first, then their
-            products with the coefficients; ``"winograd"``: dense, by minimal filtering.
+        order: ``"direct"``: every non-zero reads its input; ``"columns"``: likewise, with a sum for each column of the
+            kernels; ``"fused"``: basis-filter responses first, then their products with the coefficients;
+            ``"winograd"``: dense, by minimal filtering.
         width: pixels of a tile; for Winograd, tiles at a time.
         parts: number of parts that the output channels are divided into, for threads.
         budget: bytes of responses at a time.
         response_dtype: dtype in which basis-filter responses are stored: float32 or bfloat16.
+        others: ways that took about as long when the layer was timed alone.
     """
 
-    order: Literal["direct", "fused", "winograd"]
+    order: Literal["direct", "columns", "fused", "winograd"]
     width: int
     parts: int = 1
     budget: int = 80_000
     response_dtype: torch.dtype = torch.float32
+    others: tuple[Choice, ...] = ()
 
 
 class _Kernel(NamedTuple):
@@ -126,11 +129,27 @@ def _direct(coefficients: Coefficients, bias: Floats, addressing: Addressing, ch
     arrays = (
         parts_of(coefficients, choice.parts),
         np.append(0, lengths.cumsum()).astype(np.uint32),
-        np.arange(coefficients.channels, dtype=np.uint16),
         (positions + addressing.offsets[coefficients.filters]).astype(np.int32),
         coefficients.values,
     )
     return _by_nonzeros(nonzero.direct, arrays, bias, addressing, choice)
+
+
+def _columns(coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice) -> _Kernel:
+    """Every non-zero reads its input where that is aligned, into the sum of its column of the kernel."""
+    offsets, moves = addressing.aligned()
+    moves, number = np.unique(moves, axis=0, return_inverse=True)
+    sums = coefficients.outputs.astype(np.int64) * len(moves) + number.reshape(-1)[coefficients.filters]
+    order = np.argsort(sums, kind="stable")
+    positions = coefficients.inputs.astype(np.int64) * addressing.source.stride + offsets[coefficients.filters]
+    arrays = (
+        parts_of(coefficients, choice.parts),
+        np.append(0, np.bincount(sums, minlength=coefficients.channels * len(moves)).cumsum()).astype(np.uint32),
+        *np.ascontiguousarray(moves.T),
+        positions[order].astype(np.int32),
+        coefficients.values[order],
+    )
+    return _by_nonzeros(nonzero.columns, arrays, bias, addressing, choice)
 
 
 def _fused(coefficients: Coefficients, bias: Floats, addressing: Addressing, choice: Choice) -> _Kernel:
@@ -182,4 +201,4 @@ def _winograd(coefficients: Coefficients, bias: Floats, addressing: Addressing, 
     return _Kernel(winograd.winograd, sizes, arrays, rest, source, target, scratch_size)
 
 
-_KERNELS = {"direct": _direct, "fused": _fused, "winograd": _winograd}
+_KERNELS = {"direct": _direct, "columns": _columns, "fused": _fused, "winograd": _winograd}

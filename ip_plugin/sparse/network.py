@@ -21,6 +21,7 @@ from .graph import ROOT, Structure, Traced
 from .lowering import lower
 from .profile import Profile, profile_of
 from .program import Program
+from .refinement import refine
 from .steps import Run
 from .threads import one_at_a_time, share_threads
 
@@ -135,7 +136,9 @@ class SparseNetwork(nn.Module):
         with self._lock:
             if key not in self._programs:
                 with torch.random.fork_rng(devices=[]):  # a trial run, which must leave no trace
-                    self._programs[key] = lower(self.plain, tuple(map(torch.clone, tensors)), self._choose)
+                    program = lower(self.plain, tuple(map(torch.clone, tensors)), self._choose)
+                    refine(program, tensors)
+                    self._programs[key] = program
             return self._programs[key], tensors
 
 

@@ -29,7 +29,7 @@ class Program:
     """
 
     def __init__(self, module: fx.GraphModule, steps: list[Step]) -> None:
-        self.steps, self._module = steps, module
+        self.steps, self.module = steps, module
         self.regions = list(dict.fromkeys(region.root for step in steps for region in step.regions))
         *_, self._output = module.graph.nodes
         nodes = [*((step.node, *step.node.all_input_nodes) for step in steps), tuple(self._output.all_input_nodes)]
@@ -50,10 +50,14 @@ class Program:
         finally:
             self._spare.append(call)
 
+    @property
+    def scratch(self) -> int:
+        """Length of the working memory of a step, at most."""
+        return max((math.prod(step.scratch_shape) for step in self.steps), default=0)
+
     def workspace(self) -> Workspace:
         """Memory for one call at a time."""
-        scratch = max((math.prod(step.scratch_shape) for step in self.steps), default=0)
-        return Workspace(self._module, self.regions, scratch)
+        return Workspace(self.module, self.regions, self.scratch)
 
     def timed(self, inputs: tuple[Tensor, ...]) -> tuple[Any, list[float]]:
         """Run all steps once; the outputs, and the seconds of each step."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +36,9 @@ class Run(NamedTuple):
     Attributes:
         layer: name of the module.
         density: share of its coefficients that are not zero.
-        how: ``"direct"`` (every non-zero reads its input), ``"fused"`` (basis-filter responses first), ``"winograd"``
-            (dense, with a quarter of the multiplications), ``"dense"`` (torch).
+        how: ``"direct"`` (every non-zero reads its input), ``"columns"`` (likewise, with a sum for each column of the
+            kernels), ``"fused"`` (basis-filter responses first), ``"winograd"`` (dense, with a quarter of the
+            multiplications), ``"dense"`` (torch).
         width, parts: pixels of a tile (for Winograd: tiles at a time), and parts of the output channels; 0 if dense.
         bytes: memory of coefficients and positions, or of the dense weight.
     """
@@ -153,7 +154,9 @@ class Pack(Step):
 class SparseConvolution(Step):
     """A convolution by one of the compiled loops; `scales` has a number for each input channel of the only image."""
 
+    choice: Choice
     loop: Loop
+    addressing: Addressing
     source: Region
     target: Region
     residual: Region | None
@@ -183,12 +186,18 @@ class SparseConvolution(Step):
             residual = Region(addressing.target, channels)
             original, shape = placement.original(addend), placement.shapes[addend]
             steps.append(Pack(node, addend, shape, Packing.whole(residual.layout), residual, original))
-        entries, scales = layer.entries(choice.order), None if scaled is value else scaled
-        loop = Loop(entries, layer.bias, addressing, choice, layer.activation, scales is not None)
-        run = Run(layer.name, layer.density, choice.order, choice.width, choice.parts, loop.bytes)
+        scales = None if scaled is value else scaled
+        loop, run = _loop(layer, addressing, choice, scales is not None)
         record = LayerRun(layer, run, images * height * width)
         target = placement.place_phases(node, reader) if reader else placement.place(node, addressing.target)
-        return [*steps, cls(node, loop, source, target, residual, scales, layer=record)]
+        return [*steps, cls(node, choice, loop, addressing, source, target, residual, scales, layer=record)]
+
+    def run_by(self, choice: Choice) -> SparseConvolution:
+        """The same step, run another way."""
+        assert self.layer is not None
+        assert isinstance(self.layer.layer, Convolution)
+        loop, run = _loop(self.layer.layer, self.addressing, choice, self.scales is not None)
+        return replace(self, choice=choice, loop=loop, layer=self.layer._replace(run=run))
 
     @property
     def overwrites(self) -> dict[Region, Region]:
@@ -214,6 +223,12 @@ class SparseConvolution(Step):
             values[node] = view
 
         return run
+
+
+def _loop(layer: Convolution, addressing: Addressing, choice: Choice, scaled: bool) -> tuple[Loop, Run]:
+    """A convolution by one of the compiled loops, and how it is run."""
+    loop = Loop(layer.entries(choice.order), layer.bias, addressing, choice, layer.activation, scaled)
+    return loop, Run(layer.name, layer.density, choice.order, choice.width, choice.parts, loop.bytes)
 
 
 def into(node: fx.Node, view: Tensor, call: Callable[[], Any]) -> Callable[[Values], None]:

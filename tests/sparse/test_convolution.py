@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "images": draw(st.integers(1, 3)), "size": (draw(st.integers(1, 17)), draw(st.integers(1, 17))),
         "density": draw(st.sampled_from([0, 0.02, 0.3, 1])), "interspace": draw(st.booleans()),
         "choice": Choice(
-            draw(st.sampled_from(["direct", "fused", "winograd"])), draw(st.sampled_from([32, 64, 128])),
+            draw(st.sampled_from(["direct", "columns", "fused", "winograd"])), draw(st.sampled_from([32, 64, 128])),
             draw(st.integers(1, 4)), draw(st.sampled_from([500, 40_000])),
             draw(st.sampled_from([torch.float32, torch.bfloat16])),
         ),
@@ -84,6 +84,10 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
         choice = choice._replace(width=choice.width // 8)
     elif basis is not None:
         choice = choice._replace(order="fused")
+    gap = case["gap"]
+    if choice.order == "columns":
+        gap = aligned_gap(window, case["images"], case["size"], choice.width)
+        assume(gap is not None)
     images = torch.randn(case["images"], case["inputs"] * groups, height, width, generator=generator)
     if case["memory"] == "channels last":
         images = images.to(memory_format=torch.channels_last)
@@ -96,7 +100,7 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
     expected = expected if residual is None else expected + residual
 
     got, buffer, layout = run(
-        images, coefficients, basis, bias, window, groups, choice, case["gap"], Activation(0, -0.5, 2.0), residual
+        images, coefficients, basis, bias, window, groups, choice, gap, Activation(0, -0.5, 2.0), residual
     )
 
     largest = float(expected.abs().max())
@@ -120,6 +124,18 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
         assert (buffer[begin : begin + layout.pixels][outside] == 0).all()
         assert (buffer[begin - layout.reach : begin] == 0).all()
         assert (buffer[begin + layout.pixels :][: layout.reach] == 0).all()
+
+
+def aligned_gap(window: Window, images: int, size: tuple[int, int], width: int) -> tuple[int, int] | None:
+    """A gap with which tiles of a width consist of whole rows; None if there is none."""
+    for pitch in (8, 16, 32, 64, 128):
+        out = window.output_size(*size)
+        for gap in [(rows, pitch - out[1]) for rows in ((8 - out[0],) if pitch == 8 else (1,))]:
+            if min(gap) >= 0:
+                addressing = Addressing.new(window, images, *size, gap)
+                if addressing.target.pitch == pitch and addressing.can_align(width):
+                    return gap
+    return None
 
 
 @pytest.mark.parametrize("interspace", [False, True], ids=["spatial", "interspace"])

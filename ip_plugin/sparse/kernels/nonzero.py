@@ -25,6 +25,7 @@ from .vectors import (
     keep,
     load,
     load_responses,
+    moved,
     multiply,
     store,
     store_responses,
@@ -57,9 +58,26 @@ def _finish(lanes, values, channel, tile, tiles, bits, R, r0, ldr, kind, low, hi
         store_zeros(behind, Y, y0 + channel * ldy + pixel + 16 * len(lanes))
 
 
+@inline
+def _add_products(lanes, total, j, end, offsets, values, X, x):
+    """Add the products of entries `j` to `end` with the inputs at their offsets."""
+    if len(lanes) <= _FOUR_REGISTERS:
+        other = broadcast(lanes, np.float32(0))
+        while j + _ONE < end:
+            k = j + _ONE
+            total = fma(broadcast(lanes, values[j]), load(lanes, X, x + offsets[j]), total)
+            other = fma(broadcast(lanes, values[k]), load(lanes, X, x + offsets[k]), other)
+            j += _TWO
+        total = add(total, other)
+    while j < end:
+        total = fma(broadcast(lanes, values[j]), load(lanes, X, x + offsets[j]), total)
+        j += _ONE
+    return total
+
+
 @parallel
 def direct(
-    lanes, tiles, parts, begin, row_begin, channels, offsets, values, bias, bits, X, x0, R, r0, ldr, kind, low, high,
+    lanes, tiles, parts, begin, row_begin, offsets, values, bias, bits, X, x0, R, r0, ldr, kind, low, high,
     Y, y0, ldy, before, behind
 ):  # fmt: skip
     """A convolution by rows of (offset, value): every non-zero reads its shifted input.
@@ -67,8 +85,8 @@ def direct(
     Args:
         lanes: width of a tile.
         tiles: number of tiles.
-        parts, begin: part `p` has the rows ``begin[p]`` to ``begin[p + 1]``.
-        row_begin, channels: row `r` has the entries ``row_begin[r]`` to ``row_begin[r + 1]``, and makes this channel.
+        parts, begin: part `p` makes the channels ``begin[p]`` to ``begin[p + 1]``.
+        row_begin: channel `c` has the entries ``row_begin[c]`` to ``row_begin[c + 1]``.
         offsets, values: of entries.
         bias: of channels.
         bits: which pixels are stored; the others become zero.
@@ -79,26 +97,51 @@ def direct(
         before, behind: zeros that each channel needs before its tiles, and after them, in whole vectors of 16.
     """
     for item in numba.prange(tiles * parts):
-        width = 16 * len(lanes)
         tile = item // parts
         part = item - tile * parts
-        pixel = tile * width
-        for row in range(begin[part], begin[part + 1]):
-            channel = np.intp(channels[row])
+        x = x0 + tile * 16 * len(lanes)
+        for channel in range(begin[part], begin[part + 1]):
+            first = np.uintp(row_begin[channel])
+            end = np.uintp(row_begin[channel + 1])
+            total = _add_products(lanes, broadcast(lanes, bias[channel]), first, end, offsets, values, X, x)
+            _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind)
+
+
+@parallel
+def columns(
+    lanes, tiles, parts, begin, row_begin, rows, columns, offsets, values, bias, bits, X, x0, R, r0, ldr,
+    kind, low, high, Y, y0, ldy, before, behind
+):  # fmt: skip
+    """A convolution by sums for each column of its kernels, whose loads are aligned: the sums are moved, not the input.
+
+    A tile consists of whole rows, or of whole images with rows of 8 pixels, where each tap has a sum of its own. So
+    what a sum needs from outside a tile is zero.
+
+    Args:
+        row_begin: the sum `s` of channel `c` has the entries ``row_begin[c * sums + s]`` to the next one.
+        rows, columns: of sums: how far away the pixels are that they are added to; rows of 8 pixels.
+        others: as in `direct`; offsets are multiples of 16.
+    """
+    sums = len(columns)
+    for item in numba.prange(tiles * parts):
+        tile = item // parts
+        part = item - tile * parts
+        x = x0 + tile * 16 * len(lanes)
+        for channel in range(begin[part], begin[part + 1]):
             total = broadcast(lanes, bias[channel])
-            j = np.uintp(row_begin[row])
-            end = np.uintp(row_begin[row + 1])
-            if len(lanes) <= _FOUR_REGISTERS:
-                other = broadcast(lanes, np.float32(0))
-                while j + _ONE < end:
-                    k = j + _ONE
-                    total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
-                    other = fma(broadcast(lanes, values[k]), load(lanes, X, x0 + pixel + offsets[k]), other)
-                    j += _TWO
-                total = add(total, other)
-            while j < end:
-                total = fma(broadcast(lanes, values[j]), load(lanes, X, x0 + pixel + offsets[j]), total)
-                j += _ONE
+            for number in range(sums):
+                first = np.uintp(row_begin[channel * sums + number])
+                end = np.uintp(row_begin[channel * sums + number + 1])
+                made = _add_products(lanes, broadcast(lanes, np.float32(0)), first, end, offsets, values, X, x)
+                for _ in range(-rows[number]):
+                    made = moved(made, -8)
+                for _ in range(rows[number]):
+                    made = moved(made, 8)
+                for _ in range(-columns[number]):
+                    made = moved(made, -1)
+                for _ in range(columns[number]):
+                    made = moved(made, 1)
+                total = add(total, made)
             _finish(lanes, total, channel, tile, tiles, bits, R, r0, ldr, kind, low, high, Y, y0, ldy, before, behind)
 
 

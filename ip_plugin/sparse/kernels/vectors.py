@@ -305,6 +305,19 @@ def evens(typing: Any, low: Any, high: Any) -> Any:
     return low(low, low), generate
 
 
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def moved(typing: Any, values: Any, by: Any) -> Any:
+    """Lane ``x + by`` in lane `x`, zeros where there is none; `by` is a literal."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zeros = ir.Constant(arguments[0].type, [0.0] * values.width)
+        sources = (lane + by.literal_value for lane in range(values.width))
+        chosen = _indices(lane if 0 <= lane < values.width else values.width for lane in sources)
+        return builder.shuffle_vector(arguments[0], zeros, chosen)
+
+    return values(values, by), generate
+
+
 @inline  # type: ignore[untyped-decorator]
 def store_zeros(count: Any, array: Any, offset: Any) -> None:
     """Store at least `count` zeros in a flat float32 array, in whole vectors."""

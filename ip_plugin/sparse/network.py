@@ -158,7 +158,7 @@ def _calls(program: Program, dense: Dense | None, seconds: Sequence[float] = ())
 
 def check_input(value: Tensor) -> None:
     """Raise SparseExecutionError unless a tensor is on the CPU, and float32 if it is one of floating point numbers."""
-    if value.device.type != "cpu" or (value.is_floating_point() and value.dtype != torch.float32):
+    if not value.is_cpu or (value.dtype != torch.float32 and value.is_floating_point()):
         raise SparseExecutionError(
             "A sparse network must be given tensors on the CPU, and floating point numbers as float32.",
             f"{value.dtype} on {value.device}",

@@ -9,7 +9,6 @@ from collections import defaultdict
 
 from torch import Tensor
 
-from .loops import Choice
 from .program import Program
 from .steps import SparseConvolution
 
@@ -28,33 +27,27 @@ def refine(program: Program, inputs: tuple[Tensor, ...]) -> None:
         program: whose steps are exchanged.
         inputs: of its network.
     """
-    kinds: dict[int, list[int]] = defaultdict(list)  # layers of one kind share one choice
-    choices: dict[int, Choice] = {}
+    kinds: dict[int, list[tuple[int, SparseConvolution]]] = defaultdict(list)  # layers of one kind share one choice
     for number, step in enumerate(program.steps):
         if isinstance(step, SparseConvolution) and step.choice.others:
-            kinds[id(step.choice)].append(number)
-            choices[id(step.choice)] = step.choice
+            kinds[id(step.choice)].append((number, step))
+    if not kinds:
+        return
+    ways = {kind: (layers[0][1].choice, *layers[0][1].choice.others) for kind, layers in kinds.items()}
     programs = [program]
-    for way in range(max((len(choice.others) for choice in choices.values()), default=0)):
+    for way in range(1, max(map(len, ways.values()))):
         steps = list(program.steps)
-        for kind, numbers in kinds.items():
-            for number in numbers[:_LAYERS] if way < len(choices[kind].others) else ():
-                steps[number] = _convolution(program, number).run_by(choices[kind].others[way])
+        for kind, layers in kinds.items():
+            for number, step in layers[:_LAYERS] if way < len(ways[kind]) else ():
+                steps[number] = step.run_by(ways[kind][way])
         programs.append(Program(program.module, steps))
     took = _seconds(programs, inputs)
-    for kind, numbers in kinds.items():
-        ways = (choices[kind], *choices[kind].others)
-        times = [sum(took[way][number] for number in numbers[:_LAYERS]) for way in range(len(ways))]
-        best = min(range(len(ways)), key=times.__getitem__)
+    for kind, layers in kinds.items():
+        times = [sum(seconds[number] for number, _ in layers[:_LAYERS]) for seconds in took[: len(ways[kind])]]
+        best = min(range(len(times)), key=times.__getitem__)
         if times[best] < _CLEARLY * times[0]:
-            for number in numbers:
-                program.steps[number] = _convolution(program, number).run_by(ways[best])
-
-
-def _convolution(program: Program, number: int) -> SparseConvolution:
-    step = program.steps[number]
-    assert isinstance(step, SparseConvolution)
-    return step
+            for number, step in layers:
+                program.steps[number] = step.run_by(ways[kind][best])
 
 
 def _seconds(programs: list[Program], inputs: tuple[Tensor, ...]) -> list[list[float]]:

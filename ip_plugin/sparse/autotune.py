@@ -190,7 +190,7 @@ class Autotuner:
                 continue
             tiles = -(-pixels // width)
             for parts in {1, threads} if tiles < 8 * threads else {1}:
-                if can_sum_columns(convolution) and addressing.can_align(width):
+                if width > 32 and can_sum_columns(convolution) and addressing.can_align(width):
                     yield Choice("columns", width, parts)
                 elif standard or convolution.depthwise:
                     yield Choice("direct", width, parts)

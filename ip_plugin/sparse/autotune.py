@@ -178,8 +178,7 @@ class Autotuner:
         if convolution.density < _SPARSE:
             return chosen
         run = partial(_both, pack, loop(sparse)) if packs else loop(sparse)
-        dense_first = by_the_rule is None
-        return chosen if self._clearly_fastest(None if dense_first else sparse, {sparse: run, None: dense}) else None
+        return chosen if self._clearly_fastest(by_the_rule and sparse, {sparse: run, None: dense}) else None
 
     def _by_nonzeros(self, convolution: Convolution, addressing: Addressing) -> Iterator[Choice]:
         """Orders by non-zeros, widths and parts."""

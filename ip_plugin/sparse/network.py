@@ -135,7 +135,7 @@ class SparseNetwork(nn.Module):
         key = tuple(value.shape for value in tensors)
         with self._lock:
             if key not in self._programs:
-                with torch.random.fork_rng(devices=[]):  # a trial run, which must leave no trace
+                with one_at_a_time(), torch.random.fork_rng(devices=[]):  # trial runs, which must leave no trace
                     program = lower(self.plain, tuple(map(torch.clone, tensors)), self._choose)
                     refine(program, tensors)
                     self._programs[key] = program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 pytest.importorskip("numba")
@@ -16,8 +16,6 @@ from ip_plugin.sparse.autotune import by_rule
 from ip_plugin.sparse.graph import baked, trace
 from ip_plugin.sparse.lowering import lower
 from ip_plugin.sparse.steps import SparseConvolution
-
-torch.manual_seed(0)
 
 
 def pruned(model: nn.Module, sparsity: float) -> nn.Module:
@@ -43,6 +41,33 @@ def test_networks_with_aligned_rows(size: tuple[int, int], images: int, determin
     if deterministic and size == (28, 28):
         how = {run.layer: run.how for run in network.runs(values)}  # type: ignore[operator]
         assert {name for name, way in how.items() if way == "columns"} == {n for n in how if "downsample" not in n}
+
+
+class SharedPhases(nn.Module):
+    """The smaller kernel reads the rows and columns that were split off for the larger one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Conv2d(32, 24, 5, 2, 2), nn.Conv2d(32, 24, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.large(images), self.small(images)
+
+
+@pytest.mark.parametrize("size", [27, 56])
+def test_kernels_that_share_phases_are_summed_up_by_columns(size: int) -> None:
+    model, images = pruned(SharedPhases(), 0.93), torch.randn(2, 32, size, size)
+    network = prepare(model, images, deterministic=True, dense="torch")
+    assert {run.how for run in network.runs(images)} == {"columns"}  # type: ignore[operator]
+    torch.testing.assert_close(network(images), tuple(value.detach() for value in model(images)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_sums_up_by_columns_only_where_little_is_kept() -> None:
+    images = torch.randn(1, 64, 14, 14)
+    for sparsity, how in ((0.85, "fused"), (0.95, "columns")):
+        model = pruned(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), sparsity)
+        (run,) = prepare(model, images, deterministic=True, dense="torch").runs(images)  # type: ignore[operator]
+        assert run.how == how
 
 
 def pitches(model: nn.Module, size: int) -> set[int]:

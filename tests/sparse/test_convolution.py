@@ -129,12 +129,12 @@ def test_a_sparse_convolution_equals_torchs(case: dict) -> None:  # type: ignore
 def aligned_gap(window: Window, images: int, size: tuple[int, int], width: int) -> tuple[int, int] | None:
     """A gap with which tiles of a width consist of whole rows; None if there is none."""
     for pitch in (8, 16, 32, 64, 128):
-        out = window.output_size(*size)
-        for gap in [(rows, pitch - out[1]) for rows in ((8 - out[0],) if pitch == 8 else (1,))]:
-            if min(gap) >= 0:
-                addressing = Addressing.new(window, images, *size, gap)
-                if addressing.target.pitch == pitch and addressing.can_align(width):
-                    return gap
+        height, columns = window.output_size(*size)
+        gap = 8 - height if pitch == 8 else 1, pitch - columns
+        if min(gap) >= 0:
+            addressing = Addressing.new(window, images, *size, gap)
+            if addressing.target.pitch == pitch and addressing.can_align(width):
+                return gap
     return None
 
 

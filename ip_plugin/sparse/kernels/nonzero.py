@@ -119,7 +119,7 @@ def columns(
 
     Args:
         row_begin: the sum `s` of channel `c` has the entries ``row_begin[c * sums + s]`` to the next one.
-        rows, columns: of sums: how far away the pixels are that they are added to; rows of 8 pixels.
+        rows, columns: of sums: how far behind the pixels that they are added to they are read; rows of 8 pixels.
         others: as in `direct`; offsets are multiples of 16.
     """
     sums = len(columns)

@@ -216,7 +216,9 @@ class Placement:
     def reader_of_phases(self, node: fx.Node) -> Addressing | None:
         """How the strided convolutions that read a 1x1 convolution address it, if it can write the phases they read.
 
-        That saves the time of splitting its output, at the cost of splitting its input, which has fewer channels.
+        That saves the time of splitting its output, at the cost of splitting its input, which has fewer channels. In
+        other convolutions, tiles that were split where they are made, be it in registers or in the cache, took as
+        long as packing them afterwards (ResNet-18 and ResNet-50, 0.98 to 1.05 of the time of the network).
         """
         if node not in self._readers:
             self._readers[node] = self._reader_of_phases(node)

@@ -23,6 +23,9 @@ _LAYERS = 2
 def refine(program: Program, inputs: tuple[Tensor, ...]) -> None:
     """Let convolutions run the way that is fastest in their network, of those that took about as long alone.
 
+    A step behind that is no convolution and reads what one has made, as a pooling, counts with it: how long it takes
+    depends on which core made what.
+
     Args:
         program: whose steps are exchanged.
         inputs: of its network.
@@ -43,11 +46,20 @@ def refine(program: Program, inputs: tuple[Tensor, ...]) -> None:
         programs.append(Program(program.module, steps))
     took = _seconds(programs, inputs)
     for kind, layers in kinds.items():
-        times = [sum(seconds[number] for number, _ in layers[:_LAYERS]) for seconds in took[: len(ways[kind])]]
+        counted = [number for first, _ in layers[:_LAYERS] for number in _with_reader(program, first)]
+        times = [sum(seconds[number] for number in counted) for seconds in took[: len(ways[kind])]]
         best = min(range(len(times)), key=times.__getitem__)
         if times[best] < _CLEARLY * times[0]:
             for number, step in layers:
                 program.steps[number] = step.run_by(ways[kind][best])
+
+
+def _with_reader(program: Program, number: int) -> list[int]:
+    """Numbers of a convolution's step and of the next one, if that is none and reads what the convolution makes."""
+    step, *behind = program.steps[number : number + 2]
+    assert isinstance(step, SparseConvolution)
+    reads = any(step.target in other.regions for other in behind if not isinstance(other, SparseConvolution))
+    return [number, number + 1] if reads else [number]
 
 
 def _seconds(programs: list[Program], inputs: tuple[Tensor, ...]) -> list[list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -655,6 +656,25 @@ print(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.stdout == "1 1\n2 1\n", run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the dynamic linker of Linux")
+@pytest.mark.parametrize("first", ["torch", "numba"])
+def test_loops_and_torch_share_one_pool_of_threads(first: str) -> None:
+    """They start parallel regions by one libgomp, says the linker, though torch brings its own one."""
+    parts = [
+        "import torch; torch.set_num_threads(2); torch.ones(2000, 2000).exp()",
+        "import numba\n@numba.njit(parallel=True)\ndef loop(x):\n    for i in numba.prange(len(x)):\n        x[i] = 1",
+        "import numpy; loop(numpy.zeros(10))",
+    ]
+    script = "\n".join(parts if first == "torch" else [*parts[1:], parts[0]])
+    environment = {**os.environ, "LD_DEBUG": "bindings", "NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0
+    pattern = r"binding file \S*/(libtorch_cpu|omppool)\S* \[0\] to (\S+) \[0\]: .*`GOMP_parallel'"
+    bound = re.findall(pattern, run.stderr)
+    assert {caller for caller, _ in bound} == {"libtorch_cpu", "omppool"}
+    assert len({os.path.realpath(library) for _, library in bound}) == 1
 
 
 def test_without_numba_the_error_says_what_to_install() -> None:
